@@ -1,0 +1,29 @@
+# The paper's CIFAR-10 setting (Table 2): 57 M teacher, 14 M student, batch 128, 200k steps on one GPU.
+teacher = 'cifar10_32.pt'
+teacher_source = 'ADM_cifar10_baseline.pt, linked from the README of github.com/forever208/DDPM-IP'
+teacher_config = dict(image_size=32, num_head_channels=32)
+student_prediction = 'teacher'
+patch_size = 1
+model_channels = 64
+num_res_blocks = 3
+channel_mult = (1, 2, 2, 2)
+attention_resolutions = (16, 8)
+num_head_channels = 32
+dropout = 0.3
+rho = 0.4
+stride = 1
+warmup_steps = 1000
+lam = 0.001
+synthetic_images = 50000     # of the Data-Free Training baseline (Table 4): --method=synthetic
+synthetic_steps = 1000
+max_steps = 200000
+batch_size = 128
+lr = 1e-4
+lr_warmup = 0
+lr_decay = False
+beta2 = 0.999
+grad_clip = 0.0
+ema = 0.9999
+log_every = 100
+save_every = 10000
+out_dir = 'out/dkdm_cifar10'

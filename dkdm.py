@@ -1,0 +1,386 @@
+"""
+DKDM: trains a small diffusion model of any architecture from a big pretrained one, without the data the big one was
+trained on. The student learns from the teacher's own denoising steps (Xiang et al., CVPR 2025, arXiv 2409.03550).
+
+    python dkdm.py                                                     # the bundled MNIST teacher, minutes on a laptop
+    python dkdm.py config/dkdm_cifar10.py --teacher=cifar10_ema.pt     # the paper's CIFAR-10 setting
+    torchrun --nproc_per_node=8 dkdm.py config/dkdm_cifar10.py --rho=0.4
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 dkdm.py ...
+    python dkdm.py config/mnist_teacher.py --data=mnist                # ordinary training on images makes a teacher
+"""
+import os
+import time
+
+# teacher
+teacher = 'pretrained/mnist_unet.safetensors'  # a file of ours, or an original ADM, DDPM-IP, DKDM, LDM or DiT checkpoint
+teacher_source = ''          # where a missing teacher is to be had, for the message
+teacher_config = {}          # what an original checkpoint does not say: image_size, schedule, ... (models.load_denoiser)
+guidance = 1.0               # class-conditional teachers are distilled at this guidance scale; 1 is none
+# student
+student = 'unet'             # 'unet' or 'dit', whatever the teacher is
+student_prediction = 'v'     # 'v', 'eps', 'x0', 'flow', or 'teacher': the same as the teacher's (the paper)
+learn_sigma = True           # the student predicts its variance too, Eq. (12)
+patch_size = 2               # pixels folded into channels (unet) or into a token (dit)
+dropout = 0.0                # unet
+model_channels = 20          # unet
+num_res_blocks = 1           # unet
+channel_mult = (1, 2)        # unet: channels per level, in model_channels
+attention_resolutions = (7,) # unet: sides of the feature maps with attention
+num_head_channels = 20       # unet: channels per attention head
+resblock_updown = True       # unet: ADM's resampling blocks; False: LDM's strided convolutions
+use_scale_shift_norm = True  # unet: t scales and shifts (ADM), or only shifts (LDM)
+use_new_attention_order = True  # unet: ADM's order of the qkv channels, or LDM's
+hidden_size = 128            # dit
+depth = 6                    # dit
+num_heads = 4                # dit
+# distillation
+method = 'dynamic'           # 'dynamic' (the paper's), 'shuffled', 'iterative' (its ablations), 'synthetic' (train on
+                             # images the teacher made before), 'data' (ordinary training, no teacher)
+rho = 0.4                    # the pool holds round(rho T / stride) batches of half-finished images
+stride = 40                  # a visit moves an image about so many of the T steps; 1 is the paper
+warmup_steps = 0             # teacher steps of a whole walk while the pool is filled; 0: T / stride, the paper: T
+pool_dtype = 'float32'       # 'float32', 'float16' or 'bfloat16'
+lam = 0.001                  # weight of L_vlb, Eq. (19)
+uncond_prob = 0.0            # class-conditional students: how often the null condition is trained
+# images, for 'data' and 'synthetic'
+data = ''                    # an .npz, a folder, or a torchvision name; for 'synthetic' with real_fraction: the real images
+synthetic = ''               # 'synthetic': images made earlier; '' makes them now
+synthetic_images = 2000      # how many to make
+synthetic_steps = 50         # sampling steps of each
+real_fraction = 0.0          # so much of the synthetic set is replaced by real images (Data-Limited Training)
+flip = False                 # random horizontal flips
+class_cond = False           # 'data': condition on the labels
+schedule = 'cosine'          # 'data': 'cosine', 'linear', 'sqrt_linear', 'flow'; otherwise the teacher's
+T = 1000                     # 'data': steps of the process; otherwise the teacher's
+# optimisation
+max_steps = 1000
+batch_size = 64              # over all ranks and accumulation steps
+grad_accum = 1               # accumulation steps
+lr = 2e-3
+lr_warmup = 50               # steps of linear warm-up
+lr_decay = True              # cosine decay to 0 at max_steps
+weight_decay = 0.0
+beta2 = 0.99                 # AdamW's second beta
+grad_clip = 1.0              # largest norm of the gradient; 0 for none
+ema = 0.999                  # decay of the averaged weights, which are the result
+# system
+out_dir = 'out/dkdm'
+init_from = 'scratch'        # 'scratch' or 'resume'
+log_every = 20               # steps between rows of log.csv
+save_every = 500             # steps between checkpoints (with samples.png)
+sample_steps = 50            # DDIM steps of samples.png
+seed = 0
+device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
+dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'
+compile = False              # torch.compile, for GPUs
+wandb = ''                   # a Weights & Biases project, '' for none
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
+
+import copy
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import models as M
+
+# ---- check everything before any work starts ----
+walks = method in ('dynamic', 'shuffled', 'iterative')
+for wrong, message in [
+        (not walks and method not in ('synthetic', 'data'), f"method={method!r}: 'dynamic', 'shuffled', 'iterative', 'synthetic' or 'data'"),
+        (student not in ('unet', 'dit'), f"student={student!r}: 'unet' or 'dit'"),
+        (rho <= 0, f'rho={rho}: above 0; the paper has 0.4'),
+        (stride < 1, f'stride={stride}: from 1 (the paper) to T'),
+        (warmup_steps < 0, f'warmup_steps={warmup_steps}: from 1 to T, or 0 for T / stride'),
+        (pool_dtype not in ('float32', 'float16', 'bfloat16'), f"pool_dtype={pool_dtype!r}: 'float32', 'float16' or 'bfloat16'"),
+        (not 0 <= real_fraction <= 1, f'real_fraction={real_fraction}: from 0 to 1'),
+        (not 0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob}: from 0 to 1'),
+        (init_from not in ('scratch', 'resume'), f"init_from={init_from!r}: 'scratch' or 'resume'"),
+        (min(max_steps, batch_size, grad_accum, synthetic_images, log_every, save_every) < 1,
+         'max_steps, batch_size, grad_accum, synthetic_images, log_every and save_every: at least 1'),
+        (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
+        (real_fraction and not data, f'real_fraction={real_fraction} needs real images: --data=...')]:
+    if wrong:
+        M.die(message)
+device, autocast, rank, world = M.start(device, dtype, seed)
+if batch_size % (world * grad_accum):
+    M.die(f'batch_size={batch_size} is shared by {world} ranks x {grad_accum} accumulation steps: '
+          f'a multiple of {world * grad_accum}')
+micro_batch = batch_size // world // grad_accum                                # images of one forward pass
+
+# ---- teacher, images, student ----
+try:
+    images = labels = checkpoint = None
+    if method != 'data':
+        net_T, diffusion_T = M.load_denoiser(teacher, **teacher_config)
+        net_T = net_T.to(device, memory_format=M.memory_format(device))
+        T, C, H = diffusion_T.T, net_T.config['in_channels'], net_T.config['image_size']
+        num_classes = net_T.num_classes
+        process = diffusion_T.config
+        if stride > T or warmup_steps > T:
+            raise ValueError(f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps')
+        if guidance != 1 and not num_classes:
+            raise ValueError(f'guidance={guidance}: {teacher} has no classes to be guided to')
+        if method == 'synthetic' and not diffusion_T.clip:
+            raise ValueError("method='synthetic' stores images, and this teacher makes latents: method='dynamic' takes both")
+    if data or synthetic:
+        images, labels = M.load_images(synthetic or data)
+        if images.shape[2] != images.shape[3] or method != 'data' and images.shape[1:] != (C, H, H):
+            raise ValueError(f'{synthetic or data}: its images are {tuple(images.shape[1:])}; '
+                             + ('square ones are needed' if method == 'data' else f'the teacher makes {(C, H, H)}'))
+    if method == 'data':
+        C, H = images.shape[1:3]
+        if class_cond and labels is None:
+            raise ValueError(f"class_cond=True: {data} has no labels ('arr_1', or a subfolder per class)")
+        num_classes = int(labels.max()) + 1 if class_cond else 0
+        process = dict(schedule=schedule, steps=T)
+    prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
+    diffusion = M.Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
+    if student == 'unet':
+        net = M.UNet(H, C, C * (1 + learn_sigma), model_channels, num_res_blocks, channel_mult, attention_resolutions,
+                     num_head_channels=num_head_channels, dropout=dropout, num_classes=num_classes,
+                     use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
+                     use_new_attention_order=use_new_attention_order, patch_size=patch_size)
+    else:
+        net = M.DiT(H, patch_size, C, hidden_size, depth, num_heads, num_classes=num_classes, learn_sigma=learn_sigma)
+    pool_batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
+    pool_size = pool_batches * batch_size // world if walks else 0
+    pool_bytes = pool_size * C * H * H * torch.finfo(getattr(torch, pool_dtype)).bits // 8
+    M.check_memory(pool_bytes, device, f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype}',
+                   'a smaller --rho or --batch_size, a larger --stride, or --pool_dtype=float16')
+    if init_from == 'resume':
+        checkpoint = shared, own = M.load_checkpoint(out_dir, rank)
+        M.load_state(net, shared['net'], out_dir)
+        if walks and len(own['pool'][1]) != pool_size:
+            raise ValueError(f"{out_dir} holds a pool of {len(own['pool'][1])} images per rank, these settings ask for "
+                             f'{pool_size}: resume with the settings and ranks of the first run')
+except ValueError as e:
+    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
+if warmup_steps == 0:
+    warmup_steps = max(1, T // stride)
+
+net = net.to(device, memory_format=M.memory_format(device))
+net_ema = copy.deepcopy(net).eval().requires_grad_(False)
+opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, (0.9, beta2), weight_decay=weight_decay)
+if compile:
+    net_T = torch.compile(net_T) if method != 'data' else None
+model = torch.compile(net) if compile else net
+if world > 1:
+    model = torch.nn.parallel.DistributedDataParallel(model)
+torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its own luck
+os.makedirs(out_dir, exist_ok=True)
+if rank == 0:
+    def millions(n): return f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M parameters'
+    if method != 'data':
+        print(f'teacher {teacher}: {millions(net_T)}, predicts {diffusion_T.prediction}')
+    print(f'student {student}: {millions(net)}, predicts {diffusion.prediction}; {method}, {max_steps:,} steps of {batch_size}'
+          f' images of {C}x{H}x{H} on {world} x {device.type}')
+    if walks:
+        print(f'pool: {pool_size * world:,} images, {pool_bytes * world / 2 ** 20:.1f} MB; warm-up: about '
+              f'{pool_size * world * warmup_steps // 2 if method != "iterative" else 0:,} teacher evaluations')
+    elif method == 'synthetic' and not synthetic:
+        print(f'synthetic images: {synthetic_images:,}, {synthetic_images * synthetic_steps:,} teacher evaluations')
+
+
+# ---- where (x_t, t, target) come from ----
+def draw_labels(n):
+    """Labels for n new images, -1 for the null condition; None for models without classes."""
+    if not num_classes:
+        return None
+    y = torch.randint(num_classes, (n,), device=device)
+    return torch.where(torch.rand(n, device=device) < uncond_prob, -1, y)
+
+
+@torch.no_grad()
+def teacher_eval(x_t, t, y):
+    with autocast:
+        return M.guided(net_T, x_t, t, y, guidance).float()
+
+
+@torch.no_grad()
+def shuffle_denoise():
+    """Alg. 1, line 1: every image of the pool walks from noise to a t of its own, uniform over 0 ... T-1."""
+    goal = torch.randint(T, (pool_size,), device=device) if method != 'iterative' else torch.full_like(pool_t, T - 1)
+    levels = torch.linspace(T - 1, -1, warmup_steps + 1).round().long().tolist()
+    evaluations = 0
+    for t, s in tqdm(list(zip(levels, levels[1:])), desc='filling the pool', disable=rank > 0, leave=False):
+        for idx in (goal < t).nonzero()[:, 0].split(batch_size):
+            x_t, y = pool_x[idx].float(), None if pool_y is None else pool_y[idx]
+            pool_t[idx] = goal[idx].clamp(min=s)
+            out = teacher_eval(x_t, torch.full_like(idx, t), y)
+            pool_x[idx] = diffusion_T.ddpm_step(out, x_t, torch.full_like(idx, t), pool_t[idx]).to(pool_x.dtype)
+            evaluations += len(idx)
+    return evaluations
+
+
+@torch.no_grad()
+def make_synthetic(n):
+    """Data-Free Training: n images of the teacher, kept in out_dir, so that a resumed run has the same."""
+    path = os.path.join(out_dir, f'synthetic_rank{rank}.npz')
+    if not checkpoint:
+        parts, ys = [], []
+        for i in tqdm(range(0, n, batch_size), desc='making images', disable=rank > 0, leave=False):
+            ys.append(draw_labels(min(batch_size, n - i)))
+            with autocast:
+                parts.append(M.to_uint8(M.sample(net_T, diffusion_T, (min(batch_size, n - i), C, H, H), synthetic_steps,
+                                                 'ddpm', ys[-1], guidance)).cpu())
+        arrays = {'arr_0': torch.cat(parts).permute(0, 2, 3, 1).numpy()}
+        if num_classes:
+            arrays['arr_1'] = torch.cat(ys).cpu().numpy()
+        M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
+    return M.load_npz(path)
+
+
+step = evaluations = 0
+pool_x = pool_t = pool_y = None
+if walks and checkpoint:
+    pool_x, pool_t, pool_y = (v if v is None else v.to(device) for v in own['pool'])
+elif walks:
+    pool_x = torch.randn(pool_size, C, H, H, device=device).to(getattr(torch, pool_dtype))
+    pool_t = torch.full((pool_size,), T - 1, device=device)
+    pool_y = draw_labels(pool_size)
+    evaluations = shuffle_denoise()
+elif method == 'synthetic':
+    real, real_labels = images, labels
+    if not synthetic:
+        images, labels = make_synthetic(synthetic_images // world)
+        evaluations = len(images) * synthetic_steps
+    if real_fraction:
+        g, n = torch.Generator().manual_seed(seed), round(real_fraction * len(images))
+        if synthetic:
+            real, real_labels = M.load_images(data)
+        picked = torch.randperm(len(real), generator=g)[:n]
+        images = torch.cat([images[:len(images) - len(picked)], real[picked]])
+        labels = torch.cat([labels[:len(labels) - len(picked)], real_labels[picked]]) if num_classes else None
+if not walks:
+    images, labels = images.to(device), labels.to(device) if num_classes else None
+
+
+def distill_batch(idx):
+    """Lines 4-8 of Alg. 1 on the pool's images idx: the student's losses, and the pool moved on."""
+    x_t, t, y = pool_x[idx].float(), pool_t[idx], None if pool_y is None else pool_y[idx]
+    out_T = teacher_eval(x_t, t, y)
+    with autocast:
+        out = model(x_t, t, y)
+    target = diffusion_T.convert(out_T, x_t, t, diffusion.prediction)
+    losses = diffusion.distill_loss(out, target, x_t, t, lam)                  # Eqs. (19)-(21)
+
+    # the same evaluation moves the teacher's walk: x_t -> x_s, a jump of stride give or take a half
+    low, high = (stride + 1) // 2, stride + stride // 2
+    if method == 'iterative':                                                  # all images share one t, on all ranks
+        jump = torch.randint(low, high + 1, (1,), generator=torch.Generator().manual_seed(step)).to(device)
+    else:
+        jump = torch.randint(low, high + 1, t.shape, device=device)
+    s = (t - jump).clamp(min=-1)
+    x_s = diffusion_T.ddpm_step(out_T, x_t, t, s)
+    # finished images leave, fresh noise enters
+    done = s < 0
+    pool_x[idx] = torch.where(done.view(-1, 1, 1, 1), torch.randn_like(x_s), x_s).to(pool_x.dtype)
+    pool_t[idx] = torch.where(done, T - 1, s)
+    if pool_y is not None:
+        pool_y[idx] = torch.where(done, draw_labels(len(idx)), y)
+    return losses
+
+
+def image_batch(n):
+    """Ordinary training, Eq. (13): images, noised to a uniform t."""
+    idx = torch.randint(len(images), (n,), device=device)
+    x0, y = M.to_float(images[idx]), None
+    if num_classes:
+        y = torch.where(torch.rand(n, device=device) < uncond_prob, -1, labels[idx])
+    if flip:
+        x0 = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x0.flip(-1), x0)
+    t, noise = torch.randint(T, (n,), device=device), torch.randn_like(x0)
+    x_t = diffusion.q_sample(x0, t, noise)
+    with autocast:
+        out = model(x_t, t, y)
+    return diffusion.training_loss(out, x0, x_t, t, noise, lam)
+
+
+# ---- results on disk ----
+def save(step, samples=True):
+    """student.safetensors (the EMA), the checkpoint, and pictures: each row of the teacher's above the student's."""
+    if rank == 0:
+        M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion)
+        if samples:
+            g = torch.Generator(device).manual_seed(seed)
+            noise = torch.randn(36, C, H, H, generator=g, device=device)
+            y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
+            with autocast:
+                rows = M.sample(net_ema, diffusion, noise, sample_steps, 'ddim', y).split(12)
+                if method != 'data':
+                    rows_T = M.sample(net_T, diffusion_T, noise, sample_steps, 'ddim', y, guidance).split(12)
+                    rows = [r for pair in zip(rows_T, rows) for r in pair]
+            M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat(list(rows)), 12)
+    M.save_checkpoint(out_dir, step,
+                      {'net': net.state_dict(), 'ema': net_ema.state_dict(), 'opt': opt.state_dict(), 'evaluations': evaluations},
+                      {'pool': (pool_x, pool_t, pool_y), 'random': M.random_state(device), 'weights': M.digest(net)}, rank)
+
+
+if checkpoint:
+    step, evaluations = shared['step'], shared['evaluations']
+    net_ema.load_state_dict(shared['ema'])
+    opt.load_state_dict(shared['opt'])
+    M.set_random_state(own['random'], device)
+if rank == 0:
+    log = M.Log(os.path.join(out_dir, 'log.csv'), step)
+    if wandb:
+        import wandb as wb
+        wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
+    if walks or method == 'synthetic':
+        print(f'{evaluations * world:,} teacher evaluations before the first step')
+
+# ---- the loop ----
+stop = M.stop_flag()
+net.train()
+t0, first = time.time(), step
+bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
+sums, count = torch.zeros(3), 0
+while step < max_steps:
+    scale = min(1., (step + 1) / max(1, lr_warmup))
+    if lr_decay:
+        scale *= 0.5 * (1 + np.cos(np.pi * step / max_steps))
+    opt.param_groups[0]['lr'] = lr * scale
+    if walks:
+        # B_j^s: any batch of the pool (Alg. 1, line 4); the other methods have no other
+        order = (torch.randperm(pool_size, device=device) if method == 'dynamic' else torch.arange(pool_size, device=device))
+    for i in range(grad_accum):
+        if world > 1:
+            model.require_backward_grad_sync = i == grad_accum - 1
+        losses = distill_batch(order[i * micro_batch:(i + 1) * micro_batch]) if walks else image_batch(micro_batch)
+        (losses['loss'].mean() / grad_accum).backward()
+        sums += torch.tensor([losses[k].detach().mean().item() for k in ('loss', 'mse', 'vb')])
+        count += 1
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf')).item()
+    if not np.isfinite(norm):                                                  # the same on all ranks: gradients are shared
+        M.die(f'step {step}: the loss or its gradient is not finite; nothing of it reached the weights. Try a smaller '
+              f'--lr (now {lr * scale:.2g}); --init_from=resume goes on from the last checkpoint')
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    M.update_ema(net_ema, net, ema, step)
+    step += 1
+    bar.update()
+    leaving = M.on_all(dist.ReduceOp.MAX, len(stop), device) > 0
+    if step % log_every == 0 or step == max_steps:
+        loss, mse, vb = (sums / count).tolist()
+        if rank == 0:
+            bar.set_postfix(loss=f'{loss:.4f}')
+            row = dict(step=step, loss=loss, mse=mse, vb=vb, grad_norm=norm, lr=lr * scale,
+                       images_per_s=(step - first) * batch_size / (time.time() - t0), seconds=time.time() - t0)
+            log(**row)
+            if wandb:
+                wb.log(row, step=step)
+        sums.zero_()
+        count = 0
+    if step % save_every == 0 or step == max_steps or leaving:
+        save(step, samples=not leaving)
+    if leaving:
+        break
+bar.close()
+if rank == 0:
+    print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {out_dir}/student.safetensors, pictures: {out_dir}/samples.png')
+    print(f'evaluate: python eval_fid.py --models={out_dir}/student.safetensors' + (f',{teacher}' if method != 'data' else ''))
+if world > 1:
+    dist.destroy_process_group()

@@ -1,0 +1,1083 @@
+"""
+Everything that the scripts share: the networks, the diffusion process, loading and saving, and the few lines
+that running on several GPUs needs.
+
+Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ... T-1; `x_t` at `t` is what the
+network sees when it predicts the step to `t-1`; `s = -1` means the clean image. A class label of -1 is the null
+condition of classifier-free guidance.
+"""
+import csv
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+# ----------------------------------------------------------------------------------------------------------------
+# networks
+# ----------------------------------------------------------------------------------------------------------------
+
+def timestep_embedding(t, dim, max_period=10000):
+    """Sinusoids of t, (B,) -> (B, dim); cosines first, as in Improved DDPM and DiT."""
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
+    args = t[:, None].float() * freqs
+    return F.pad(torch.cat([args.cos(), args.sin()], dim=-1), (0, dim % 2))
+
+
+def zero_init(module):
+    """A residual branch whose last layer is zero starts as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block; `resample` is None, 'down' or 'up' (BigGAN style: on both branches, without weights)."""
+
+    def __init__(self, in_ch, out_ch, emb_ch, dropout, scale_shift, resample=None):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        self.in_layers = nn.Sequential(group_norm(in_ch), nn.SiLU(), nn.Conv2d(in_ch, out_ch, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_ch, (2 if scale_shift else 1) * out_ch))
+        self.out_layers = nn.Sequential(group_norm(out_ch), nn.SiLU(), nn.Dropout(dropout),
+                                        zero_init(nn.Conv2d(out_ch, out_ch, 3, padding=1)))
+        self.skip_connection = nn.Identity() if in_ch == out_ch else nn.Conv2d(in_ch, out_ch, 1)
+
+    def forward(self, x, emb):
+        h = self.in_layers[:2](x)
+        if self.resample == 'down':
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.resample == 'up':
+            h, x = F.interpolate(h, scale_factor=2.), F.interpolate(x, scale_factor=2.)
+        h = self.in_layers[2](h)
+        emb = self.emb_layers(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions. The two orders differ only in how the qkv channels are cut into heads."""
+
+    def __init__(self, channels, num_heads, new_order):
+        super().__init__()
+        self.num_heads, self.new_order = num_heads, new_order
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x, emb):
+        B, C, H, W = x.shape
+        x = x.reshape(B, C, H * W)
+        qkv = self.qkv(self.norm(x))
+        if self.new_order:
+            q, k, v = qkv.view(B, 3, self.num_heads, -1, H * W).transpose(-1, -2).unbind(1)
+        else:
+            q, k, v = qkv.view(B, self.num_heads, 3, -1, H * W).transpose(-1, -2).unbind(2)
+        h = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, H*W, C/heads)
+        return (x + self.proj_out(h.transpose(-1, -2).reshape(B, C, H * W))).view(B, C, H, W)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x, emb):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, emb):
+        return self.conv(F.interpolate(x, scale_factor=2.))
+
+
+class Stack(nn.ModuleList):
+    """Layers in a row, each of which may look at the time embedding."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x) if isinstance(layer, nn.Conv2d) else layer(x, emb)
+        return x
+
+
+class UNet(nn.Module):
+    """The U-Net of ADM / Improved DDPM (Dhariwal & Nichol 2021, Nichol & Dhariwal 2021).
+
+    x (B, in_channels, image_size, image_size), t (B,), y (B,) or None -> (B, out_channels, image_size, image_size).
+    Parameter names and shapes are ADM's, so checkpoints of ADM, DDPM-IP, DKDM and LDM load with strict=True.
+    `attention_resolutions` are side lengths of feature maps (after `patch_size`). `patch_size > 1` folds pixels
+    into channels on the way in and out. `num_classes = 0` is unconditional; the label -1 adds no embedding.
+    """
+
+    def __init__(self, image_size, in_channels=3, out_channels=3, model_channels=128, num_res_blocks=3,
+                 channel_mult=(1, 2, 2, 2), attention_resolutions=(16, 8), num_heads=4, num_head_channels=32,
+                 dropout=0., num_classes=0, use_scale_shift_norm=True, resblock_updown=True,
+                 use_new_attention_order=True, patch_size=1):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__')} | {'class': 'UNet'}
+        side = image_size // patch_size
+        if image_size % patch_size or side % 2 ** (len(channel_mult) - 1):
+            raise ValueError(f'image_size {image_size} cannot be cut into patches of {patch_size} and then halved '
+                             f'{len(channel_mult) - 1} times: fewer entries in channel_mult or another patch_size')
+        self.model_channels, self.patch_size, self.num_classes = model_channels, patch_size, num_classes
+        emb_ch = 4 * model_channels
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_ch), nn.SiLU(), nn.Linear(emb_ch, emb_ch))
+        if num_classes:
+            self.label_emb = nn.Embedding(num_classes, emb_ch)
+
+        def res(in_ch, out_ch, resample=None):
+            return ResBlock(in_ch, out_ch, emb_ch, dropout, use_scale_shift_norm, resample)
+
+        def attention(ch):
+            heads = num_heads if num_head_channels == -1 else max(1, ch // num_head_channels)
+            if ch % heads:
+                raise ValueError(f'{ch} channels cannot be cut into {heads} attention heads')
+            return AttentionBlock(ch, heads, use_new_attention_order)
+
+        ch = int(channel_mult[0] * model_channels)
+        self.input_blocks = nn.ModuleList([Stack([nn.Conv2d(in_channels * patch_size ** 2, ch, 3, padding=1)])])
+        skips = [ch]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [res(ch, int(mult * model_channels))]
+                ch = int(mult * model_channels)
+                if side in attention_resolutions:
+                    layers.append(attention(ch))
+                self.input_blocks.append(Stack(layers))
+                skips.append(ch)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(Stack([res(ch, ch, 'down') if resblock_updown else Downsample(ch)]))
+                skips.append(ch)
+                side //= 2
+        self.middle_block = Stack([res(ch, ch), attention(ch), res(ch, ch)])
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [res(ch + skips.pop(), int(mult * model_channels))]
+                ch = int(mult * model_channels)
+                if side in attention_resolutions:
+                    layers.append(attention(ch))
+                if level and i == num_res_blocks:
+                    layers.append(res(ch, ch, 'up') if resblock_updown else Upsample(ch))
+                    side *= 2
+                self.output_blocks.append(Stack(layers))
+        self.out = nn.Sequential(group_norm(ch), nn.SiLU(),
+                                 zero_init(nn.Conv2d(ch, out_channels * patch_size ** 2, 3, padding=1)))
+
+    def forward(self, x, t, y=None):
+        emb = self.time_embed(timestep_embedding(t, self.model_channels))
+        if self.num_classes and y is not None:
+            emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
+        h, skips = F.pixel_unshuffle(x, self.patch_size), []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return F.pixel_shuffle(self.out(h), self.patch_size)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio):
+        super().__init__()
+        self.num_heads = num_heads
+        mlp = int(hidden_size * mlp_ratio)
+        self.attn = nn.ModuleDict({'qkv': nn.Linear(hidden_size, 3 * hidden_size),
+                                   'proj': nn.Linear(hidden_size, hidden_size)})
+        self.mlp = nn.ModuleDict({'fc1': nn.Linear(hidden_size, mlp), 'fc2': nn.Linear(mlp, hidden_size)})
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_init(nn.Linear(hidden_size, 6 * hidden_size)))
+
+    def forward(self, x, c):
+        B, N, D = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        h = F.layer_norm(x, (D,), eps=1e-6) * (1 + scale1) + shift1
+        q, k, v = self.attn['qkv'](h).view(B, N, 3, self.num_heads, -1).transpose(1, 3).unbind(2)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        x = x + gate1 * self.attn['proj'](h)
+        h = F.layer_norm(x, (D,), eps=1e-6) * (1 + scale2) + shift2
+        return x + gate2 * self.mlp['fc2'](F.gelu(self.mlp['fc1'](h), approximate='tanh'))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer (Peebles & Xie 2023); parameter names are those of its authors' checkpoints.
+
+    x (B, in_channels, image_size, image_size), t (B,), y (B,) or None -> the same size, with twice the channels if
+    `learn_sigma`. `num_classes = 0` is unconditional; otherwise row `num_classes` of the label table is the null
+    condition, which y = None and y = -1 select.
+    """
+
+    def __init__(self, image_size, patch_size=2, in_channels=4, hidden_size=384, depth=12, num_heads=6, mlp_ratio=4.,
+                 num_classes=1000, learn_sigma=True):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__')} | {'class': 'DiT'}
+        if image_size % patch_size or hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f'image_size {image_size} must be a multiple of patch_size {patch_size}, and hidden_size '
+                             f'{hidden_size} of num_heads {num_heads} and of 4')
+        self.patch_size, self.num_classes = patch_size, num_classes
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        grid = image_size // patch_size
+        # fixed 2-D sine-cosine positions: the first half of the channels for the column, the second for the row
+        pos = torch.arange(grid).repeat(grid), torch.arange(grid).repeat_interleave(grid)
+        table = torch.cat([timestep_embedding(p, hidden_size // 2).roll(hidden_size // 4, dims=1) for p in pos], dim=1)
+        self.pos_embed = nn.Parameter(table[None], requires_grad=False)
+        self.x_embedder = nn.ModuleDict({'proj': nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)})
+        self.t_embedder = nn.ModuleDict({'mlp': nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(),
+                                                              nn.Linear(hidden_size, hidden_size))})
+        if num_classes:
+            self.y_embedder = nn.ModuleDict({'embedding_table': nn.Embedding(num_classes + 1, hidden_size)})
+        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = nn.ModuleDict({
+            'linear': nn.Linear(hidden_size, patch_size ** 2 * self.out_channels),
+            'adaLN_modulation': nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))})
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.x_embedder['proj'].weight.view(hidden_size, -1))
+        nn.init.zeros_(self.x_embedder['proj'].bias)
+        for m in [self.t_embedder['mlp'][0], self.t_embedder['mlp'][2]]:
+            nn.init.normal_(m.weight, std=0.02)
+        if num_classes:
+            nn.init.normal_(self.y_embedder['embedding_table'].weight, std=0.02)
+        for m in [b.adaLN_modulation for b in self.blocks] + list(self.final_layer.values()):
+            zero_init(m)
+
+    def forward(self, x, t, y=None):
+        B, p = len(x), self.patch_size
+        h = self.x_embedder['proj'](x)
+        grid = h.shape[-1]
+        h = h.flatten(2).transpose(1, 2) + self.pos_embed                      # (B, grid*grid, hidden)
+        c = self.t_embedder['mlp'](timestep_embedding(t, 256))
+        if self.num_classes:
+            y = torch.full_like(t, -1) if y is None else y
+            c = c + self.y_embedder['embedding_table'](torch.where(y < 0, self.num_classes, y))
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.final_layer['adaLN_modulation'](c)[:, None].chunk(2, dim=-1)
+        h = self.final_layer['linear'](F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        h = h.view(B, grid, grid, p, p, self.out_channels)
+        return torch.einsum('nhwpqc->nchpwq', h).reshape(B, self.out_channels, grid * p, grid * p)
+
+
+class BasicBlock(nn.Module):
+    """conv-BN-ReLU-conv-BN plus shortcut; `skip` is the shortcut's name, which differs between families."""
+
+    def __init__(self, in_ch, out_ch, stride, skip, make_skip):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False), nn.BatchNorm2d(out_ch)
+        self.conv2, self.bn2 = nn.Conv2d(out_ch, out_ch, 3, 1, 1, bias=False), nn.BatchNorm2d(out_ch)
+        self.skip = skip
+        self.add_module(skip, nn.Identity() if in_ch == out_ch and stride == 1 else make_skip(in_ch, out_ch, stride))
+
+    def forward(self, x):
+        h = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(h)) + self.get_submodule(self.skip)(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1 - 3x3 - 1x1, four times as wide at its output."""
+
+    def __init__(self, in_ch, out_ch, stride, skip, make_skip):
+        super().__init__()
+        mid = out_ch // 4
+        self.conv1, self.bn1 = nn.Conv2d(in_ch, mid, 1, bias=False), nn.BatchNorm2d(mid)
+        self.conv2, self.bn2 = nn.Conv2d(mid, mid, 3, stride, 1, bias=False), nn.BatchNorm2d(mid)
+        self.conv3, self.bn3 = nn.Conv2d(mid, out_ch, 1, bias=False), nn.BatchNorm2d(out_ch)
+        self.skip = skip
+        self.add_module(skip, nn.Identity() if in_ch == out_ch and stride == 1 else make_skip(in_ch, out_ch, stride))
+
+    def forward(self, x):
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = F.relu(self.bn2(self.conv2(h)))
+        return F.relu(self.bn3(self.conv3(h)) + self.get_submodule(self.skip)(x))
+
+
+def conv_shortcut(in_ch, out_ch, stride):
+    return nn.Sequential(nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch))
+
+
+class PadShortcut(nn.Module):
+    """Option A of He et al. (2016), without parameters: every other pixel, and zeros for the new channels."""
+
+    def __init__(self, in_ch, out_ch, stride):
+        super().__init__()
+        self.stride, self.extra = stride, (out_ch - in_ch) // 2
+
+    def forward(self, x):
+        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.extra, self.extra))
+
+
+class ResNet(nn.Module):
+    """CIFAR ResNets: depth 6n+2 has three stages (He et al. 2016); 18, 34 and 50 are ImageNet's with a 3x3 stem."""
+
+    def __init__(self, depth, num_classes=10, in_channels=3, width=None, shortcut='conv'):
+        super().__init__()
+        deep = {18: (BasicBlock, 2, 2, 2, 2), 34: (BasicBlock, 3, 4, 6, 3), 50: (Bottleneck, 3, 4, 6, 3)}
+        block, *counts = deep.get(depth) or (BasicBlock, *[(depth - 2) // 6] * 3)
+        make_skip = {'conv': conv_shortcut, 'pad': PadShortcut}[shortcut]
+        skip, self.head_name = ('shortcut', 'linear') if depth in deep else ('downsample', 'fc')
+        width = width or (64 if depth in deep else 16)
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        ch = width
+        for i, count in enumerate(counts):
+            out_ch = width * 2 ** i * (4 if block is Bottleneck else 1)
+            layers = []
+            for j in range(count):
+                layers.append(block(ch, out_ch, 2 if i and j == 0 else 1, skip, make_skip))
+                ch = out_ch
+            self.add_module(f'layer{i + 1}', nn.Sequential(*layers))
+        self.stages = len(counts)
+        self.add_module(self.head_name, nn.Linear(ch, num_classes))
+
+    def forward_features(self, x):
+        h, maps = F.relu(self.bn1(self.conv1(x))), []
+        for i in range(self.stages):
+            h = self.get_submodule(f'layer{i + 1}')(h)
+            maps.append(h)
+        return self.get_submodule(self.head_name)(h.mean((2, 3))), maps
+
+    def forward(self, x):
+        return self.forward_features(x)[0]
+
+
+class WideBlock(nn.Module):
+    """BN-ReLU-conv twice; where the width changes, the shortcut starts after the first BN-ReLU."""
+
+    def __init__(self, in_ch, out_ch, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_ch), nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(out_ch), nn.Conv2d(out_ch, out_ch, 3, 1, 1, bias=False)
+        if in_ch != out_ch:
+            self.convShortcut = nn.Conv2d(in_ch, out_ch, 1, stride, bias=False)
+
+    def forward(self, x):
+        h = F.relu(self.bn1(x))
+        skip = self.convShortcut(h) if hasattr(self, 'convShortcut') else x
+        return skip + self.conv2(F.relu(self.bn2(self.conv1(h))))
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet (Zagoruyko & Komodakis 2016), depth 6n+4."""
+
+    def __init__(self, depth, widen, num_classes=10, in_channels=3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        ch = 16
+        for i in range(3):
+            layers = []
+            for j in range((depth - 4) // 6):
+                layers.append(WideBlock(ch, 16 * widen * 2 ** i, 2 if i and j == 0 else 1))
+                ch = 16 * widen * 2 ** i
+            self.add_module(f'block{i + 1}', nn.ModuleDict({'layer': nn.Sequential(*layers)}))
+        self.bn1, self.fc, self.head_name = nn.BatchNorm2d(ch), nn.Linear(ch, num_classes), 'fc'
+
+    def forward_features(self, x):
+        h, maps = self.conv1(x), []
+        for block in (self.block1, self.block2, self.block3):
+            h = block['layer'](h)
+            maps.append(h)
+        maps[-1] = F.relu(self.bn1(h))
+        return self.fc(maps[-1].mean((2, 3))), maps
+
+    def forward(self, x):
+        return self.forward_features(x)[0]
+
+
+class VGG(nn.Module):
+    """VGG with BatchNorm and one linear layer (Simonyan & Zisserman 2015), as used on CIFAR."""
+
+    def __init__(self, depth, num_classes=10, in_channels=3):
+        super().__init__()
+        counts = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}[depth]
+        ch = in_channels
+        for i, (count, out_ch) in enumerate(zip(counts, (64, 128, 256, 512, 512))):
+            layers = []
+            for _ in range(count):
+                layers += [nn.Conv2d(ch, out_ch, 3, padding=1), nn.BatchNorm2d(out_ch), nn.ReLU()]
+                ch = out_ch
+            self.add_module(f'block{i}', nn.Sequential(*layers))
+        self.classifier, self.head_name = nn.Linear(ch, num_classes), 'classifier'
+
+    def forward_features(self, x):
+        # three or four halvings, so that the last map of a 32- and of a 64-pixel image is 4x4
+        h, maps, pools = x, [], (0, 1, 2, 3) if x.shape[-1] >= 64 else (0, 1, 2)
+        for i in range(5):
+            h = self.get_submodule(f'block{i}')(h)
+            maps.append(h)
+            h = F.max_pool2d(h, 2) if i in pools else h
+        return self.classifier(h.mean((2, 3))), maps
+
+    def forward(self, x):
+        return self.forward_features(x)[0]
+
+
+def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **kw):
+    """An image classifier by name: resnet8...110 (6n+2), resnet18/34/50, wrn16_1...40_2, vgg11/13/16/19.
+
+    kw: in_channels; width and shortcut ('conv' or 'pad') of the ResNets. `forward(x)` gives logits (B, num_classes),
+    `forward_features(x)` also the last map of every stage; the mean of the last one over its pixels is what the
+    linear layer sees. `image_size`, `mean` and `std` (of images in [0, 1]) belong to `preprocess`.
+    Raises ValueError for an unknown name.
+    """
+    family, _, size = name.partition('resnet') if name.startswith('resnet') else (name[:3], '', name[3:])
+    try:
+        if name.startswith('resnet') and (int(size) in (18, 34, 50) or int(size) % 6 == 2):
+            net = ResNet(int(size), num_classes, **kw)
+        elif family == 'wrn' and int(size.split('_')[0]) % 6 == 4:
+            net = WideResNet(*map(int, size.split('_')), num_classes, **kw)
+        elif family == 'vgg' and size in ('11', '13', '16', '19'):
+            net = VGG(int(size), num_classes, **kw)
+        else:
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f'no classifier {name!r} with {kw}: resnet8, 14, 20 ... 110 or resnet18, 34, 50 (in_channels, '
+                         'width, shortcut), wrn16_1 ... wrn40_2, vgg11, 13, 16, 19 (in_channels)') from None
+    net.config = {'class': 'classifier', 'name': name, 'num_classes': num_classes, 'image_size': image_size,
+                  'mean': mean, 'std': std} | kw
+    return net
+
+
+def preprocess(net, images):
+    """What a classifier of ours expects of images (B, C, H, W) in [-1, 1]: its size, its mean and standard deviation."""
+    size, mean, std = (net.config[k] for k in ('image_size', 'mean', 'std'))
+    if images.shape[-1] != size:
+        images = F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
+    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(1, -1, 1, 1) for v in (mean, std))
+    return ((images + 1) / 2 - mean) / std
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# diffusion
+# ----------------------------------------------------------------------------------------------------------------
+
+def alpha_bars(schedule, steps, beta_range):
+    """Cumulative products of 1 - beta for t = 0 ... T-1, float64. 'linear', 'cosine' and 'sqrt_linear' (LDM)."""
+    if not isinstance(schedule, str):
+        betas = np.asarray(schedule, dtype=np.float64)
+    elif schedule == 'cosine':                                                 # Improved DDPM, Eq. (17)
+        f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    elif schedule == 'linear':
+        betas = np.linspace(*np.array(beta_range) * 1000 / steps, steps)
+    elif schedule == 'sqrt_linear':
+        betas = np.linspace(*np.sqrt(beta_range), steps) ** 2
+    else:
+        raise ValueError(f"no schedule {schedule!r}: 'cosine', 'linear', 'sqrt_linear', 'flow' or a list of betas")
+    return np.cumprod(1 - betas)
+
+
+class Diffusion:
+    """A forward process x_t = a_t x_0 + b_t eps and what can be computed from a network's output on it.
+
+    schedule: 'cosine', 'linear', 'sqrt_linear' or a list of betas (a = sqrt(alpha_bar), b = sqrt(1 - alpha_bar)),
+        or 'flow' (b = (t+1)/T, a = 1 - b).
+    prediction: what the network's first C channels are: 'eps', 'v' = a eps - b x_0, 'x0', or 'flow' = eps - x_0.
+    learn_sigma: the network has C more channels, the v of DKDM Eq. (12). What a given output holds is read off its
+        channels, so a teacher with and a student without a learned variance go together.
+    clip: clamp predicted x_0 to [-1, 1] (pixels yes, latents no).
+    A step may jump any distance t -> s, s < t; both are long tensors (B,) or ints, s = -1 the clean image.
+    """
+
+    def __init__(self, schedule='cosine', steps=1000, prediction='eps', learn_sigma=True, clip=True,
+                 beta_range=(1e-4, 0.02)):
+        if prediction not in ('eps', 'v', 'x0', 'flow'):
+            raise ValueError(f"no prediction {prediction!r}: 'eps', 'v', 'x0' or 'flow'")
+        self.config = {k: v for k, v in locals().items() if k != 'self'}
+        self.prediction, self.learn_sigma, self.clip = prediction, learn_sigma, clip
+        if schedule == 'flow':
+            if prediction == 'eps':
+                raise ValueError("prediction 'eps' on schedule 'flow': nothing of x_0 is left at t = T-1, so eps does not "
+                                 "tell it; 'flow', 'v' or 'x0' do")
+            b = np.arange(1, steps + 1) / steps
+            a = 1 - b
+        else:
+            alpha_bar = alpha_bars(schedule, steps, beta_range)
+            a, b = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+        self.T = self.steps = len(a)
+        # index -1 (the last entry) is the clean image; float64, cast where it meets images
+        self.a, self.b = (torch.tensor([*v, end], dtype=torch.float64) for v, end in ((a, 1.), (b, 0.)))
+        self.alpha_bar = self.a ** 2 / (self.a ** 2 + self.b ** 2)
+
+    def ab(self, t, like):
+        """(a_t, b_t) in float64 (MPS has no such), shaped to broadcast against images."""
+        t = torch.as_tensor(t, device=like.device).expand(len(like))
+        dtype = torch.float32 if like.device.type == 'mps' else torch.float64
+        return (v.to(like.device, dtype)[t].view(-1, 1, 1, 1) for v in (self.a, self.b))
+
+    def q_sample(self, x0, t, noise):
+        """x_t ~ q(x_t | x_0), Eq. (4)."""
+        a, b = self.ab(t, x0)
+        return a.to(x0) * x0 + b.to(x0) * noise
+
+    def target(self, x0, x_t, t, to):
+        """The prediction `to` that is exact for this (x_0, x_t): any two of x_0, x_t, eps fix the rest."""
+        a, b = self.ab(t, x_t)
+        if to == 'x0':
+            return x0
+        eps = ((x_t - a * x0) / b).to(x_t)
+        return {'eps': eps, 'v': (a * eps - b * x0).to(x_t), 'flow': eps - x0}[to]
+
+    def predict_x0(self, out, x_t, t, clip=None):
+        """The clean image that a network's output means; clamped if `clip`, which is the process's own by default."""
+        out = out[:, :x_t.shape[1]].float()
+        a, b = self.ab(t, x_t)
+        x0 = {'eps': lambda: (x_t - b * out) / a.clamp(min=1e-8), 'v': lambda: (a * x_t - b * out) / (a ** 2 + b ** 2),
+              'flow': lambda: (x_t - b * out) / (a + b), 'x0': lambda: out}[self.prediction]().to(x_t)
+        return x0.clamp(-1, 1) if (self.clip if clip is None else clip) else x0
+
+    def convert(self, out, x_t, t, to):
+        """A network's output re-expressed as the prediction `to`, through its (clamped) x_0; variance channels stay."""
+        if to == self.prediction:
+            return out
+        mean = self.target(self.predict_x0(out, x_t, t), x_t, t, to)
+        return torch.cat([mean, out[:, x_t.shape[1]:].float()], dim=1)
+
+    def posterior(self, x0, x_t, t, s=None):
+        """q(x_s | x_t, x_0), Eqs. (5)-(7) for any jump: mean, variance (float64), and the jump's own variance."""
+        s = torch.as_tensor(t) - 1 if s is None else s
+        (a_t, b_t), (a_s, b_s) = self.ab(t, x_t), self.ab(s, x_t)
+        r = a_t / a_s
+        jump = (b_t ** 2 - r ** 2 * b_s ** 2).clamp(min=0)                     # beta_t where s = t-1
+        mean = (a_s * jump / b_t ** 2).to(x_t) * x0 + (r * b_s ** 2 / b_t ** 2).to(x_t) * x_t
+        return mean, b_s ** 2 * jump / b_t ** 2, jump
+
+    def mean_logvar(self, out, x_t, t, s=None, clip=None):
+        """Mean and log variance of p(x_s | x_t), Eqs. (8) and (12); s = t-1 by default. Both (B, C, H, W).
+
+        At s = -1 the posterior has no variance; its logarithm is taken one step earlier, as in Improved DDPM.
+        """
+        C = x_t.shape[1]
+        mean, var, jump = self.posterior(self.predict_x0(out, x_t, t, clip), x_t, t, s)
+        floor = self.posterior(x_t[:1], x_t[:1], 1, 0)[1]
+        low = var.maximum(floor).log()
+        if out.shape[1] == C:                                                  # fixed variance: the posterior's
+            return mean, low.to(x_t).expand_as(x_t)
+        v = (out[:, C:].float() + 1) / 2
+        return mean, (v * jump.log() + (1 - v) * low).to(x_t)                  # Eq. (12)
+
+    def ddpm_step(self, out, x_t, t, s, noise=None):
+        """x_s ~ p(x_s | x_t); no noise where s = -1."""
+        mean, logvar = self.mean_logvar(out, x_t, t, s)
+        noise = torch.randn_like(x_t) if noise is None else noise
+        s = torch.as_tensor(s, device=x_t.device).expand(len(x_t)).view(-1, 1, 1, 1)
+        return mean + (s >= 0) * (0.5 * logvar).exp() * noise
+
+    def ddim_step(self, out, x_t, t, s, eta=0., noise=None):
+        """DDIM (Song et al. 2021), Eq. (12) there; eta = 1 has the posterior's variance."""
+        x0 = self.predict_x0(out, x_t, t)
+        a_s, b_s = self.ab(s, x_t)
+        sigma = eta * self.posterior(x0, x_t, t, s)[1].sqrt()
+        eps = self.target(x0, x_t, t, 'eps')
+        x_s = a_s * x0 + (b_s ** 2 - sigma ** 2).clamp(min=0).sqrt() * eps
+        if eta:
+            x_s = x_s + sigma * (torch.randn_like(x_t) if noise is None else noise)
+        return x_s.to(x_t)
+
+    def losses(self, out, target, x_t, true_mean, true_logvar, t, lam, x0=None):
+        """L_simple + lam T KL, each (B,), Eqs. (13) and (19). The KL is in bits and trains the variance only.
+
+        The network's mean is detached in it, and not clamped, as in Improved DDPM. x0, where known, replaces the KL of
+        t = 0 by the likelihood of 8-bit pixels.
+        """
+        C = x_t.shape[1]
+        mse = F.mse_loss(out[:, :C].float(), target, reduction='none').mean((1, 2, 3))
+        if out.shape[1] == C or lam == 0:
+            return {'loss': mse, 'mse': mse, 'vb': torch.zeros_like(mse)}
+        mean, logvar = self.mean_logvar(torch.cat([out[:, :C].detach(), out[:, C:]], dim=1), x_t, t, clip=False)
+        kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
+                    + (true_mean - mean) ** 2 * (-logvar).exp())
+        if x0 is not None:
+            kl = torch.where((t == 0).view(-1, 1, 1, 1), pixel_nll(x0, mean, logvar), kl)
+        vb = lam * self.T * kl.mean((1, 2, 3)) / math.log(2)
+        return {'loss': mse + vb, 'mse': mse, 'vb': vb}
+
+    def training_loss(self, out, x0, x_t, t, noise, lam=0.001):
+        """Training on images, Eqs. (9), (11), (13): a dict of (B,) tensors 'loss', 'mse', 'vb'."""
+        mean, var, _ = self.posterior(x0, x_t, t)
+        var = var.maximum(self.posterior(x0[:1], x0[:1], 1, 0)[1])
+        a, b = self.ab(t, x_t)
+        target = {'eps': noise, 'x0': x0, 'v': (a * noise - b * x0).to(x0), 'flow': noise - x0}[self.prediction]
+        return self.losses(out, target, x_t, mean, var.log().to(x_t), t, lam, x0)
+
+    def distill_loss(self, student_out, teacher_out, x_t, t, lam=0.001):
+        """Training on a teacher's output in this process's prediction, Eqs. (19)-(21); a dict as above."""
+        teacher_out = teacher_out.detach().float()
+        mean, logvar = self.mean_logvar(teacher_out, x_t, t)
+        return self.losses(student_out, teacher_out[:, :x_t.shape[1]], x_t, mean, logvar, t, lam)
+
+
+def pixel_nll(x, mean, logvar):
+    """-log of the Gaussian's mass in the 8-bit bin of x in [-1, 1] (Ho et al. 2020, Eq. (13)); the outer bins are open."""
+    def cdf(z):
+        return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    inv_std = (-0.5 * logvar).exp()
+    up = torch.where(x > 0.999, 1., cdf((x - mean + 1 / 255) * inv_std))
+    down = torch.where(x < -0.999, 0., cdf((x - mean - 1 / 255) * inv_std))
+    return -(up - down).clamp(min=1e-12).log()
+
+
+def guided(net, x_t, t, y=None, guidance=1.):
+    """The network's output under classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null).
+
+    One evaluation where guidance = 1 or there is no condition, else two. The variance is the conditional one.
+    """
+    if y is None or guidance == 1:
+        return net(x_t, t, y)
+    C = x_t.shape[1]
+    cond, null = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, -1)])).chunk(2)
+    return torch.cat([null[:, :C] + guidance * (cond - null)[:, :C], cond[:, C:]], dim=1)
+
+
+def sampling_steps(T, steps, sampler='ddpm'):
+    """Timesteps from T-1 down, as Improved DDPM ('ddpm': evenly with both ends) and DDIM (a fixed stride) space them."""
+    if not 1 <= steps <= T:
+        raise ValueError(f'{steps} sampling steps: from 1 to {T}')
+    if sampler == 'ddim':
+        return list(range(0, T, T // steps))[:steps][::-1]
+    return [round(i * (T - 1) / (steps - 1)) for i in range(steps)][::-1] if steps > 1 else [T - 1]
+
+
+@torch.inference_mode()
+def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, guidance=1., generator=None, eta=0.):
+    """Images (B, C, H, W), float32, from a network and its process.
+
+    shape_or_noise: (B, C, H, W), drawn with `generator` on the network's device; or the noise itself.
+    sampler: 'ddpm' (ancestral), 'ddim' (with `eta`) or 'dpm++' (diffusers' multistep solver, second order).
+    y: labels (B,), -1 for none. Raises ValueError for a number of steps that the process does not have.
+    """
+    device = next(net.parameters()).device
+    x = shape_or_noise if torch.is_tensor(shape_or_noise) else torch.randn(shape_or_noise, generator=generator,
+                                                                           device=device)
+    ts = sampling_steps(diffusion.T, steps, sampler)
+    if sampler == 'dpm++':
+        return sample_dpm(net, diffusion, x, ts, y, guidance)
+    for t, s in zip(ts, ts[1:] + [-1]):
+        tt = torch.full((len(x),), t, device=device)
+        out = guided(net, x, tt, y, guidance)
+        noise = torch.randn(x.shape, generator=generator, device=device) if sampler == 'ddpm' or eta else None
+        x = diffusion.ddpm_step(out, x, tt, s, noise) if sampler == 'ddpm' else \
+            diffusion.ddim_step(out, x, tt, s, eta, noise)
+    return x
+
+
+def sample_dpm(net, diffusion, x, ts, y, guidance):
+    """DPM-Solver++(2M). Any path a x_0 + b eps is a variance-preserving one after division by sqrt(a^2 + b^2)."""
+    from diffusers import DPMSolverMultistepScheduler
+    alpha_bar = diffusion.alpha_bar[:-1].clamp(min=1e-9)
+    betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+    scheduler = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), num_train_timesteps=diffusion.T,
+                                            prediction_type='sample', lower_order_final=True)
+    scheduler.set_timesteps(timesteps=ts)
+    norm = (diffusion.a ** 2 + diffusion.b ** 2).sqrt()
+    x = x / norm[ts[0]].to(x)
+    for t in scheduler.timesteps.tolist():
+        tt = torch.full((len(x),), t, device=x.device)
+        x_t = x * norm[t].to(x)
+        x0 = diffusion.predict_x0(guided(net, x_t, tt, y, guidance), x_t, tt)
+        x = scheduler.step(x0, t, x, return_dict=False)[0]
+    return x
+
+# ----------------------------------------------------------------------------------------------------------------
+# loading and saving
+# ----------------------------------------------------------------------------------------------------------------
+
+def die(message):
+    """One line on stderr and exit code 2: what was wrong and what would be right."""
+    print(f'{os.path.basename(sys.argv[0])}: {message}', file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def write_atomically(path, write):
+    """`write(temporary path)`, then rename: nobody sees half a file, and a failed write leaves nothing."""
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    tmp = os.path.join(folder, '.tmp-' + name)
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+
+
+def save_model(net, path, diffusion=None, half=False, state=None):
+    """A self-describing safetensors file: the weights (`state` in place of the net's own, e.g. the EMA; float16 if
+    `half`), and `net.config` and `diffusion.config` as JSON in the header."""
+    config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {})
+    state = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous()
+             for k, v in (state or net.state_dict()).items()}
+    write_atomically(path, lambda tmp: save_file(state, tmp, metadata={'config': json.dumps(config)}))
+
+
+def build(config):
+    """The network that a `net.config` describes."""
+    kw = {k: v for k, v in config.items() if k != 'class'}
+    return {'UNet': UNet, 'DiT': DiT, 'classifier': classifier}[config['class']](**kw)
+
+
+def read_weights(path):
+    """(state dict, header dict) of a .safetensors or a torch file. Code in a file is never run.
+
+    Raises ValueError with one line for a file that is missing, cut short or something else.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f'no file {path}')
+    try:
+        if path.endswith('.safetensors'):
+            with safe_open(path, 'pt') as f:
+                return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('config', '{}'))
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        if 'weights_only' in str(e) or 'Unsupported global' in str(e):
+            raise ValueError(f'{path} holds more than tensors, and loading that would run its code: save its '
+                             "state_dict alone, torch.save(checkpoint['state_dict'], ...), where you trust it") from None
+        raise ValueError(f'{path} cannot be read, it may be cut short or no checkpoint: '
+                         f'{str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}') from None
+    return state, {}
+
+
+def digest(net):
+    """Eight hexadecimal digits that name a network's weights."""
+    data = hashlib.sha256()
+    for v in net.state_dict().values():
+        data.update(v.detach().cpu().contiguous().numpy().tobytes())
+    return data.hexdigest()[:8]
+
+
+def load_state(net, state, path):
+    """load_state_dict(strict=True), its failure as one line."""
+    try:
+        net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=True)
+    except RuntimeError as e:
+        ours, theirs = net.state_dict(), state
+        odd = [k for k in [*ours, *theirs] if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape]
+        detail = f'{len(odd)} parameters differ, the first is {odd[0]}' if odd else str(e).splitlines()[0]
+        raise ValueError(f"{path} does not fit a {net.config['class']}: {detail}") from None
+    return net
+
+
+def unet_config(state):
+    """The architecture of an ADM or LDM U-Net, read off its shapes: all but the sizes of images and of heads."""
+    outputs = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('output_blocks.'))
+    # the first output block that also upsamples ends a level of num_res_blocks + 1
+    ups = [int(k.split('.')[1]) for k in state if k.startswith('output_blocks.') and k.split('.')[2] != '0'
+           and k.endswith(('.in_layers.0.weight', '.conv.weight'))]
+    num_res_blocks = min(ups, default=outputs - 1)
+    firsts = [f'input_blocks.{1 + level * (num_res_blocks + 1)}' for level in range(outputs // (num_res_blocks + 1))]
+    model_channels = state['time_embed.0.weight'].shape[1]
+    mults = [state[f'{f}.0.out_layers.3.weight'].shape[0] / model_channels for f in firsts]
+    return dict(in_channels=state['input_blocks.0.0.weight'].shape[1], out_channels=len(state['out.2.bias']),
+                model_channels=model_channels, num_res_blocks=num_res_blocks,
+                channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
+                downsampled_attention=[2 ** i for i, f in enumerate(firsts) if f'{f}.1.qkv.weight' in state],
+                use_scale_shift_norm=len(state[f'{firsts[0]}.0.emb_layers.1.bias']) == 2 * model_channels * mults[0],
+                resblock_updown='input_blocks.%d.0.op.weight' % (num_res_blocks + 1) not in state,
+                num_classes=len(state.get('label_emb.weight', ())))
+
+
+def load_denoiser(spec, **known):
+    """(net, diffusion) from one string: a file of ours (.safetensors), or an original ADM, DDPM-IP, DKDM, LDM or DiT
+    checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes.
+
+    known: what an original checkpoint does not say, where the defaults are not right: image_size; num_head_channels
+    (32) or num_heads, use_new_attention_order (ADM: True, LDM: False); num_heads of a DiT; schedule ('cosine' for
+    ADM, 'linear' for DiT, the checkpoint's own betas for LDM), steps, beta_range, prediction ('eps'), clip (pixels
+    True, latents False). The network is in eval mode and frozen. Raises ValueError with one line.
+    """
+    state, header = read_weights(spec)
+    if 'diffusion' in header:
+        net, diffusion = build(header['net']), Diffusion(**header['diffusion'])
+        return load_state(net, state, spec).eval().requires_grad_(False), diffusion
+    # LDM keeps the network, its EMA and the autoencoder in one dict; DiT its EMA beside the weights
+    state = state.get('ema', state.get('state_dict', state))
+    betas = state.get('betas')
+    if any(k.startswith('model.diffusion_model.') for k in state):
+        names = [k.removeprefix('model.') for k in state if k.startswith('model.diffusion_model.')]
+        state = {k.removeprefix('diffusion_model.'): state.get('model_ema.' + k.replace('.', ''), state['model.' + k])
+                 for k in names}
+    process = {k: known.pop(k) for k in ('schedule', 'steps', 'beta_range', 'prediction', 'clip') if k in known}
+    try:
+        if 'x_embedder.proj.weight' in state:
+            hidden, channels, patch, _ = state['x_embedder.proj.weight'].shape
+            config = dict(image_size=patch * math.isqrt(state['pos_embed'].shape[1]), patch_size=patch,
+                          in_channels=channels, hidden_size=hidden, num_heads=hidden // (72 if hidden == 1152 else 64),
+                          depth=1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.')),
+                          mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
+                          num_classes=len(state.get('y_embedder.embedding_table.weight', [0])) - 1,
+                          learn_sigma=len(state['final_layer.linear.bias']) == 2 * channels * patch ** 2)
+            net = DiT(**config | known)
+            process = dict(schedule='linear', learn_sigma=config['learn_sigma'], clip=False) | process
+        elif 'input_blocks.0.0.weight' in state:
+            config = unet_config(state)
+            latent = not config['resblock_updown'] and betas is not None
+            config |= dict(image_size=64 if latent else 32, use_new_attention_order=not latent) | known
+            config['attention_resolutions'] = tuple(config['image_size'] // ds
+                                                    for ds in config.pop('downsampled_attention'))
+            net = UNet(**config)
+            process = dict(schedule=betas.tolist() if latent else 'cosine', clip=not latent,
+                           learn_sigma=config['out_channels'] == 2 * config['in_channels']) | process
+        else:
+            raise ValueError('no keys of a U-Net (input_blocks...) or DiT (x_embedder...) in it')
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f'{spec} is no denoiser that this code knows: {str(e).splitlines()[0]}') from None
+    return load_state(net, state, spec).eval().requires_grad_(False), Diffusion(**process)
+
+
+def load_classifier(spec):
+    """A frozen classifier in eval mode from a file of ours, or from a CIFAR ResNet state dict (.th, .pt) as people
+    publish them: keys with or without `module.`, either shortcut, images normalised as ImageNet's.
+
+    Raises ValueError with one line.
+    """
+    state, header = read_weights(spec)
+    if header.get('net', {}).get('class') == 'classifier':
+        return load_state(build(header['net']), state, spec).eval().requires_grad_(False)
+    state = {k.removeprefix('module.'): v for k, v in state.get('state_dict', state).items()}
+    blocks = [k.split('.')[:2] for k in state if k.startswith('layer') and k.endswith('.conv1.weight')]
+    if header or not blocks or 'layer4.0.conv1.weight' in state or 'conv1.weight' not in state:
+        raise ValueError(f'{spec} is no classifier that this code knows: save it with save_model, or give the '
+                         'state dict of a CIFAR ResNet of depth 6n+2')
+    state = {k.replace('linear.', 'fc.'): v for k, v in state.items()}
+    net = classifier(f'resnet{2 * len(blocks) + 2}', len(state['fc.bias']), in_channels=state['conv1.weight'].shape[1],
+                     width=len(state['conv1.weight']), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+                     shortcut='conv' if 'layer2.0.downsample.0.weight' in state else 'pad')
+    return load_state(net, state, spec).eval().requires_grad_(False)
+
+
+def load_images(spec, train=True):
+    """(images uint8 (N, C, H, W), labels int64 (N,) or None) from one string.
+
+    An ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards; a folder of images, in one
+    subfolder per class or none; or the name of a torchvision dataset (mnist, fashionmnist, cifar10, cifar100, svhn,
+    celeba, ...), downloaded to ./data; `train` picks its split. Raises ValueError with one line.
+    """
+    if spec.endswith('.npz'):
+        return load_npz(spec)
+    if os.path.isdir(spec):
+        shards = sorted(f for f in os.listdir(spec) if f.endswith('.npz'))
+        parts = [load_npz(os.path.join(spec, f)) for f in shards] or [load_image_folder(spec)]
+        if len({p[0].shape[1:] for p in parts}) > 1 or len({p[1] is None for p in parts}) > 1:
+            raise ValueError(f'{spec}: its shards differ in image size, channels or labels')
+        return torch.cat([p[0] for p in parts]), None if parts[0][1] is None else torch.cat([p[1] for p in parts])
+    import torchvision
+    names = {n.lower(): n for n in torchvision.datasets.__all__}
+    if spec.lower() not in names or os.sep in spec:
+        raise ValueError(f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or cifar10')
+    make, root = getattr(torchvision.datasets, names[spec.lower()]), 'data'
+    try:
+        try:
+            data = make(root, train=train, download=True)
+        except TypeError:
+            data = make(root, split='train' if train else 'test', download=True)
+    except Exception as e:
+        raise ValueError(f'{spec} could not be downloaded to {root}/: {str(e).strip().splitlines()[0]}') from None
+    return stack_images(data, spec)
+
+
+def read_npz(path):
+    """All arrays of an .npz, none of them unpickled. Raises ValueError with one line."""
+    try:
+        with np.load(path) as z:
+            return dict(z)
+    except Exception as e:
+        raise ValueError(f'{path} cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}') from None
+
+
+def load_npz(path):
+    arrays = read_npz(path)
+    if 'arr_0' not in arrays:
+        raise ValueError(f"{path} has no 'arr_0' (uint8, N x H x W x C), only {', '.join(arrays) or 'nothing'}")
+    images, labels = arrays['arr_0'], arrays.get('arr_1')
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise ValueError(f"{path}: 'arr_0' must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu'):
+        raise ValueError(f"{path}: 'arr_1' must be {len(images)} integer labels; it is {labels.dtype}, {labels.shape}")
+    labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+
+
+def load_image_folder(spec):
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, default_loader
+    try:
+        return stack_images(ImageFolder(spec), spec)
+    except FileNotFoundError:                                                  # no subfolders: images without labels
+        files = [f for f in sorted(os.listdir(spec)) if f.lower().endswith(IMG_EXTENSIONS)]
+        return stack_images([(default_loader(os.path.join(spec, f)), None) for f in files], spec)
+
+
+def stack_images(data, spec):
+    """A list of (PIL image, label) pairs as tensors. Grey images that were stored as RGB stay RGB."""
+    images, labels = [], []
+    for image, label in data:
+        images.append(np.asarray(image))
+        labels.append(label)
+    if not images:
+        raise ValueError(f'no images in {spec}')
+    if len({i.shape for i in images}) > 1:
+        raise ValueError(f'{spec}: its images differ in size ({images[0].shape[:2]} and others); resize them first')
+    images = torch.from_numpy(np.stack(images).reshape(len(images), *images[0].shape[:2], -1)).permute(0, 3, 1, 2)
+    return images.contiguous(), torch.tensor(labels) if isinstance(labels[0], int) else None
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float in [-1, 1] -> uint8."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(path, images, columns):
+    """A PNG of images (B, C, H, W) in [-1, 1], in rows of `columns`."""
+    from torchvision.utils import save_image
+    write_atomically(path, lambda tmp: save_image((images.float().cpu().clamp(-1, 1) + 1) / 2, tmp, nrow=columns))
+
+# ----------------------------------------------------------------------------------------------------------------
+# running
+# ----------------------------------------------------------------------------------------------------------------
+
+def start(device='auto', dtype='auto', seed=0):
+    """(device, autocast, rank, world) of this process, alone or under torchrun (NCCL on GPUs, gloo on CPUs).
+
+    autocast is a context for the networks' forward passes: bfloat16 or none.
+    """
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(device, local) if device == 'cuda' and world > 1 else torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        die(f"device={device} is not to be had here: {str(e).splitlines()[0]}; 'auto' takes what there is")
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        die(f"dtype={dtype}: 'auto', 'float32' or 'bfloat16'")
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    torch.manual_seed(seed)                                                    # the same weights on every rank
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16'), rank, world
+
+
+def memory_format(device):
+    """channels_last for the convolutions of GPUs; on CPUs it is the slower one."""
+    return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
+
+
+def on_all(fn, value, device):
+    """`fn` (e.g. dist.ReduceOp.MAX) of a number over all ranks; the number itself where there is one."""
+    if not dist.is_initialized():
+        return value
+    value = torch.tensor(float(value), device=device)
+    dist.all_reduce(value, fn)
+    return value.item()
+
+
+def check_memory(size, device, what, remedy):
+    """Raises ValueError where `what`, of `size` bytes on every rank, cannot fit."""
+    if device.type == 'cuda':
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if size > free:
+        raise ValueError(f'{what} needs {size / 2 ** 20:,.0f} MB, there are {free / 2 ** 20:,.0f} MB: {remedy}')
+
+
+def stop_flag():
+    """A list that is empty until Ctrl-C or SIGTERM: the loop then saves before it leaves."""
+    flag = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: flag.append(True))
+    return flag
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay, step):
+    """ema <- decay ema + (1 - decay) net, with a shorter memory in the first steps: (1 + step) / (10 + step)."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
+    for b_ema, b in zip(ema.buffers(), net.buffers()):
+        b_ema.copy_(b)
+
+
+def random_state(device):
+    """This rank's generators, for a checkpoint."""
+    return {'cpu': torch.get_rng_state()} | ({'cuda': torch.cuda.get_rng_state()} if device.type == 'cuda' else {})
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state['cpu'])
+    if device.type == 'cuda':
+        torch.cuda.set_rng_state(state['cuda'])
+
+
+def save_checkpoint(out_dir, step, shared, own, rank):
+    """What all ranks share (written by rank 0) and what this rank alone has. A run that is killed at any moment finds
+    the last complete set: `ckpt.pt` is renamed into place after all ranks have written, and names their step."""
+    mine = os.path.join(out_dir, f'ckpt_{step}_rank{rank}.pt')
+    write_atomically(mine, lambda tmp: torch.save(own, tmp))
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared | {'step': step}, tmp))
+    if dist.is_initialized():
+        dist.barrier()
+    for f in os.listdir(out_dir):
+        if f.startswith('ckpt_') and f.endswith(f'_rank{rank}.pt') and f != os.path.basename(mine):
+            os.remove(os.path.join(out_dir, f))
+
+
+def load_checkpoint(out_dir, rank):
+    """(shared, own) of the last complete checkpoint. Raises ValueError with one line."""
+    shared, _ = read_weights(os.path.join(out_dir, 'ckpt.pt'))
+    own, _ = read_weights(os.path.join(out_dir, f"ckpt_{shared['step']}_rank{rank}.pt"))
+    return shared, own
+
+
+class Log:
+    """`log.csv`, a row per call; a resumed run continues after the checkpoint's step. Rank 0 only."""
+
+    def __init__(self, path, step=0):
+        rows = []
+        if step and os.path.exists(path):
+            with open(path, newline='') as f:
+                rows = [r for r in csv.DictReader(f) if int(r['step']) <= step]
+        self.path, self.writer, self.file = path, None, open(path, 'w', newline='')
+        for r in rows:
+            self(**r)
+
+    def __call__(self, **row):
+        if self.writer is None:
+            self.writer = csv.DictWriter(self.file, row)
+            self.writer.writeheader()
+        self.writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
