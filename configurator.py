@@ -34,12 +34,14 @@ if '--help' in sys.argv[1:] or '-h' in sys.argv[1:]:
     print((__doc__ or '').strip() + '\n')
     with open(sys.argv[0], encoding='utf-8') as _f:
         for _line in _f.read().split('configurator.py')[0].splitlines():
-            _key = _line.split('=')[0].strip()
-            if _key in _defaults and not _line.startswith(' '):
-                _value, _, _comment = _line.partition('#')
-                print(f'--{_value.strip():<44} {_comment.strip()}')
+            _assignment, _, _comment = _line.partition('#')
+            _key, _, _value = (p.strip() for p in _assignment.partition('='))
+            if _key in _defaults:
+                print(f'--{_key + "=" + _value:<50} {_comment.strip()}')
             elif _line.startswith('# '):
                 print(f'\n{_line}')
+            elif _line.startswith(' ') and _line.strip().startswith('# '):     # the comment goes on
+                print(' ' * 53 + _comment.strip())
     sys.exit(0)
 
 for _arg in sorted(sys.argv[1:], key=lambda a: a.startswith('--')):            # files first, then --key=value

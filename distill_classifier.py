@@ -35,6 +35,8 @@ dtype = 'auto'               # 'auto', 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -83,12 +85,12 @@ opt = torch.optim.SGD(groups, lr, momentum=0.9) if optimizer == 'sgd' else torch
 model = torch.compile(net) if compile else net
 if world > 1:
     model = torch.nn.parallel.DistributedDataParallel(model)
-epoch, best = 0, 0.
+epoch = 0
 if checkpoint:
     shared, own = checkpoint
     net.load_state_dict(shared['net'])
     opt.load_state_dict(shared['opt'])
-    epoch, best = shared['step'], shared['best']
+    epoch = shared['step']
     M.set_random_state(own, device)
 os.makedirs(out_dir, exist_ok=True)
 log = M.Log(os.path.join(out_dir, 'log.csv'), epoch) if rank == 0 else None
@@ -135,7 +137,7 @@ while epoch < epochs:
         done = epoch + i / steps_per_epoch
         scale = min(1., (done + 1 / steps_per_epoch) / warmup_epochs) if warmup_epochs else 1.
         for g in opt.param_groups:
-            g['lr'] = lr * scale * 0.5 * (1 + torch.cos(torch.tensor(done / epochs * torch.pi)).item())
+            g['lr'] = lr * scale * 0.5 * (1 + math.cos(math.pi * done / epochs))
         x, y = augment(M.to_float(images[idx])), labels[idx].to(device)
         with autocast:
             logits = model(M.preprocess(net, x.to(device, memory_format=M.memory_format(device))))
@@ -159,7 +161,7 @@ while epoch < epochs:
         log(step=epoch, loss=total / steps_per_epoch, test_accuracy=acc, lr=opt.param_groups[0]['lr'],
             seconds=time.time() - t0)
         M.save_model(net, os.path.join(out_dir, 'student.safetensors'))
-    M.save_checkpoint(out_dir, epoch, {'net': net.state_dict(), 'opt': opt.state_dict(), 'best': best},
+    M.save_checkpoint(out_dir, epoch, {'net': net.state_dict(), 'opt': opt.state_dict()},
                       M.random_state(device), rank)
 if rank == 0:
     print(f'classifier: {out_dir}/student.safetensors' if epoch else 'stopped before the first epoch was complete')

@@ -78,6 +78,7 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
 
 import copy
+import math
 
 import numpy as np
 import torch
@@ -101,7 +102,8 @@ for wrong, message in [
         (min(max_steps, batch_size, grad_accum, synthetic_images, log_every, save_every) < 1,
          'max_steps, batch_size, grad_accum, synthetic_images, log_every and save_every: at least 1'),
         (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
-        (real_fraction and not data, f'real_fraction={real_fraction} needs real images: --data=...')]:
+        (real_fraction and (method != 'synthetic' or not data),
+         f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'")]:
     if wrong:
         M.die(message)
 device, autocast, rank, world = M.start(device, dtype, seed)
@@ -112,7 +114,7 @@ micro_batch = batch_size // world // grad_accum                                #
 
 # ---- teacher, images, student ----
 try:
-    images = labels = checkpoint = None
+    checkpoint = None
     if method != 'data':
         net_T, diffusion_T = M.load_denoiser(teacher, **teacher_config)
         net_T = net_T.to(device, memory_format=M.memory_format(device))
@@ -125,17 +127,18 @@ try:
             raise ValueError(f'guidance={guidance}: {teacher} has no classes to be guided to')
         if method == 'synthetic' and not diffusion_T.clip:
             raise ValueError("method='synthetic' stores images, and this teacher makes latents: method='dynamic' takes both")
-    if data or synthetic:
-        images, labels = M.load_images(synthetic or data)
-        if images.shape[2] != images.shape[3] or method != 'data' and images.shape[1:] != (C, H, H):
-            raise ValueError(f'{synthetic or data}: its images are {tuple(images.shape[1:])}; '
-                             + ('square ones are needed' if method == 'data' else f'the teacher makes {(C, H, H)}'))
     if method == 'data':
-        C, H = images.shape[1:3]
-        if class_cond and labels is None:
-            raise ValueError(f"class_cond=True: {data} has no labels ('arr_1', or a subfolder per class)")
-        num_classes = int(labels.max()) + 1 if class_cond else 0
+        sets = {data: M.load_images(data)}
+        C, H = sets[data][0].shape[1:3]
+        num_classes = int(sets[data][1].max()) + 1 if class_cond and sets[data][1] is not None else int(class_cond)
         process = dict(schedule=schedule, steps=T)
+    else:
+        sets = {s: M.load_images(s) for s in (synthetic, data if real_fraction else '') if s and method == 'synthetic'}
+    for spec, (images, labels) in sets.items():
+        if images.shape[1:] != (C, H, H):
+            raise ValueError(f'{spec}: its images are {tuple(images.shape[1:])}, {(C, H, H)} are wanted')
+        if num_classes and (labels is None or labels.max() >= num_classes):
+            raise ValueError(f"{spec} needs labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)")
     prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
     diffusion = M.Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
     if student == 'unet':
@@ -150,7 +153,9 @@ try:
     pool_bytes = pool_size * C * H * H * torch.finfo(getattr(torch, pool_dtype)).bits // 8
     M.check_memory(pool_bytes, device, f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype}',
                    'a smaller --rho or --batch_size, a larger --stride, or --pool_dtype=float16')
-    if init_from == 'resume':
+    if init_from == 'resume' and os.path.isdir(out_dir) and not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        print(f'{out_dir} has no checkpoint yet: from the beginning')
+    elif init_from == 'resume':
         checkpoint = shared, own = M.load_checkpoint(out_dir, rank)
         M.load_state(net, shared['net'], out_dir)
         if walks and len(own['pool'][1]) != pool_size:
@@ -206,7 +211,8 @@ def shuffle_denoise():
     levels = torch.linspace(T - 1, -1, warmup_steps + 1).round().long().tolist()
     evaluations = 0
     for t, s in tqdm(list(zip(levels, levels[1:])), desc='filling the pool', disable=rank > 0, leave=False):
-        for idx in (goal < t).nonzero()[:, 0].split(batch_size):
+        walking = (goal < t).nonzero()[:, 0]
+        for idx in walking.split(batch_size) if len(walking) else ():
             x_t, y = pool_x[idx].float(), None if pool_y is None else pool_y[idx]
             pool_t[idx] = goal[idx].clamp(min=s)
             out = teacher_eval(x_t, torch.full_like(idx, t), y)
@@ -242,19 +248,15 @@ elif walks:
     pool_t = torch.full((pool_size,), T - 1, device=device)
     pool_y = draw_labels(pool_size)
     evaluations = shuffle_denoise()
-elif method == 'synthetic':
-    real, real_labels = images, labels
-    if not synthetic:
-        images, labels = make_synthetic(synthetic_images // world)
-        evaluations = len(images) * synthetic_steps
-    if real_fraction:
-        g, n = torch.Generator().manual_seed(seed), round(real_fraction * len(images))
-        if synthetic:
-            real, real_labels = M.load_images(data)
-        picked = torch.randperm(len(real), generator=g)[:n]
+else:
+    images, labels = sets.get(data if method == 'data' else synthetic) or make_synthetic(synthetic_images // world)
+    if method == 'synthetic':
+        evaluations = 0 if synthetic else len(images) * synthetic_steps
+    if real_fraction:                                                          # Data-Limited Training
+        real, real_labels = sets[data]
+        picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed + rank))[:round(real_fraction * len(images))]
         images = torch.cat([images[:len(images) - len(picked)], real[picked]])
         labels = torch.cat([labels[:len(labels) - len(picked)], real_labels[picked]]) if num_classes else None
-if not walks:
     images, labels = images.to(device), labels.to(device) if num_classes else None
 
 
@@ -300,23 +302,23 @@ def image_batch(n):
 
 
 # ---- results on disk ----
-def save(step, samples=True):
-    """student.safetensors (the EMA), the checkpoint, and pictures: each row of the teacher's above the student's."""
-    if rank == 0:
-        M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion)
-        if samples:
-            g = torch.Generator(device).manual_seed(seed)
-            noise = torch.randn(36, C, H, H, generator=g, device=device)
-            y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
-            with autocast:
-                rows = M.sample(net_ema, diffusion, noise, sample_steps, 'ddim', y).split(12)
-                if method != 'data':
-                    rows_T = M.sample(net_T, diffusion_T, noise, sample_steps, 'ddim', y, guidance).split(12)
-                    rows = [r for pair in zip(rows_T, rows) for r in pair]
-            M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat(list(rows)), 12)
-    M.save_checkpoint(out_dir, step,
-                      {'net': net.state_dict(), 'ema': net_ema.state_dict(), 'opt': opt.state_dict(), 'evaluations': evaluations},
-                      {'pool': (pool_x, pool_t, pool_y), 'random': M.random_state(device), 'weights': M.digest(net)}, rank)
+def save_result():
+    """student.safetensors (the EMA) and samples.png, each row of the teacher's above the student's from the same noise."""
+    M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion)
+    noise = torch.randn(36, C, H, H, generator=torch.Generator(device).manual_seed(seed), device=device)
+    y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
+    with autocast:
+        rows = M.sample(net_ema, diffusion, noise, sample_steps, 'ddim', y).split(12)
+        if method != 'data':
+            rows_T = M.sample(net_T, diffusion_T, noise, sample_steps, 'ddim', y, guidance).split(12)
+            rows = [r for pair in zip(rows_T, rows) for r in pair]
+    M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat(list(rows)), 12)
+
+
+def save_checkpoint():
+    shared = {'net': net.state_dict(), 'ema': net_ema.state_dict(), 'opt': opt.state_dict(), 'evaluations': evaluations}
+    own = {'pool': (pool_x, pool_t, pool_y), 'random': M.random_state(device), 'weights': M.digest(net)}
+    M.save_checkpoint(out_dir, step, shared, own, rank)
 
 
 if checkpoint:
@@ -324,6 +326,8 @@ if checkpoint:
     net_ema.load_state_dict(shared['ema'])
     opt.load_state_dict(shared['opt'])
     M.set_random_state(own['random'], device)
+elif walks:
+    save_checkpoint()                                                          # the warm-up is not to be lost
 if rank == 0:
     log = M.Log(os.path.join(out_dir, 'log.csv'), step)
     if wandb:
@@ -341,7 +345,7 @@ sums, count = torch.zeros(3), 0
 while step < max_steps:
     scale = min(1., (step + 1) / max(1, lr_warmup))
     if lr_decay:
-        scale *= 0.5 * (1 + np.cos(np.pi * step / max_steps))
+        scale *= 0.5 * (1 + math.cos(math.pi * step / max_steps))
     opt.param_groups[0]['lr'] = lr * scale
     if walks:
         # B_j^s: any batch of the pool (Alg. 1, line 4); the other methods have no other
@@ -354,7 +358,7 @@ while step < max_steps:
         sums += torch.tensor([losses[k].detach().mean().item() for k in ('loss', 'mse', 'vb')])
         count += 1
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf')).item()
-    if not np.isfinite(norm):                                                  # the same on all ranks: gradients are shared
+    if not math.isfinite(norm):                                                  # the same on all ranks: gradients are shared
         M.die(f'step {step}: the loss or its gradient is not finite; nothing of it reached the weights. Try a smaller '
               f'--lr (now {lr * scale:.2g}); --init_from=resume goes on from the last checkpoint')
     opt.step()
@@ -375,7 +379,9 @@ while step < max_steps:
         sums.zero_()
         count = 0
     if step % save_every == 0 or step == max_steps or leaving:
-        save(step, samples=not leaving)
+        if rank == 0:
+            save_result()
+        save_checkpoint()
     if leaving:
         break
 bar.close()

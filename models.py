@@ -189,8 +189,10 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.model_channels))
         if self.num_classes and y is not None:
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
-        h, skips = F.pixel_unshuffle(x, self.patch_size), []
-        for block in self.input_blocks:
+        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 would round small noise on x_t away
+            h = self.input_blocks[0](F.pixel_unshuffle(x, self.patch_size), emb)
+        skips = [h]
+        for block in self.input_blocks[1:]:
             h = block(h, emb)
             skips.append(h)
         h = self.middle_block(h, emb)
@@ -268,7 +270,8 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y=None):
         B, p = len(x), self.patch_size
-        h = self.x_embedder['proj'](x)
+        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 would round small noise on x_t away
+            h = self.x_embedder['proj'](x)
         grid = h.shape[-1]
         h = h.flatten(2).transpose(1, 2) + self.pos_embed                      # (B, grid*grid, hidden)
         c = self.t_embedder['mlp'](timestep_embedding(t, 256))
@@ -525,8 +528,10 @@ class Diffusion:
     def ab(self, t, like):
         """(a_t, b_t) in float64 (MPS has no such), shaped to broadcast against images."""
         t = torch.as_tensor(t, device=like.device).expand(len(like))
-        dtype = torch.float32 if like.device.type == 'mps' else torch.float64
-        return (v.to(like.device, dtype)[t].view(-1, 1, 1, 1) for v in (self.a, self.b))
+        if self.a.device != like.device:
+            dtype = torch.float32 if like.device.type == 'mps' else torch.float64
+            self.a, self.b = self.a.to(like.device, dtype), self.b.to(like.device, dtype)
+        return self.a[t].view(-1, 1, 1, 1), self.b[t].view(-1, 1, 1, 1)
 
     def q_sample(self, x0, t, noise):
         """x_t ~ q(x_t | x_0), Eq. (4)."""
@@ -692,7 +697,7 @@ def sample_dpm(net, diffusion, x, ts, y, guidance):
     scheduler = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), num_train_timesteps=diffusion.T,
                                             prediction_type='sample', lower_order_final=True)
     scheduler.set_timesteps(timesteps=ts)
-    norm = (diffusion.a ** 2 + diffusion.b ** 2).sqrt()
+    norm = (diffusion.a ** 2 + diffusion.b ** 2).sqrt().cpu()
     x = x / norm[ts[0]].to(x)
     for t in scheduler.timesteps.tolist():
         tt = torch.full((len(x),), t, device=x.device)
@@ -954,9 +959,10 @@ def to_uint8(images):
 
 
 def save_grid(path, images, columns):
-    """A PNG of images (B, C, H, W) in [-1, 1], in rows of `columns`."""
+    """A PNG of images (B, C, H, W) in [-1, 1], in rows of `columns`; small ones are enlarged to about 64 pixels."""
     from torchvision.utils import save_image
-    write_atomically(path, lambda tmp: save_image((images.float().cpu().clamp(-1, 1) + 1) / 2, tmp, nrow=columns))
+    images = F.interpolate(images.float().cpu().clamp(-1, 1), scale_factor=float(max(1, 64 // images.shape[-1])))
+    write_atomically(path, lambda tmp: save_image((images + 1) / 2, tmp, nrow=columns, padding=4))
 
 # ----------------------------------------------------------------------------------------------------------------
 # running

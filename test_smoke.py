@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -282,6 +283,12 @@ def run(*args, cwd, ranks=0, ok=True, env=None):
     return p.stderr
 
 
+def at_once(fn, cases):
+    """Two processes at a time: most of a small run is importing torch."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(fn, cases))
+
+
 SMALL = ['--model_channels=8', '--num_head_channels=8', '--channel_mult=(1,1)', '--attention_resolutions=(4,)',
          '--batch_size=8', '--max_steps=6', '--save_every=2', '--log_every=1', '--sample_steps=2']
 
@@ -309,23 +316,27 @@ def losses(folder):
     return rows['loss']
 
 
-@pytest.mark.parametrize('args', [
+METHODS = [
     ['--method=dynamic', '--stride=10', '--pool_dtype=float16'], ['--method=dynamic', '--stride=1', '--rho=0.02'],
     ['--method=shuffled', '--stride=10', '--grad_accum=2'], ['--method=iterative', '--stride=10'],
     ['--method=synthetic', '--synthetic_images=16', '--synthetic_steps=3', '--real_fraction=0.25', '--data=images.npz'],
     ['--method=synthetic', '--synthetic=images.npz', '--student_prediction=teacher'],
     ['--method=data', '--data=images.npz', '--class_cond=True', '--uncond_prob=0.2', '--flip=True', '--T=50'],
     ['--student=dit', '--hidden_size=16', '--depth=1', '--num_heads=2', '--student_prediction=eps', '--stride=10'],
-    ['--teacher=classes.safetensors', '--guidance=2.0', '--uncond_prob=0.1', '--stride=10', '--student_prediction=flow']],
-    ids=lambda a: ' '.join(a[:2]))
-def test_every_method(args, tiny, tmp_path):
-    out = run('dkdm.py', '--teacher=teacher.safetensors', *SMALL, *args, f'--out_dir={tmp_path}/o', cwd=tiny)
-    assert f'{tmp_path}/o/student.safetensors' in out and 'eval_fid.py' in out
-    assert len(losses(tmp_path / 'o')) == 6 and np.isfinite(losses(tmp_path / 'o')).all()
-    net, diffusion = M.load_denoiser(f'{tmp_path}/o/student.safetensors')
-    assert net.num_classes == (4 if 'classes' in str(args) or 'class_cond' in str(args) else 0)
-    assert os.path.getsize(tmp_path / 'o/samples.png') > 0
-    assert not [f for f in os.listdir(tmp_path / 'o') if f.startswith('.tmp')]
+    ['--teacher=classes.safetensors', '--guidance=2.0', '--uncond_prob=0.1', '--stride=10', '--student_prediction=flow']]
+
+
+def test_every_method(tiny, tmp_path):
+    def one(i):
+        out_dir = tmp_path / str(i)
+        out = run('dkdm.py', '--teacher=teacher.safetensors', *SMALL, *METHODS[i], f'--out_dir={out_dir}', cwd=tiny)
+        assert f'{out_dir}/student.safetensors' in out and 'eval_fid.py' in out
+        assert len(losses(out_dir)) == 6 and np.isfinite(losses(out_dir)).all()
+        net, _ = M.load_denoiser(f'{out_dir}/student.safetensors')
+        assert net.num_classes == (4 if 'classes' in str(METHODS[i]) or 'class_cond' in str(METHODS[i]) else 0)
+        assert os.path.getsize(out_dir / 'samples.png') > 0
+        assert not [f for f in os.listdir(out_dir) if f.startswith('.tmp')]
+    at_once(one, range(len(METHODS)))
 
 
 def test_the_pool_stays_uniform_and_finished_images_leave(tiny, tmp_path):
@@ -354,7 +365,7 @@ def test_killed_and_resumed_is_bit_for_bit(ranks, tiny, tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
     p = subprocess.Popen([*launch, os.path.join(ROOT, args[0]), *args[1:], f'--out_dir={tmp_path}/cut'], cwd=tiny, start_new_session=True,
                          stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    while not os.path.exists(tmp_path / 'cut/ckpt.pt'):
+    while not (os.path.exists(tmp_path / 'cut/ckpt.pt') and M.load_checkpoint(tmp_path / 'cut', 0)[0]['step']):
         assert p.poll() is None
         time.sleep(0.01)
     os.killpg(p.pid, signal.SIGKILL)
@@ -381,6 +392,15 @@ def test_two_ranks_share_the_pool_and_agree(tiny, tmp_path):
     assert all(len(p[1]) == 4 * 8 // 2 for p in pools) and not torch.equal(pools[0][0], pools[1][0])
     digests = [M.load_checkpoint(str(tmp_path), r)[1]['weights'] for r in range(2)]
     assert digests[0] == digests[1]
+
+
+def test_two_nodes(tiny, tmp_path):
+    args = [os.path.join(ROOT, 'dkdm.py'), '--teacher=teacher.safetensors', *SMALL, '--stride=10', f'--out_dir={tmp_path}']
+    nodes = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
+                               '--rdzv_endpoint=localhost:29533', *args], cwd=tiny, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                              stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [p.wait(120) for p in nodes] == [0, 0]
+    assert len({M.load_checkpoint(str(tmp_path), r)[1]['weights'] for r in range(2)}) == 1 and len(losses(tmp_path)) == 6
 
 
 def test_classifier_and_frechet_distance(tiny, tmp_path):
@@ -413,7 +433,7 @@ def bad(tiny):
     return tiny
 
 
-@pytest.mark.parametrize('args, words', [
+BAD = [
     (['--roh=0.4'], "did you mean 'rho'"), (['--rho=high'], 'rho is float'), (['--compile=1'], 'compile is bool'),
     (['--channel_mult=2'], 'channel_mult is tuple'), (['nothing.py'], 'no config file'), (['--rho'], '--key=value'),
     (['config.py'], 'rho is float'), (['--method=magic'], "'dynamic'"), (['--rho=0.0'], 'above 0'), (['--stride=200'], 'T=100'),
@@ -423,28 +443,34 @@ def bad(tiny):
     (['--method=data'], '--data'), (['--method=data', '--data=no_arr.npz'], "no 'arr_0'"), (['--method=data', '--data=nowhere'], 'nowhere'),
     (['--method=synthetic', '--synthetic=big.npz'], '(1, 16, 16)'), (['--guidance=2.0'], 'no classes'),
     (['--num_head_channels=3'], 'attention heads'), (['--patch_size=3'], 'patches of 3'), (['--init_from=resume'], 'ckpt.pt'),
-    (['--device=tpu9'], 'device'), (['--student=dit', '--hidden_size=30'], 'hidden_size'), (['--lr=1e30', '--lr_warmup=0', '--max_steps=50'], 'not finite')],
-    ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
-def test_bad_input(args, words, bad, tmp_path):
-    err = run('dkdm.py', '--teacher=teacher.safetensors', *SMALL, '--save_every=1', '--grad_clip=0.0', '--stride=10', *args, f'--out_dir={tmp_path}/o',
-              cwd=bad, ok=False)
-    assert words in err
-    if 'not finite' in words:
-        state = M.load_checkpoint(f'{tmp_path}/o', 0)[0]['net']                # the last good checkpoint is intact
-        assert all(v.isfinite().all() for v in state.values())
-    else:
-        assert not os.path.exists(tmp_path / 'o')
-
-
-@pytest.mark.parametrize('args, words', [
+    (['--device=tpu9'], 'device'), (['--student=dit', '--hidden_size=30'], 'hidden_size'), (['--lr=1e30', '--lr_warmup=0', '--max_steps=50'], 'not finite')]
+BAD_OTHERS = [
     (['eval_fid.py', '--models=missing.safetensors'], 'no file'), (['eval_fid.py', '--models=big.npz'], '3 channels'),
     (['eval_fid.py'], 'nothing to measure'), (['eval_fid.py', '--models=teacher.safetensors', '--steps=500'], 'from 1 to 100'),
-    (['distill_classifier.py', '--data=big.npz'], 'no labels'), (['distill_classifier.py', '--data=images.npz', '--student=resnet7'], 'resnet7')],
-    ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
-def test_bad_input_of_the_others(args, words, bad, tmp_path):
-    common = ['--reference=images.npz', '--features=classifier.safetensors'] if args[0] == 'eval_fid.py' else []
-    assert words in run(*args, *common, f'--out_dir={tmp_path}/o', cwd=bad, ok=False)
-    assert not os.path.exists(tmp_path / 'o')
+    (['distill_classifier.py', '--data=big.npz'], 'no labels'), (['distill_classifier.py', '--data=images.npz', '--student=resnet7'], 'resnet7')]
+
+
+def test_bad_input(bad, tmp_path):
+    def one(case):
+        i, (args, words) = case
+        err = run('dkdm.py', '--teacher=teacher.safetensors', *SMALL, '--save_every=1', '--grad_clip=0.0', '--stride=10', *args,
+                  f'--out_dir={tmp_path}/{i}', cwd=bad, ok=False)
+        assert words in err, (args, err)
+        if 'not finite' in words:
+            state = M.load_checkpoint(f'{tmp_path}/{i}', 0)[0]['net']          # the last good checkpoint is intact
+            assert all(v.isfinite().all() for v in state.values())
+        else:
+            assert not os.path.exists(tmp_path / str(i)), args
+    at_once(one, enumerate(BAD))
+
+
+def test_bad_input_of_the_others(bad, tmp_path):
+    def one(case):
+        args, words = case
+        common = ['--reference=images.npz', '--features=classifier.safetensors'] if args[0] == 'eval_fid.py' else []
+        err = run(*args, *common, f'--out_dir={tmp_path}/o', cwd=bad, ok=False)
+        assert words in err and not os.path.exists(tmp_path / 'o'), (args, err)
+    at_once(one, BAD_OTHERS)
 
 
 # ---- what the repository ships ----
@@ -454,10 +480,11 @@ def test_help(script, tmp_path):
     assert '--out_dir' in out and '--seed' in out and len(out.splitlines()) > 15
 
 
-@pytest.mark.parametrize('name', sorted(f for f in os.listdir(os.path.join(ROOT, 'config')) if f.startswith('dkdm_') and 'mnist' not in f))
-def test_paper_configs_say_where_the_teacher_is(name, tmp_path):
-    err = run('dkdm.py', os.path.join(ROOT, 'config', name), cwd=tmp_path, ok=False)
-    assert 'github.com' in err and not os.listdir(tmp_path)
+def test_paper_configs_say_where_the_teacher_is(tmp_path):
+    def one(name):
+        err = run('dkdm.py', os.path.join(ROOT, 'config', name), cwd=tmp_path, ok=False)
+        assert 'github.com' in err and not os.listdir(tmp_path), err
+    at_once(one, [f'dkdm_{n}.py' for n in ('cifar10', 'celeba64', 'imagenet32', 'celebahq256_ldm', 'ffhq256_ldm')])
 
 
 def test_bundled_models(tmp_path):
