@@ -729,12 +729,10 @@ def write_atomically(path, write):
             os.remove(tmp)
 
 
-def save_model(net, path, diffusion=None, half=False, state=None):
-    """A self-describing safetensors file: the weights (`state` in place of the net's own, e.g. the EMA; float16 if
-    `half`), and `net.config` and `diffusion.config` as JSON in the header."""
+def save_model(net, path, diffusion=None):
+    """A self-describing safetensors file: the weights, and `net.config` and `diffusion.config` as JSON in the header."""
     config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {})
-    state = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous()
-             for k, v in (state or net.state_dict()).items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     write_atomically(path, lambda tmp: save_file(state, tmp, metadata={'config': json.dumps(config)}))
 
 
