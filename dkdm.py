@@ -22,11 +22,11 @@ student_prediction = 'v'     # 'v', 'eps', 'x0', 'flow', or 'teacher': the same 
 learn_sigma = True           # the student predicts its variance too, Eq. (12)
 patch_size = 2               # pixels folded into channels (unet) or into a token (dit)
 dropout = 0.0                # unet
-model_channels = 20          # unet
+model_channels = 32          # unet
 num_res_blocks = 1           # unet
-channel_mult = (1, 2)        # unet: channels per level, in model_channels
+channel_mult = (1, 1)        # unet: channels per level, in model_channels
 attention_resolutions = (7,) # unet: sides of the feature maps with attention
-num_head_channels = 20       # unet: channels per attention head
+num_head_channels = 32       # unet: channels per attention head
 resblock_updown = True       # unet: ADM's resampling blocks; False: LDM's strided convolutions
 use_scale_shift_norm = True  # unet: t scales and shifts (ADM), or only shifts (LDM)
 use_new_attention_order = True  # unet: ADM's order of the qkv channels, or LDM's
@@ -53,10 +53,10 @@ class_cond = False           # 'data': condition on the labels
 schedule = 'cosine'          # 'data': 'cosine', 'linear', 'sqrt_linear', 'flow'; otherwise the teacher's
 T = 1000                     # 'data': steps of the process; otherwise the teacher's
 # optimisation
-max_steps = 1000
-batch_size = 64              # over all ranks and accumulation steps
+max_steps = 1400
+batch_size = 32              # over all ranks and accumulation steps
 grad_accum = 1               # accumulation steps
-lr = 2e-3
+lr = 4e-3
 lr_warmup = 50               # steps of linear warm-up
 lr_decay = True              # cosine decay to 0 at max_steps
 weight_decay = 0.0
@@ -67,8 +67,8 @@ ema = 0.999                  # decay of the averaged weights, which are the resu
 out_dir = 'out/dkdm'
 init_from = 'scratch'        # 'scratch' or 'resume'
 log_every = 20               # steps between rows of log.csv
-save_every = 500             # steps between checkpoints (with samples.png)
-sample_steps = 50            # DDIM steps of samples.png
+save_every = 1000            # steps between checkpoints (with samples.png)
+sample_steps = 50            # DDPM steps of samples.png
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'
@@ -305,14 +305,14 @@ def image_batch(n):
 def save_result():
     """student.safetensors (the EMA) and samples.png, each row of the teacher's above the student's from the same noise."""
     M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion)
-    noise = torch.randn(36, C, H, H, generator=torch.Generator(device).manual_seed(seed), device=device)
     y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
-    with autocast:
-        rows = M.sample(net_ema, diffusion, noise, sample_steps, 'ddim', y).split(12)
-        if method != 'data':
-            rows_T = M.sample(net_T, diffusion_T, noise, sample_steps, 'ddim', y, guidance).split(12)
-            rows = [r for pair in zip(rows_T, rows) for r in pair]
-    M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat(list(rows)), 12)
+    both = [] if method == 'data' else [(net_T, diffusion_T, guidance)]
+    rows = []
+    for n, d, g in both + [(net_ema, diffusion, 1.)]:
+        noise = torch.Generator(device).manual_seed(seed)                      # the same at every step for both
+        with autocast:
+            rows.append(M.sample(n, d, (36, C, H, H), sample_steps, 'ddpm', y, g, noise).split(12))
+    M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat([r for pair in zip(*rows) for r in pair]), 12)
 
 
 def save_checkpoint():

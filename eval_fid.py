@@ -20,10 +20,10 @@ features = 'pretrained/mnist_resnet.safetensors'  # the classifier whose feature
 save_stats = ''              # write the reference's statistics to this .npz
 # sampling
 n = 5000                     # images of each checkpoint; of sets of images: at most so many, 0 for all
-sampler = 'ddim'             # 'ddpm', 'ddim' or 'dpm++'
-steps = 50
+sampler = 'ddpm'             # 'ddpm', 'ddim' or 'dpm++'
+steps = 50                   # the paper has 50 of ddpm for pixels, 200 of ddim for latents
 guidance = 1.0               # class-conditional checkpoints; their labels are uniform
-batch_size = 250             # per rank; also of the classifier
+batch_size = 100             # per rank; also of the classifier
 # system
 out_dir = 'out/eval'         # a grid of images per model
 seed = 0
