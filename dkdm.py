@@ -359,6 +359,7 @@ while step < max_steps:
         count += 1
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf')).item()
     if not math.isfinite(norm):                                                  # the same on all ranks: gradients are shared
+        bar.close()
         M.die(f'step {step}: the loss or its gradient is not finite; nothing of it reached the weights. Try a smaller '
               f'--lr (now {lr * scale:.2g}); --init_from=resume goes on from the last checkpoint')
     opt.step()

@@ -4,7 +4,7 @@ feature space of a classifier. Several models on one command line give one table
 
     python eval_fid.py --models=out/dkdm/student.safetensors,pretrained/mnist_unet.safetensors
     python eval_fid.py --models=images.npz,folder/ --reference=train.npz
-    torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --n=50000 --reference=cifar10
+    torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 --reference=cifar10
 
 The statistics of a reference are made once with --save_stats:
     python eval_fid.py --reference=mnist --save_stats=pretrained/mnist_stats.npz
@@ -19,7 +19,7 @@ reference = 'pretrained/mnist_stats.npz'  # stored statistics, or images as abov
 features = 'pretrained/mnist_resnet.safetensors'  # the classifier whose features are compared
 save_stats = ''              # write the reference's statistics to this .npz
 # sampling
-n = 5000                     # images of each checkpoint; of sets of images: at most so many, 0 for all
+num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for all
 sampler = 'ddpm'             # 'ddpm', 'ddim' or 'dpm++'
 steps = 50                   # the paper has 50 of ddpm for pixels, 200 of ddim for latents
 guidance = 1.0               # class-conditional checkpoints; their labels are uniform
@@ -49,8 +49,8 @@ def is_images(spec):
 # ---- check everything before any work starts ----
 if not specs and not save_stats:
     M.die('nothing to measure: --models=student.safetensors, an .npz, a folder of images, or several of them with commas')
-if n < 0 or batch_size < 1 or sampler not in ('ddpm', 'ddim', 'dpm++'):
-    M.die(f"n={n} (0 or more), batch_size={batch_size} (1 or more), sampler={sampler!r} ('ddpm', 'ddim' or 'dpm++')")
+if num_samples < 0 or batch_size < 1 or sampler not in ('ddpm', 'ddim', 'dpm++'):
+    M.die(f"num_samples={num_samples} (0 or more), batch_size={batch_size} (1 or more), sampler={sampler!r} ('ddpm', 'ddim' or 'dpm++')")
 device, autocast, rank, world = M.start(device, dtype, seed)
 try:
     classifier = M.load_classifier(features).to(device, memory_format=M.memory_format(device))
@@ -73,8 +73,8 @@ try:
                 raise ValueError(f"{spec} makes {net.config['in_channels']} channels, the classifier {features} takes {channels}")
             if not 1 <= steps <= diffusion.T:
                 raise ValueError(f'steps={steps}: {spec} has from 1 to {diffusion.T}')
-            if not n:
-                raise ValueError('n=0 takes all images of a set; a checkpoint needs a number')
+            if not num_samples:
+                raise ValueError('num_samples=0 takes all images of a set; a checkpoint needs a number')
             inputs.append((net.to(device, memory_format=M.memory_format(device)), diffusion))
     stored = None
     if reference.endswith('.npz') and not save_stats:
@@ -123,10 +123,10 @@ def image_batches(images):
 
 
 def sample_batches(net, diffusion, seconds):
-    """This rank's share of n samples. A block of batch_size images has a seed of its own, whichever rank makes it."""
+    """This rank's share of the samples. A block of batch_size images has a seed of its own, whichever rank makes it."""
     C, H = (net.config[k] for k in ('in_channels', 'image_size'))
-    for block in range(rank, -(-n // batch_size), world):
-        size = min(batch_size, n - block * batch_size)
+    for block in range(rank, -(-num_samples // batch_size), world):
+        size = min(batch_size, num_samples - block * batch_size)
         g = torch.Generator(device).manual_seed(seed * 1_000_003 + block)
         y = torch.randint(net.num_classes, (size,), generator=g, device=device) if net.num_classes else None
         t0 = time.time()
@@ -161,10 +161,10 @@ if rank == 0 and specs:
 for spec, source in zip(specs, inputs):
     kept, seconds = [], []
     if is_images(spec):
-        images = source[:n] if n else source
+        images = source[:num_samples] if num_samples else source
         batches, total, parameters = image_batches(images), len(images), ''
     else:
-        batches, total, parameters = sample_batches(*source, seconds), n, f'{sum(p.numel() for p in source[0].parameters()):,}'
+        batches, total, parameters = sample_batches(*source, seconds), num_samples, f'{sum(p.numel() for p in source[0].parameters()):,}'
     mu, sigma, count = statistics(first(batches, kept), -(-total // batch_size // world))
     if rank == 0:
         ms = f'{1000 * sum(s for s, _ in seconds) / sum(k for _, k in seconds):.2f}' if seconds else ''
