@@ -85,6 +85,8 @@ opt = torch.optim.SGD(groups, lr, momentum=0.9) if optimizer == 'sgd' else torch
 model = torch.compile(net) if compile else net
 if world > 1:
     model = torch.nn.parallel.DistributedDataParallel(model)
+if rank:
+    torch.manual_seed(seed + rank)                                             # crops of its own for every rank
 epoch = 0
 if checkpoint:
     shared, own = checkpoint

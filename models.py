@@ -977,7 +977,7 @@ def start(device='auto', dtype='auto', seed=0):
     try:
         device = torch.device(device, local) if device == 'cuda' and world > 1 else torch.device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         die(f"device={device} is not to be had here: {str(e).splitlines()[0]}; 'auto' takes what there is")
     if dtype not in ('auto', 'float32', 'bfloat16'):
         die(f"dtype={dtype}: 'auto', 'float32' or 'bfloat16'")

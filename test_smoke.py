@@ -359,9 +359,13 @@ def test_a_student_learns(tiny, tmp_path):
     assert losses(tmp_path)[-10:].mean() < 0.5 * losses(tmp_path)[:5].mean()
 
 
-@pytest.mark.parametrize('ranks', [0, 2])
-def test_killed_and_resumed_is_bit_for_bit(ranks, tiny, tmp_path):
-    args = ['dkdm.py', '--teacher=teacher.safetensors', *SMALL, '--stride=10', '--dropout=0.1', '--max_steps=30']
+DKDM_RUN = ['dkdm.py', '--teacher=teacher.safetensors', *SMALL, '--stride=10', '--dropout=0.1', '--max_steps=30']
+CLASSIFIER_RUN = ['distill_classifier.py', '--data=images.npz', '--test=images.npz', '--student=resnet8', '--width=4', '--epochs=8',
+                  '--batch_size=16', '--augment_flip=True']
+
+
+@pytest.mark.parametrize('args, ranks', [(DKDM_RUN, 0), (DKDM_RUN, 2), (CLASSIFIER_RUN, 0), (CLASSIFIER_RUN, 2)])
+def test_killed_and_resumed_is_bit_for_bit(args, ranks, tiny, tmp_path):
     run(*args, f'--out_dir={tmp_path}/whole', cwd=tiny, ranks=ranks)
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
     p = subprocess.Popen([*launch, os.path.join(ROOT, args[0]), *args[1:], f'--out_dir={tmp_path}/cut'], cwd=tiny, start_new_session=True,
