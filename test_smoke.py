@@ -370,7 +370,8 @@ def test_killed_and_resumed_is_bit_for_bit(args, ranks, tiny, tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
     p = subprocess.Popen([*launch, os.path.join(ROOT, args[0]), *args[1:], f'--out_dir={tmp_path}/cut'], cwd=tiny, start_new_session=True,
                          stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    while not (os.path.exists(tmp_path / 'cut/ckpt.pt') and M.load_checkpoint(tmp_path / 'cut', 0)[0]['step']):
+    ckpt = str(tmp_path / 'cut/ckpt.pt')
+    while not (os.path.exists(ckpt) and M.read_weights(ckpt)[0]['step']):
         assert p.poll() is None
         time.sleep(0.01)
     os.killpg(p.pid, signal.SIGKILL)
