@@ -3,7 +3,7 @@ DKDM: trains a small diffusion model of any architecture from a big pretrained o
 trained on. The student learns from the teacher's own denoising steps (Xiang et al., CVPR 2025, arXiv 2409.03550).
 
     python dkdm.py                                                     # the bundled MNIST teacher, minutes on a laptop
-    python dkdm.py config/dkdm_cifar10.py --teacher=cifar10_ema.pt     # the paper's CIFAR-10 setting
+    python dkdm.py config/dkdm_cifar10.py --teacher=cifar10_32.pt      # the paper's CIFAR-10 setting
     torchrun --nproc_per_node=8 dkdm.py config/dkdm_cifar10.py --rho=0.4
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 dkdm.py ...
     python dkdm.py config/mnist_teacher.py --data=mnist                # ordinary training on images makes a teacher

@@ -520,7 +520,7 @@ class Diffusion:
         else:
             alpha_bar = alpha_bars(schedule, steps, beta_range)
             a, b = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-        self.T = self.steps = len(a)
+        self.T = len(a)
         # index -1 (the last entry) is the clean image; float64, cast where it meets images
         self.a, self.b = (torch.tensor([*v, end], dtype=torch.float64) for v, end in ((a, 1.), (b, 0.)))
         self.alpha_bar = self.a ** 2 / (self.a ** 2 + self.b ** 2)
