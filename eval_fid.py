@@ -55,7 +55,9 @@ device, autocast, rank, world = M.start(device, dtype, seed)
 try:
     classifier = M.load_classifier(features).to(device, memory_format=M.memory_format(device))
     space = f'{os.path.basename(features)} {M.digest(classifier)}'             # names the feature space
-    channels = classifier.config.get('in_channels', 3)
+    channels, side = classifier.config.get('in_channels', 3), classifier.config['image_size']
+    with torch.no_grad():
+        D = classifier.forward_features(torch.zeros(1, channels, side, side, device=device))[1][-1].shape[1]
 
     def open_images(spec):
         images, _ = M.load_images(spec)
@@ -92,7 +94,6 @@ except ValueError as e:
 @torch.inference_mode()
 def statistics(batches, total):
     """(mean (D,), covariance (D, D), count) of the features of all ranks' batches, accumulated in float64."""
-    D = classifier.get_submodule(classifier.head_name).in_features
     s, ss, count = torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64), 0
     for x in tqdm(batches, total=total, disable=rank > 0, leave=False):
         # the mean of the last feature map is what the classifier's linear layer sees

@@ -438,8 +438,32 @@ class VGG(nn.Module):
         return self.forward_features(x)[0]
 
 
+class Torchvision(nn.Module):
+    """A classifier of torchvision; its maps are the last one of every resolution."""
+
+    def __init__(self, name, num_classes=1000, in_channels=3, weights=None):
+        super().__init__()
+        import torchvision
+        if in_channels != 3:
+            raise ValueError('colour images only')
+        self.net = torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
+
+    def forward_features(self, x):
+        maps, body = {}, getattr(self.net, 'features', self.net)
+        hooks = [m.register_forward_hook(lambda m, args, out: maps.update({out.shape[2:]: out}) if out.dim() == 4 else None)
+                 for m in body.children()]
+        logits = self.net(x)
+        for h in hooks:
+            h.remove()
+        return logits, [m for m in maps.values() if m.shape[-1] > 1][-4:]
+
+    def forward(self, x):
+        return self.net(x)
+
+
 def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **kw):
-    """An image classifier by name: resnet8...110 (6n+2), resnet18/34/50, wrn16_1...40_2, vgg11/13/16/19.
+    """An image classifier by name: resnet8...110 (6n+2), resnet18/34/50, wrn16_1...40_2, vgg11/13/16/19, or
+    torchvision:NAME.
 
     kw: in_channels; width and shortcut ('conv' or 'pad') of the ResNets. `forward(x)` gives logits (B, num_classes),
     `forward_features(x)` also the last map of every stage; the mean of the last one over its pixels is what the
@@ -454,11 +478,14 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
             net = WideResNet(*map(int, size.split('_')), num_classes, **kw)
         elif family == 'vgg' and size in ('11', '13', '16', '19'):
             net = VGG(int(size), num_classes, **kw)
+        elif name.startswith('torchvision:'):
+            net = Torchvision(name.partition(':')[2], num_classes, **kw)
         else:
             raise ValueError
     except (ValueError, TypeError, KeyError):
         raise ValueError(f'no classifier {name!r} with {kw}: resnet8, 14, 20 ... 110 or resnet18, 34, 50 (in_channels, '
-                         'width, shortcut), wrn16_1 ... wrn40_2, vgg11, 13, 16, 19 (in_channels)') from None
+                         'width, shortcut), wrn16_1 ... wrn40_2, vgg11, 13, 16, 19 (in_channels), torchvision:resnet34 '
+                         'and its like') from None
     net.config = {'class': 'classifier', 'name': name, 'num_classes': num_classes, 'image_size': image_size,
                   'mean': mean, 'std': std} | kw
     return net
@@ -710,6 +737,9 @@ def sample_dpm(net, diffusion, x, ts, y, guidance):
 # loading and saving
 # ----------------------------------------------------------------------------------------------------------------
 
+WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')               # files, as against hub ids
+
+
 def die(message):
     """One line on stderr and exit code 2: what was wrong and what would be right."""
     print(f'{os.path.basename(sys.argv[0])}: {message}', file=sys.stderr, flush=True)
@@ -802,15 +832,88 @@ def unet_config(state):
                 num_classes=len(state.get('label_emb.weight', ())))
 
 
+class Pipeline(nn.Module):
+    """A diffusers pipeline behind the interface of our networks: x (B, C, H, W) of latents or pixels, t (B,), y (B,).
+
+    y indexes the classes of a DiT, or the texts given to `set_prompts`; -1 is the null condition. `decode` turns latents
+    into images in [-1, 1]. Raises ValueError for networks whose conditions are others.
+    """
+
+    def __init__(self, pipe, spec):
+        super().__init__()
+        self.net = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None)
+        self.vae = getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None)
+        kind, c = type(self.net).__name__, getattr(self.net, 'config', {})
+        self.condition = {'UNet2DModel': '', 'UNet2DConditionModel': 'text', 'DiTTransformer2DModel': 'class'}.get(kind)
+        if self.condition is None or any(c.get(k) for k in ('num_class_embeds', 'class_embed_type', 'addition_embed_type',
+                                                            'encoder_hid_dim_type')):
+            raise ValueError(f'{spec}: a {type(pipe).__name__} with this {kind} is not supported; UNet2DModel, '
+                             'UNet2DConditionModel (with a text encoder) and DiTTransformer2DModel are')
+        self.pipe = pipe if self.condition == 'text' else None                 # until the prompts are known
+        self.num_classes = c.num_embeds_ada_norm if self.condition == 'class' else 0
+        self.config = {'class': 'Pipeline', 'spec': spec, 'in_channels': c.in_channels, 'out_channels': c.out_channels,
+                       'image_size': c.sample_size}
+
+    def set_prompts(self, prompts):
+        """Embeds the texts once; y then indexes them. The text encoder is let go."""
+        with torch.no_grad():
+            rows = [self.pipe.encode_prompt(p, self.pipe.text_encoder.device, 1, False)[0] for p in [*prompts, '']]
+        self.register_buffer('prompts', torch.cat(rows).to(self.net.device))   # the last one, -1, is the null condition
+        self.num_classes, self.pipe = len(prompts), None
+
+    def forward(self, x, t, y=None):
+        y, kw = torch.full_like(t, -1) if y is None else y, {}
+        if self.condition == 'class':
+            kw = {'class_labels': torch.where(y < 0, self.num_classes, y)}
+        elif self.condition == 'text':
+            kw = {'encoder_hidden_states': self.prompts[y]}
+        return self.net(x.to(self.net.dtype), timestep=t, **kw).sample.float()
+
+    def decode(self, z):
+        """Latents (B, C, h, w) -> images (B, 3, H, W); pixels stay what they are."""
+        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float() if self.vae else z
+
+
+def load_pipeline(spec):
+    """(Pipeline, Diffusion): a diffusers folder or hub id, with the process that its scheduler states.
+
+    In half precision where there is a GPU. Nothing is guessed. Raises ValueError with one line.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    logging.set_verbosity_error()
+    dtype = torch.float32 if not torch.cuda.is_available() else \
+        torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    try:
+        parts = DiffusionPipeline.load_config(spec)
+        skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in parts}
+        pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, **skip).to(dtype)
+    except Exception as e:
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise ValueError(f'no diffusers pipeline at {spec}, neither a folder with model_index.json nor a hub id that can be '
+                         f'reached: {reason}') from None
+    net, process = Pipeline(pipe, spec), pipe.scheduler.config
+    prediction = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}.get(process.get('prediction_type'))
+    if prediction is None or not hasattr(pipe.scheduler, 'betas') or process.get('thresholding'):
+        raise ValueError(f'{spec}: its {type(pipe.scheduler).__name__} is not a process x_t = a x_0 + b eps with a list of '
+                         'betas and a stated prediction_type, without thresholding')
+    diffusion = Diffusion(pipe.scheduler.betas.tolist(), prediction=prediction, clip=bool(process.get('clip_sample')),
+                          learn_sigma=net.config['out_channels'] == 2 * net.config['in_channels'])
+    return net.eval().requires_grad_(False), diffusion
+
+
 def load_denoiser(spec, **known):
-    """(net, diffusion) from one string: a file of ours (.safetensors), or an original ADM, DDPM-IP, DKDM, LDM or DiT
-    checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes.
+    """(net, diffusion) from one string: a file of ours (.safetensors); an original ADM, DDPM-IP, DKDM, LDM or DiT
+    checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes; or a diffusers folder or hub id.
 
     known: what an original checkpoint does not say, where the defaults are not right: image_size; num_head_channels
     (32) or num_heads, use_new_attention_order (ADM: True, LDM: False); num_heads of a DiT; schedule ('cosine' for
     ADM, 'linear' for DiT, the checkpoint's own betas for LDM), steps, beta_range, prediction ('eps'), clip (pixels
     True, latents False). The network is in eval mode and frozen. Raises ValueError with one line.
     """
+    if os.path.isdir(spec) or (spec.count('/') == 1 and not spec.endswith(WEIGHTS) and
+                              not os.path.exists(spec)):
+        return load_pipeline(spec)
     state, header = read_weights(spec)
     if 'diffusion' in header:
         net, diffusion = build(header['net']), Diffusion(**header['diffusion'])
@@ -850,24 +953,64 @@ def load_denoiser(spec, **known):
     return load_state(net, state, spec).eval().requires_grad_(False), Diffusion(**process)
 
 
-def load_classifier(spec):
-    """A frozen classifier in eval mode from a file of ours, or from a CIFAR ResNet state dict (.th, .pt) as people
-    publish them: keys with or without `module.`, either shortcut, images normalised as ImageNet's.
+def classifier_config(state):
+    """The architecture of a classifier in the wild, read off its keys and shapes, with its family's usual images."""
+    blocks = sum(k.endswith('.conv1.weight') for k in state)
+    cifar = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+    imagenet = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    if 'block1.layer.0.conv1.weight' in state:
+        return dict(name=f"wrn{2 * blocks + 4}_{state['fc.weight'].shape[1] // 64}", num_classes=len(state['fc.bias']),
+                    in_channels=state['conv1.weight'].shape[1]) | cifar
+    if 'block4.0.weight' in state:
+        return dict(name=f'vgg{sum(v.dim() == 4 for v in state.values()) + 3}', num_classes=len(state['classifier.bias']),
+                    in_channels=state['block0.0.weight'].shape[1]) | cifar
+    if 'layer1.0.conv1.weight' not in state:
+        raise ValueError('no keys of a ResNet (layer1...), Wide ResNet (block1.layer...) or VGG (block0...) in it')
+    width, channels, kernel, _ = state['conv1.weight'].shape
+    config = dict(num_classes=len(state['fc.bias' if 'fc.bias' in state else 'linear.bias']), in_channels=channels)
+    if 'layer4.0.conv1.weight' in state:
+        depth = {8: 18, 16: 50 if 'layer1.0.conv3.weight' in state else 34}.get(blocks)
+        if kernel == 7:
+            return config | dict(name=f'torchvision:resnet{depth}', image_size=224) | imagenet
+        return config | dict(name=f'resnet{depth}', width=width) | cifar
+    shortcut = 'conv' if 'layer2.0.downsample.0.weight' in state else 'pad'
+    return config | dict(name=f'resnet{2 * blocks + 2}', width=width, shortcut=shortcut) | imagenet
 
-    Raises ValueError with one line.
+
+def load_classifier(spec, **known):
+    """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) of a ResNet, Wide ResNet or VGG as
+    people publish them, keys with or without `module.`; or torchvision:NAME with its ImageNet weights (downloaded).
+
+    known: image_size, mean, std (of images in [0, 1]) of a state dict, where its family's usual ones are not right: 32
+    pixels, and ImageNet's mean and deviation for CIFAR ResNets of depth 6n+2, CIFAR-10's for the others; 224 pixels
+    and ImageNet's for torchvision's. Raises ValueError with one line.
     """
+    if spec.startswith('torchvision:'):
+        from torchvision.models import get_model_weights
+        try:
+            weights = get_model_weights(spec.partition(':')[2]).DEFAULT
+            net = Torchvision(spec.partition(':')[2], len(weights.meta['categories']), weights=weights)
+        except Exception as e:
+            raise ValueError(f'{spec} is not to be had: {str(e).strip().splitlines()[0]}') from None
+        usual = weights.transforms()
+        net.config = {'class': 'classifier', 'name': spec, 'num_classes': len(weights.meta['categories']),
+                      'image_size': usual.crop_size[0], 'mean': usual.mean, 'std': usual.std} | known
+        return net.eval().requires_grad_(False)
     state, header = read_weights(spec)
     if header.get('net', {}).get('class') == 'classifier':
         return load_state(build(header['net']), state, spec).eval().requires_grad_(False)
-    state = {k.removeprefix('module.'): v for k, v in state.get('state_dict', state).items()}
-    blocks = [k.split('.')[:2] for k in state if k.startswith('layer') and k.endswith('.conv1.weight')]
-    if header or not blocks or 'layer4.0.conv1.weight' in state or 'conv1.weight' not in state:
-        raise ValueError(f'{spec} is no classifier that this code knows: save it with save_model, or give the '
-                         'state dict of a CIFAR ResNet of depth 6n+2')
-    state = {k.replace('linear.', 'fc.'): v for k, v in state.items()}
-    net = classifier(f'resnet{2 * len(blocks) + 2}', len(state['fc.bias']), in_channels=state['conv1.weight'].shape[1],
-                     width=len(state['conv1.weight']), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-                     shortcut='conv' if 'layer2.0.downsample.0.weight' in state else 'pad')
+    try:
+        if header:
+            raise ValueError(f"it holds a {header.get('net', {}).get('class', 'model')}")
+        state = {k.removeprefix('module.'): v for k, v in state.get('state_dict', state).items()}
+        config = classifier_config(state) | known
+        net = classifier(**config)
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise ValueError(f'{spec} is no classifier that this code knows: {str(e).splitlines()[0]}') from None
+    if config['name'].startswith('torchvision:'):
+        state = {f'net.{k}': v for k, v in state.items()}
+    elif net.head_name == 'fc':
+        state = {k.replace('linear.', 'fc.'): v for k, v in state.items()}
     return load_state(net, state, spec).eval().requires_grad_(False)
 
 

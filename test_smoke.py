@@ -360,8 +360,8 @@ def test_a_student_learns(tiny, tmp_path):
 
 
 DKDM_RUN = ['dkdm.py', '--teacher=teacher.safetensors', *SMALL, '--stride=10', '--dropout=0.1', '--max_steps=30']
-CLASSIFIER_RUN = ['distill_classifier.py', '--data=images.npz', '--test=images.npz', '--student=resnet8', '--width=4', '--epochs=8',
-                  '--batch_size=16', '--augment_flip=True']
+CLASSIFIER_RUN = ['distill_classifier.py', '--data=images.npz', '--teacher=classifier.safetensors', '--student=resnet8', '--width=4',
+                  '--epochs=8', '--batch_size=16', '--holdout=8', '--augment_flip=True']
 
 
 @pytest.mark.parametrize('args, ranks', [(DKDM_RUN, 0), (DKDM_RUN, 2), (CLASSIFIER_RUN, 0), (CLASSIFIER_RUN, 2)])
@@ -410,10 +410,10 @@ def test_two_nodes(tiny, tmp_path):
 
 
 def test_classifier_and_frechet_distance(tiny, tmp_path):
-    args = ['distill_classifier.py', '--data=images.npz', '--test=images.npz', '--student=resnet8', '--width=4', '--epochs=3',
-            '--batch_size=16', f'--out_dir={tmp_path}/c']
+    args = ['distill_classifier.py', '--method=data', '--data=images.npz', '--test=images.npz', '--student=resnet8', '--width=4',
+            '--epochs=3', '--batch_size=16', '--holdout=0', f'--out_dir={tmp_path}/c']
     out = run(*args, cwd=tiny)
-    assert 'test accuracy' in out and M.load_classifier(f'{tmp_path}/c/student.safetensors').config['num_classes'] == 4
+    assert 'test_accuracy' in out and M.load_classifier(f'{tmp_path}/c/student.safetensors').config['num_classes'] == 4
     common = ['eval_fid.py', '--features=classifier.safetensors', f'--out_dir={tmp_path}/e']
     run(*common, '--reference=images.npz', f'--save_stats={tmp_path}/stats.npz', cwd=tiny)
     out = run(*common, f'--reference={tmp_path}/stats.npz', '--models=images.npz,teacher.safetensors', '--num_samples=64', '--steps=2',
@@ -426,6 +426,170 @@ def test_classifier_and_frechet_distance(tiny, tmp_path):
     assert sorted(os.listdir(tmp_path / 'e')) == ['images.png', 'teacher.png']
 
 
+# ---- DiffDFKD ----
+SYNTH = ['synthesize.py', '--batch_size=8', '--steps=4', '--lca_every=2', '--keep=2', '--keep_every=1', '--num_images=32']
+
+
+def test_guidance_lowers_the_losses_of_the_kept_images(tmp_path):
+    """The bundled models, the same noise: guided images are closer to the teacher's training than unguided ones."""
+    args = ['synthesize.py', '--batch_size=20', '--steps=10', '--lca_every=4', '--keep_every=1', '--num_images=80']
+    at_once(lambda more: run(*args, *more, f'--out_dir={tmp_path}/{more[0][2:]}', cwd=ROOT),
+            [['--eta=0.0'], ['--bn_loss=kl', '--alpha=0.01'], ['--alpha=0.3']])
+    classifier = M.load_classifier(os.path.join(ROOT, 'pretrained/mnist_resnet.safetensors'))
+    ce, bn = {}, {}
+    for name in os.listdir(tmp_path):
+        images, labels = M.load_images(str(tmp_path / name))
+        x, inputs = M.preprocess(classifier, M.to_float(images)), []
+        hooks = [m.register_forward_pre_hook(lambda m, args: inputs.append((m, *torch.var_mean(args[0], (0, 2, 3)))))
+                 for m in classifier.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        ce[name] = torch.nn.functional.cross_entropy(classifier(x), labels).item()
+        bn[name] = sum((mean - m.running_mean).norm() + (var - m.running_var).norm() for m, var, mean in inputs).item()
+        for h in hooks:
+            h.remove()
+        assert len(images) == 80 and sorted(os.listdir(tmp_path / name)) == ['images_0000_00000.npz', 'log.csv', 'preview.png']
+    assert ce['alpha=0.3'] < 0.5 * ce['eta=0.0'] and bn['alpha=0.3'] < bn['eta=0.0'], (ce, bn)
+    assert ce['bn_loss=kl'] < 0.5 * ce['eta=0.0']
+
+
+@pytest.fixture(scope='session')
+def pipelines(tmp_path_factory):
+    """Every kind of diffusers pipeline, tiny and random, saved as its users save theirs."""
+    from diffusers import (AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline, DiTTransformer2DModel, LDMPipeline,
+                           StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel)
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    folder = tmp_path_factory.mktemp('pipelines')
+    torch.manual_seed(0)
+    vocab = {c: i for i, c in enumerate(['<|startoftext|>', '<|endoftext|>', *'abcdefghijklmnopqrstuvwxyz',
+                                         *[f'{c}</w>' for c in 'abcdefghijklmnopqrstuvwxyz,']])}
+    (folder / 'vocab.json').write_text(json.dumps(vocab))
+    (folder / 'merges.txt').write_text('#version: 0.2\n')
+    tokenizer = CLIPTokenizer(str(folder / 'vocab.json'), str(folder / 'merges.txt'), model_max_length=99)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                        num_attention_heads=2, max_position_embeddings=99, bos_token_id=0, eos_token_id=1))
+    blocks = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    unet = dict(sample_size=8, in_channels=4, out_channels=4, attention_head_dim=8, **blocks)
+    pixels = UNet2DModel(**unet | dict(sample_size=16, in_channels=3, out_channels=3),
+                         down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
+    latents = UNet2DModel(**unet, down_block_types=('DownBlock2D',) * 2, up_block_types=('UpBlock2D',) * 2)
+    kl = AutoencoderKL(**blocks, latent_channels=4, scaling_factor=0.5, down_block_types=('DownEncoderBlock2D',) * 2,
+                       up_block_types=('UpDecoderBlock2D',) * 2)
+    vq = VQModel(**blocks, latent_channels=4, num_vq_embeddings=32, scaling_factor=0.3,
+                 down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2)
+    conditional = UNet2DConditionModel(**unet, cross_attention_dim=16, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+                                       up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))
+    dit = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+                                sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_elementwise_affine=False)
+    scheduler = DDIMScheduler(clip_sample=False, beta_schedule='scaled_linear')
+    DDPMPipeline(pixels, DDIMScheduler(beta_schedule='squaredcos_cap_v2')).save_pretrained(folder / 'ddpm')
+    LDMPipeline(vq, latents, scheduler).save_pretrained(folder / 'ldm')
+    DiTPipeline(dit, kl, scheduler).save_pretrained(folder / 'dit')
+    StableDiffusionPipeline(kl, text, tokenizer, conditional, DDIMScheduler(clip_sample=False, beta_schedule='scaled_linear',
+                            prediction_type='v_prediction'), None, None, requires_safety_checker=False).save_pretrained(folder / 'sd')
+    M.save_model(M.classifier('wrn16_1', 4, image_size=16), str(folder / 'classifier.safetensors'))
+    (folder / 'names.txt').write_text('one\ntwo\nthree\nfour\n')
+    return folder
+
+
+PRIORS = [['--prior=ddpm'], ['--prior=ldm', '--sampler=ddim'], ['--prior=dit', '--guidance=2.0', '--lca=mixup'],
+          ['--prior=sd', '--guidance=3.0', '--sampler=ddim', '--decode_batch=3'],
+          ['--prior=sd', '--guidance=3.0', '--class_names=names.txt', '--alpha=0', '--beta=0'], ['--prior=ldm', '--grad_through_prior=True']]
+
+
+def test_every_kind_of_prior(pipelines, tmp_path):
+    def one(i):
+        out = run(*SYNTH, *PRIORS[i], '--teacher=classifier.safetensors', f'--out_dir={tmp_path}/{i}', cwd=pipelines)
+        assert 'distill_classifier.py' in out
+        images, labels = M.load_images(str(tmp_path / str(i)))
+        assert images.shape == (32, 3, 16, 16) and torch.bincount(labels).tolist() == [8] * 4
+        assert np.isfinite(losses(tmp_path / str(i))).all() and len(losses(tmp_path / str(i))) == 8
+    at_once(one, range(len(PRIORS)))
+    err = run(*SYNTH, '--prior=sd', '--class_names=cifar10', '--teacher=classifier.safetensors', cwd=pipelines, ok=False)
+    assert '10 names' in err and '4 classes' in err
+
+
+@pytest.mark.parametrize('name', ['ddpm', 'ldm', 'dit', 'sd'])
+def test_pipelines_sample_what_diffusers_samples(name, pipelines):
+    from diffusers import DDIMPipeline, DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(pipelines / name)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler.register_to_config(steps_offset=0, set_alpha_to_one=True)
+    net, diffusion = M.load_denoiser(str(pipelines / name))
+    noise, y, guidance, kw = torch.randn(1, net.config['in_channels'], *[net.config['image_size']] * 2), None, 3., {}
+    if name == 'dit':
+        y, kw = torch.tensor([7]), dict(class_labels=[7], guidance_scale=guidance)
+    elif name == 'sd':
+        net.set_prompts(['a dog', 'a cat'])
+        y, kw = torch.tensor([1]), dict(prompt=['a cat'], guidance_scale=guidance, latents=noise)
+    elif name == 'ddpm':
+        pipe, kw = DDIMPipeline(pipe.unet, pipe.scheduler), dict(use_clipped_model_output=True)
+        pipe.set_progress_bar_config(disable=True)
+    with pytest.MonkeyPatch.context() as patch:                                # the pipelines draw their noise: give them ours
+        patch.setattr(sys.modules[type(pipe).__module__], 'randn_tensor', lambda *args, **kwargs: noise.clone(), raising=False)
+        theirs = pipe(num_inference_steps=5, output_type='np', **kw).images
+    ours = net.decode(M.sample(net, diffusion, noise, 5, 'ddim', y, guidance))
+    ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.abs(ours - theirs).max() < 1e-4 and ours.std() > 0
+
+
+def test_synthesis_restarts_and_ranks_share(tiny, tmp_path):
+    args = [*SYNTH, '--prior=teacher.safetensors', '--teacher=classifier.safetensors']
+    run(*args, f'--out_dir={tmp_path}/one', cwd=tiny)
+    os.remove(tmp_path / 'one/images_0000_00001.npz')
+    first = os.stat(tmp_path / 'one/images_0000_00000.npz').st_mtime_ns
+    run(*args, f'--out_dir={tmp_path}/one', cwd=tiny)
+    assert os.stat(tmp_path / 'one/images_0000_00000.npz').st_mtime_ns == first and len(losses(tmp_path / 'one')) == 8
+    assert 'other settings' in run(*args, '--eta=2.0', f'--out_dir={tmp_path}/one', cwd=tiny, ok=False)
+    run(*args, f'--out_dir={tmp_path}/two', cwd=tiny, ranks=2)
+    one, two = (M.load_images(str(tmp_path / d)) for d in ('one', 'two'))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+def test_distilled_classifier(tiny, tmp_path):
+    """The student comes to agree with its teacher, and its checkpoint serves the adversarial loss of the next round."""
+    run('distill_classifier.py', '--method=data', '--data=images.npz', '--student=resnet8', '--width=8', '--holdout=0', '--epochs=10',
+        '--batch_size=16', f'--out_dir={tmp_path}/teacher', cwd=tiny)
+    args = ['distill_classifier.py', '--data=images.npz', f'--teacher={tmp_path}/teacher/student.safetensors', '--width=4', '--holdout=16',
+            '--epochs=10', '--batch_size=16', f'--out_dir={tmp_path}/student']
+    out = run(*args, '--test=images.npz', cwd=tiny, ranks=2)
+    assert 'teacher: test accuracy' in out
+    log = np.genfromtxt(tmp_path / 'student/log.csv', delimiter=',', names=True)
+    assert log['kl'][-1] < 0.5 * log['kl'][0] and log['msarc'][-1] < log['msarc'][0] and log['agreement'].max() > 0.7
+    assert M.load_classifier(f'{tmp_path}/student/best.safetensors').config['width'] == 4
+    run(*SYNTH, '--prior=teacher.safetensors', f'--teacher={tmp_path}/teacher/student.safetensors',
+        f'--student={tmp_path}/student/student.safetensors', f'--out_dir={tmp_path}/adv', cwd=tiny)
+    assert (np.genfromtxt(tmp_path / 'adv/log.csv', delimiter=',', names=True)['adv'] <= 0).all()
+
+
+def test_activation_regions_are_grad_cam():
+    """With one linear layer on the last map's mean, Grad-CAM is the class activation map: the layer's weights on the map."""
+    net = fill(M.classifier('resnet8', width=4))
+    logits, maps = net.forward_features(wave(2, 3, 32, 32))
+    c = logits.argmax(1)
+    grads = torch.autograd.grad(logits.gather(1, c[:, None]).sum(), maps)
+    cam = (grads[-1].mean((2, 3), keepdim=True) * maps[-1]).sum(1) * maps[-1][0, 0].numel()
+    assert torch.allclose(cam, torch.einsum('bc,bchw->bhw', net.fc.weight[c], maps[-1]), atol=1e-5)
+
+
+@pytest.mark.parametrize('name, head', [('resnet34', 'linear'), ('wrn40_2', 'fc'), ('vgg16', 'classifier'), ('resnet50', 'linear')])
+def test_published_classifiers_load_by_their_shapes(name, head, tmp_path):
+    net = M.classifier(name, 7).eval()
+    torch.save({'state_dict': net.state_dict()}, tmp_path / 'c.pth')
+    loaded = M.load_classifier(str(tmp_path / 'c.pth'), image_size=64)
+    assert loaded.config['name'] == name and loaded.config['image_size'] == 64 and loaded.config['mean'][0] == 0.4914
+    assert torch.equal(loaded(wave(2, 3, 32, 32)), net(wave(2, 3, 32, 32)))
+
+
+def test_torchvision_classifiers(tmp_path):
+    import torchvision
+    net = torchvision.models.resnet18(num_classes=5).eval()
+    torch.save(net.state_dict(), tmp_path / 'r.pth')
+    loaded, x = M.load_classifier(str(tmp_path / 'r.pth')), wave(1, 3, 64, 64)
+    logits, maps = loaded.forward_features(x)
+    assert torch.equal(logits, net(x)) and [m.shape[1] for m in maps] == [64, 128, 256, 512] and loaded.config['image_size'] == 224
+    M.save_model(M.classifier('torchvision:vgg11_bn', 5), str(tmp_path / 'v.safetensors'))
+    assert len(M.load_classifier(str(tmp_path / 'v.safetensors')).forward_features(x)[1]) == 4
+
+
 # ---- bad input: one line, exit code 2, nothing left behind ----
 @pytest.fixture(scope='session')
 def bad(tiny):
@@ -436,6 +600,12 @@ def bad(tiny):
     np.savez(tiny / 'no_arr.npz', x=np.zeros(3))
     np.savez(tiny / 'big.npz', arr_0=np.zeros((4, 32, 32, 3), np.uint8))
     (tiny / 'config.py').write_text('rho = "much"\n')
+    os.makedirs(tiny / 'empty')
+    os.makedirs(tiny / 'cut')
+    np.savez(tiny / 'cut/images_0000_00000.npz', arr_0=np.zeros((4, 16, 16, 1), np.uint8))
+    (tiny / 'cut/images_0000_00001.npz').write_bytes((tiny / 'cut/images_0000_00000.npz').read_bytes()[:300])
+    M.save_model(M.classifier('vgg11', image_size=4), str(tiny / 'vgg.safetensors'))
+    M.save_model(M.classifier('torchvision:alexnet', 4, image_size=64), str(tiny / 'norm_free.pth'))
     return tiny
 
 
@@ -453,7 +623,16 @@ BAD = [
 BAD_OTHERS = [
     (['eval_fid.py', '--models=missing.safetensors'], 'no file'), (['eval_fid.py', '--models=big.npz'], '3 channels'),
     (['eval_fid.py'], 'nothing to measure'), (['eval_fid.py', '--models=teacher.safetensors', '--steps=500'], 'from 1 to 100'),
-    (['distill_classifier.py', '--data=big.npz'], 'no labels'), (['distill_classifier.py', '--data=images.npz', '--batch_size=16', '--student=resnet7'], 'resnet7')]
+    (['distill_classifier.py', '--method=data', '--data=big.npz', '--holdout=0', '--batch_size=2'], 'no labels'),
+    (['distill_classifier.py', '--method=data', '--data=images.npz', '--batch_size=16', '--holdout=0', '--student=resnet7'], 'resnet7'),
+    (['distill_classifier.py', '--data=empty'], 'no images'), (['distill_classifier.py', '--data=cut'], 'images_0000_00001.npz cannot be read'),
+    (['distill_classifier.py', '--data=images.npz'], 'holdout=400'), (['distill_classifier.py', '--data=big.npz', '--holdout=0'], 'classifier'),
+    (['distill_classifier.py', '--data=images.npz', '--teacher=teacher.safetensors'], 'no classifier'),
+    (['synthesize.py', '--teacher=norm_free.pth', '--teacher_config=dict(image_size=16)'], 'no BatchNorm'),
+    (['synthesize.py', '--class_names=cifar10'], 'takes no text'), (['synthesize.py', '--prior=nobody/nothing'], 'no diffusers pipeline'),
+    (['synthesize.py', '--keep=4', '--keep_every=9'], 'more than 25 steps'), (['synthesize.py', '--bn_loss=l1'], "'kl'"),
+    (['synthesize.py', '--student=vgg.safetensors'], '10 classes'), (['synthesize.py', '--guidance=2.0'], 'no condition'),
+    (['synthesize.py', '--steps=200'], 'from 1 to 100'), (['synthesize.py', '--teacher=vgg.safetensors'], 'cannot take')]
 
 
 def test_bad_input(bad, tmp_path):
@@ -473,14 +652,17 @@ def test_bad_input(bad, tmp_path):
 def test_bad_input_of_the_others(bad, tmp_path):
     def one(case):
         args, words = case
-        common = ['--reference=images.npz', '--features=classifier.safetensors'] if args[0] == 'eval_fid.py' else []
+        common = {'eval_fid.py': ['--reference=images.npz', '--features=classifier.safetensors'],
+                  'synthesize.py': ['--prior=teacher.safetensors', '--teacher=classifier.safetensors']}.get(
+                      args[0], ['--teacher=classifier.safetensors'])
+        common = [c for c in common if c.split('=')[0] not in str(args)]
         err = run(*args, *common, f'--out_dir={tmp_path}/o', cwd=bad, ok=False)
         assert words in err and not os.path.exists(tmp_path / 'o'), (args, err)
     at_once(one, BAD_OTHERS)
 
 
 # ---- what the repository ships ----
-@pytest.mark.parametrize('script', ['dkdm.py', 'distill_classifier.py', 'eval_fid.py'])
+@pytest.mark.parametrize('script', ['dkdm.py', 'synthesize.py', 'distill_classifier.py', 'eval_fid.py'])
 def test_help(script, tmp_path):
     out = run(script, '--help', cwd=tmp_path)
     assert '--out_dir' in out and '--seed' in out and len(out.splitlines()) > 15

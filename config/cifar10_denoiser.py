@@ -1,0 +1,19 @@
+# A small CIFAR-10 denoiser for tries on a CPU: python dkdm.py config/cifar10_denoiser.py
+method = 'data'
+data = 'cifar10'
+flip = True
+student_prediction = 'v'
+patch_size = 2
+model_channels = 48
+num_res_blocks = 2
+channel_mult = (1, 2)
+attention_resolutions = (8,)
+num_head_channels = 32
+max_steps = 3600
+batch_size = 64
+lr = 1.5e-3
+lr_warmup = 200
+ema = 0.9995
+save_every = 600
+dtype = 'bfloat16'
+out_dir = 'out/cifar10_denoiser'

@@ -1,0 +1,16 @@
+# Tiny-ImageNet, resnet34 -> resnet18 (Table I), on the images of: synthesize.py config/synth_tinyimagenet_sd15.py
+# --test=FOLDER of the validation images, in a subfolder per class.
+# The paper gives the losses; the optimiser's numbers are ours.
+data = 'out/synth_tinyimagenet'
+teacher = 'tinyimagenet_resnet34.safetensors'
+teacher_source = 'it by training: python distill_classifier.py --method=data --data=FOLDER --student=resnet34 --out_dir=...; the paper has none to download'
+student = 'resnet18'
+width = 0
+augment_crop = 8
+augment_flip = True
+epochs = 200
+warmup_epochs = 20
+batch_size = 256
+lr = 0.1
+weight_decay = 1e-4
+out_dir = 'out/tinyimagenet_r34_r18'
