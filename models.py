@@ -7,6 +7,7 @@ network sees when it predicts the step to `t-1`; `s = -1` means the clean image.
 condition of classifier-free guidance.
 """
 import csv
+import glob
 import hashlib
 import json
 import math
@@ -856,9 +857,10 @@ class Pipeline(nn.Module):
 
     def set_prompts(self, prompts):
         """Embeds the texts once; y then indexes them. The text encoder is let go."""
+        self.pipe.text_encoder.to(self.net.device)
         with torch.no_grad():
-            rows = [self.pipe.encode_prompt(p, self.pipe.text_encoder.device, 1, False)[0] for p in [*prompts, '']]
-        self.register_buffer('prompts', torch.cat(rows).to(self.net.device))   # the last one, -1, is the null condition
+            rows = [self.pipe.encode_prompt(p, self.net.device, 1, False)[0] for p in [*prompts, '']]
+        self.register_buffer('prompts', torch.cat(rows))                       # the last one, -1, is the null condition
         self.num_classes, self.pipe = len(prompts), None
 
     def forward(self, x, t, y=None):
@@ -1017,15 +1019,15 @@ def load_classifier(spec, **known):
 def load_images(spec, train=True):
     """(images uint8 (N, C, H, W), labels int64 (N,) or None) from one string.
 
-    An ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards; a folder of images, in one
+    An ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards, or of such folders; a folder of images, in one
     subfolder per class or none; or the name of a torchvision dataset (mnist, fashionmnist, cifar10, cifar100, svhn,
     celeba, ...), downloaded to ./data; `train` picks its split. Raises ValueError with one line.
     """
     if spec.endswith('.npz'):
         return load_npz(spec)
     if os.path.isdir(spec):
-        shards = sorted(f for f in os.listdir(spec) if f.endswith('.npz'))
-        parts = [load_npz(os.path.join(spec, f)) for f in shards] or [load_image_folder(spec)]
+        shards = sorted(glob.glob(os.path.join(glob.escape(spec), '**', '*.npz'), recursive=True))
+        parts = [load_npz(f) for f in shards] or [load_image_folder(spec)]
         if len({p[0].shape[1:] for p in parts}) > 1 or len({p[1] is None for p in parts}) > 1:
             raise ValueError(f'{spec}: its shards differ in image size, channels or labels')
         return torch.cat([p[0] for p in parts]), None if parts[0][1] is None else torch.cat([p[1] for p in parts])

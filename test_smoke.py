@@ -605,7 +605,7 @@ def bad(tiny):
     np.savez(tiny / 'cut/images_0000_00000.npz', arr_0=np.zeros((4, 16, 16, 1), np.uint8))
     (tiny / 'cut/images_0000_00001.npz').write_bytes((tiny / 'cut/images_0000_00000.npz').read_bytes()[:300])
     M.save_model(M.classifier('vgg11', image_size=4), str(tiny / 'vgg.safetensors'))
-    M.save_model(M.classifier('torchvision:alexnet', 4, image_size=64), str(tiny / 'norm_free.pth'))
+    M.save_model(M.classifier('torchvision:alexnet', 4, image_size=64), str(tiny / 'norm_free.safetensors'))
     return tiny
 
 
@@ -628,7 +628,7 @@ BAD_OTHERS = [
     (['distill_classifier.py', '--data=empty'], 'no images'), (['distill_classifier.py', '--data=cut'], 'images_0000_00001.npz cannot be read'),
     (['distill_classifier.py', '--data=images.npz'], 'holdout=400'), (['distill_classifier.py', '--data=big.npz', '--holdout=0'], 'classifier'),
     (['distill_classifier.py', '--data=images.npz', '--teacher=teacher.safetensors'], 'no classifier'),
-    (['synthesize.py', '--teacher=norm_free.pth', '--teacher_config=dict(image_size=16)'], 'no BatchNorm'),
+    (['synthesize.py', '--teacher=norm_free.safetensors'], 'no BatchNorm'),
     (['synthesize.py', '--class_names=cifar10'], 'takes no text'), (['synthesize.py', '--prior=nobody/nothing'], 'no diffusers pipeline'),
     (['synthesize.py', '--keep=4', '--keep_every=9'], 'more than 25 steps'), (['synthesize.py', '--bn_loss=l1'], "'kl'"),
     (['synthesize.py', '--student=vgg.safetensors'], '10 classes'), (['synthesize.py', '--guidance=2.0'], 'no condition'),
