@@ -1,5 +1,5 @@
 """
-DiffDFKD, second stage: distils a classifier into a smaller one on synthetic images (Xu et al., ICASSP 2025). The student
+DiffDFKD, second stage: distils a classifier into a smaller one on synthetic images (Qi et al. 2025, arXiv 2504.00870). The student
 learns the teacher's outputs and where it looks; labels are not needed. With `method='data'` it trains a classifier on
 labelled images instead, which is how teachers are made.
 
@@ -63,6 +63,8 @@ for wrong, message in [
         (min(lam_kl, lam_msarc, holdout, width, augment_crop, warmup_epochs) < 0 or temperature <= 0,
          'lam_kl, lam_msarc, holdout, width, augment_crop, warmup_epochs: 0 or more; temperature: above 0'),
         (method == 'distill' and lam_kl == lam_msarc == 0, 'lam_kl=0 and lam_msarc=0 leave nothing to learn'),
+        (method == 'distill' and compile and lam_msarc > 0,
+         'compile=True cannot differentiate L_msarc, which is made of gradients: --compile=False or --lam_msarc=0'),
         (min(epochs, batch_size) < 1, 'epochs and batch_size: at least 1')]:
     if wrong:
         M.die(message)

@@ -117,6 +117,8 @@ try:
     checkpoint = None
     if method != 'data':
         net_T, diffusion_T = M.load_denoiser(teacher, **teacher_config)
+        if getattr(net_T, 'condition', '') == 'text':
+            raise ValueError(f'{teacher} is conditioned on texts; teachers with classes or without conditions can be distilled')
         net_T = net_T.to(device, memory_format=M.memory_format(device))
         T, C, H = diffusion_T.T, net_T.config['in_channels'], net_T.config['image_size']
         num_classes = net_T.num_classes
@@ -151,8 +153,13 @@ try:
     pool_batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
     pool_size = pool_batches * batch_size // world if walks else 0
     pool_bytes = pool_size * C * H * H * torch.finfo(getattr(torch, pool_dtype)).bits // 8
-    M.check_memory(pool_bytes, device, f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype}',
-                   'a smaller --rho or --batch_size, a larger --stride, or --pool_dtype=float16')
+    if device.type == 'cuda':
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if pool_bytes > free:
+        raise ValueError(f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype} needs {pool_bytes / 2 ** 20:,.0f} MB, there are '
+                         f'{free / 2 ** 20:,.0f} MB: a smaller --rho or --batch_size, a larger --stride, or --pool_dtype=float16')
     if init_from == 'resume' and os.path.isdir(out_dir) and not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
         print(f'{out_dir} has no checkpoint yet: from the beginning')
     elif init_from == 'resume':

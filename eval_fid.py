@@ -1,13 +1,16 @@
 """
-Measures how far the images of a checkpoint, or any set of images, are from a reference: the Frechet distance in the
-feature space of a classifier. Several models on one command line give one table.
+Measures how far the images of checkpoints, or any sets of images, are from a reference: FID, sFID, Inception Score,
+precision, recall, KID, EMD, MMD and 1-NN accuracy, with each model's parameters, size, FLOPs and time per image.
 
     python eval_fid.py --models=out/dkdm/student.safetensors,pretrained/mnist_unet.safetensors
-    python eval_fid.py --models=images.npz,folder/ --reference=train.npz
-    torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 --reference=cifar10
+    python eval_fid.py --models=samples.npz,folder/ --reference=VIRTUAL_imagenet256_labeled.npz --features=inception
+    torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 --features=inception \
+        --reference=cifar10
 
 The statistics of a reference are made once with --save_stats:
     python eval_fid.py --reference=mnist --save_stats=pretrained/mnist_stats.npz
+
+Only in the features of Inception is the Frechet distance called FID. Memory: MEMORY_LINE
 """
 import os
 import time
@@ -15,164 +18,327 @@ import time
 # what is measured
 models = ''                  # comma-separated: checkpoints (sampled), .npz files, folders of images, torchvision names
 model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
-reference = 'pretrained/mnist_stats.npz'  # stored statistics, or images as above
-features = 'pretrained/mnist_resnet.safetensors'  # the classifier whose features are compared
+reference = 'pretrained/mnist_stats.npz'  # images as above, or stored statistics, ours or ADM's
+features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier (models.load_classifier)
+inception_weights = ''       # Inception's weights as a file, where there is no network
 save_stats = ''              # write the reference's statistics to this .npz
+n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images of each set; 0 leaves them out
 # sampling
 num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for all
 sampler = 'ddpm'             # 'ddpm', 'ddim' or 'dpm++'
-steps = 50                   # the paper has 50 of ddpm for pixels, 200 of ddim for latents
+steps = 50                   # the DKDM paper has 50 of ddpm for pixels, 200 of ddim for latents
 guidance = 1.0               # class-conditional checkpoints; their labels are uniform
-batch_size = 100             # per rank; also of the classifier
+batch_size = 100             # per rank; also of the feature network
 # system
-out_dir = 'out/eval'         # a grid of images per model
+out_dir = 'out/eval'         # metrics.jsonl, and a grid of images per model
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32': of the models, not of the features
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+
+import hashlib
+import json
 
 import numpy as np
 import scipy.linalg
+import scipy.special
 import torch
 import torch.distributed as dist
+from scipy.optimize import linear_sum_assignment
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import models as M
 
-specs = [s for s in models.split(',') if s]
+NEIGHBOURS = 3               # k of precision and recall (Kynkaanniemi et al. 2019)
+KEEP = 10_000, 50_000        # features kept of the reference and of a model, for all but FID: ADM's numbers
+SPLIT = 5000                 # images per split of the Inception Score, ADM's
 
 
-def is_images(spec):
-    return not spec.endswith(('.safetensors', '.pt', '.pth', '.ckpt', '.bin'))
+# ---- the metrics, of features (N, D) in float64 ----
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)), and whether the product
+    is near singular.
+
+    sigma1 sigma2 has the eigenvalues of sigma1^(1/2) sigma2 sigma1^(1/2), which is symmetric: real and safe.
+    """
+    values, vectors = scipy.linalg.eigh(sigma1)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    product = scipy.linalg.eigvalsh(root @ sigma2 @ root)
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * np.sqrt(product.clip(min=0)).sum()
+    return float(distance), bool(product[0] < 1e-14 * product[-1])
+
+
+def inception_score(logits):
+    """exp of the mean divergence of p(y|x) from p(y), averaged over splits (Salimans et al. 2016)."""
+    scores = []
+    for split in np.split(logits, range(SPLIT, len(logits), SPLIT)):
+        log_p = scipy.special.log_softmax(split, axis=1)
+        p = np.exp(log_p)
+        scores.append(np.exp((p * (log_p - np.log(p.mean(0)))).sum(1).mean()))
+    return float(np.mean(scores))
+
+
+def distances(a, b):
+    """Blocks of rows of the Euclidean distances (len(a), len(b)), which never stand in memory as a whole."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    for rows in a.split(500):
+        yield torch.cdist(rows, b)
+
+
+def precision_recall(real, fake):
+    """The share of fakes within the manifold of the reals, and of reals within that of the fakes: balls to the third
+    neighbour (Kynkaanniemi et al. 2019)."""
+    radii = [torch.cat([d.kthvalue(NEIGHBOURS + 1).values for d in distances(x, x)]) for x in (real, fake)]
+    inside = [torch.cat([(d <= r).any(1) for d in distances(x, y)]) for x, y, r in ((fake, real, radii[0]), (real, fake, radii[1]))]
+    return [float(i.double().mean()) for i in inside]
+
+
+def kid(real, fake):
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), over all pairs instead of subsets."""
+    def total(a, b):
+        return sum(((rows @ b.T / a.shape[1] + 1) ** 3).sum() for rows in np.split(a, range(1000, len(a), 1000)))
+    def without_diagonal(a):
+        n = len(a)
+        return (total(a, a) - (((a * a).sum(1) / a.shape[1] + 1) ** 3).sum()) / (n * (n - 1))
+    return float(without_diagonal(real) + without_diagonal(fake) - 2 * total(real, fake) / len(real) / len(fake))
+
+
+def two_sample(real, fake):
+    """EMD: mean distance of the best assignment. MMD: Gaussian kernel exp(-d^2 / (2 m)), m the mean squared distance within
+    the reference; the root of the biased estimate. 1-NN: leave-one-out accuracy of telling the two apart, 0.5 is best
+    (Xu et al. 2018). Both sets have the same size."""
+    n, both = len(real), np.concatenate([real, fake])
+    d = torch.cat(list(distances(both, both))).numpy()
+    rows, columns = linear_sum_assignment(d[:n, n:])
+    k = np.exp(-d ** 2 / (2 * (d[:n, :n] ** 2).mean()))
+    mmd = k[:n, :n].mean() + k[n:, n:].mean() - 2 * k[:n, n:].mean()
+    np.fill_diagonal(d, np.inf)
+    is_real = np.arange(2 * n) < n
+    return {'EMD': float(d[rows, n + columns].mean()), 'MMD': float(np.sqrt(max(0., mmd))),
+            '1-NN': float((is_real[d.argmin(1)] == is_real).mean())}
 
 
 # ---- check everything before any work starts ----
+specs = [s for s in models.split(',') if s]
+inception = features == 'inception'
 if not specs and not save_stats:
     M.die('nothing to measure: --models=student.safetensors, an .npz, a folder of images, or several of them with commas')
-if num_samples < 0 or batch_size < 1 or sampler not in ('ddpm', 'ddim', 'dpm++'):
-    M.die(f"num_samples={num_samples} (0 or more), batch_size={batch_size} (1 or more), sampler={sampler!r} ('ddpm', 'ddim' or 'dpm++')")
+if min(num_samples, n_two_sample) < 0 or batch_size < 1 or sampler not in ('ddpm', 'ddim', 'dpm++'):
+    M.die(f"num_samples={num_samples} and n_two_sample={n_two_sample} (0 or more), batch_size={batch_size} (1 or more), "
+          f"sampler={sampler!r} ('ddpm', 'ddim' or 'dpm++')")
 device, autocast, rank, world = M.start(device, dtype, seed)
+
+
+def is_images(spec):
+    if os.path.isdir(spec):
+        return not os.path.exists(os.path.join(spec, 'model_index.json'))      # else a diffusers pipeline
+    return spec.endswith('.npz') or not (spec.endswith(M.WEIGHTS) or '/' in spec)
+
+
+def load_inception():
+    """torch-fidelity's Inception with TensorFlow's resize, and its name as a feature space."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    file = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(URL_INCEPTION_V3))
+    try:
+        net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'], inception_weights or None)
+    except Exception as e:
+        raise ValueError(f'the weights of Inception are not to be had ({str(e).strip().splitlines()[0]}): put '
+                         f'{os.path.basename(file)} from {os.path.dirname(URL_INCEPTION_V3)} to {file}, or name the file with '
+                         '--inception_weights') from None
+    with open(inception_weights or file, 'rb') as f:                           # the genuine file's name ends in its hash
+        name = hashlib.sha256(f.read()).hexdigest()[:8]
+    return net, 'inception' if name in file else f'inception {name}'
+
+
+def open_images(spec):
+    images, _ = M.load_images(spec)
+    if images.shape[1] != channels and not (inception and images.shape[1] == 1):
+        raise ValueError(f'{spec} has {images.shape[1]} channels, {features} takes {channels}')
+    return images
+
+
 try:
-    classifier = M.load_classifier(features).to(device, memory_format=M.memory_format(device))
-    space = f'{os.path.basename(features)} {M.digest(classifier)}'             # names the feature space
-    channels, side = classifier.config.get('in_channels', 3), classifier.config['image_size']
-    with torch.no_grad():
-        D = classifier.forward_features(torch.zeros(1, channels, side, side, device=device))[1][-1].shape[1]
-
-    def open_images(spec):
-        images, _ = M.load_images(spec)
-        if images.shape[1] != channels:
-            raise ValueError(f'{spec} has {images.shape[1]} channels, the classifier {features} takes {channels}')
-        return images
-
+    if inception:
+        net_F, space = load_inception()
+        net_F, channels, D = net_F.to(device), 3, 2048
+        spatial = []                                                           # of sFID: 7 channels of 17 x 17
+        net_F.Mixed_6d.branch1x1.register_forward_hook(lambda m, args, out: spatial.append(out[:, :7].flatten(1)))
+    else:
+        net_F = M.load_classifier(features).to(device, memory_format=M.memory_format(device))
+        space, channels, side = f'{os.path.basename(features)} {M.digest(net_F)}', net_F.config.get('in_channels', 3), net_F.config['image_size']
+        with torch.no_grad():
+            D = net_F.forward_features(torch.zeros(1, channels, side, side, device=device))[1][-1].shape[1]
     inputs = []
     for spec in specs:
         if is_images(spec):
             inputs.append(open_images(spec))
-        else:
-            net, diffusion = M.load_denoiser(spec, **model_config)
-            if net.config['in_channels'] != channels:
-                raise ValueError(f"{spec} makes {net.config['in_channels']} channels, the classifier {features} takes {channels}")
-            if not 1 <= steps <= diffusion.T:
-                raise ValueError(f'steps={steps}: {spec} has from 1 to {diffusion.T}')
-            if not num_samples:
-                raise ValueError('num_samples=0 takes all images of a set; a checkpoint needs a number')
-            inputs.append((net.to(device, memory_format=M.memory_format(device)), diffusion))
+            continue
+        net, diffusion = M.load_denoiser(spec, **model_config)
+        if getattr(net, 'condition', '') == 'text':
+            raise ValueError(f'{spec} is conditioned on texts: sample it with diffusers and measure the images')
+        made = 3 if getattr(net, 'vae', None) else net.config['in_channels']
+        if made != channels and not (inception and made == 1):
+            raise ValueError(f'{spec} makes {made} channels, {features} takes {channels}')
+        M.sampling_steps(diffusion.T, steps)
+        if not num_samples:
+            raise ValueError('num_samples=0 takes all images of a set; a checkpoint needs a number')
+        if guidance != 1 and not net.num_classes:
+            raise ValueError(f'guidance={guidance}: {spec} has no classes to be guided to')
+        inputs.append((net.to(device, memory_format=M.memory_format(device)), diffusion))
     stored = None
     if reference.endswith('.npz') and not save_stats:
-        stored = M.read_npz(reference)
-        if 'mu' not in stored:
-            stored = None
-        elif str(stored['space']) != space:
-            raise ValueError(f"{reference} holds statistics in the space of {stored['space']}, not of {space}: "
-                             'make them again with --save_stats')
+        arrays = M.read_npz(reference)
+        if 'mu' in arrays:
+            stored = arrays
+            named = str(arrays.get('space', 'inception'))                      # ADM's files do not name theirs
+            if named != space:
+                raise ValueError(f'{reference} holds statistics in the space of {named}, not of {space}: make them again with --save_stats')
+            if arrays['mu'].shape != (D,) or arrays['sigma'].shape != (D, D):
+                raise ValueError(f"{reference} holds statistics of {arrays['mu'].size} features, {features} has {D}")
     reference_images = open_images(reference) if stored is None else None
 except ValueError as e:
     M.die(str(e))
 
 
+# ---- features ----
+class Moments:
+    """Mean and covariance of a stream of features over all ranks, accumulated in float64."""
+
+    def __init__(self, size):
+        self.size, self.packed = size, torch.zeros(size + size ** 2 + 1, dtype=torch.float64)
+
+    def add(self, f):
+        self.packed += torch.cat([f.sum(0), (f.T @ f).flatten(), torch.tensor([float(len(f))], dtype=torch.float64)])
+
+    def result(self):
+        D, packed = self.size, self.packed.to(device if dist.is_initialized() and device.type == 'cuda' else 'cpu')
+        if world > 1:
+            dist.all_reduce(packed)
+        s, ss, n = packed[:D].cpu(), packed[D:-1].view(D, D).cpu(), packed[-1].item()
+        mu = s / n
+        return mu.numpy(), ((ss - n * torch.outer(mu, mu)) / max(1, n - 1)).numpy()
+
+
 @torch.inference_mode()
-def statistics(batches, total):
-    """(mean (D,), covariance (D, D), count) of the features of all ranks' batches, accumulated in float64."""
-    s, ss, count = torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64), 0
-    for x in tqdm(batches, total=total, disable=rank > 0, leave=False):
-        # the mean of the last feature map is what the classifier's linear layer sees
-        f = classifier.forward_features(M.preprocess(classifier, x.to(device)))[1][-1].mean((2, 3)).double().cpu()
-        s, ss, count = s + f.sum(0), ss + f.T @ f, count + len(f)
+def extract(batches, total, keep):
+    """What is known of a set of images, uint8 (B, C, H, W) per batch with their places in the set: count, mu and sigma (of
+    the spatial features too), and on rank 0 the first `keep` features and logits, in the order of the set."""
+    moments, moments_s = Moments(D), Moments(2023) if inception else None
+    kept = []
+    for places, x in tqdm(batches, total=-(-total // batch_size // world), disable=rank > 0, leave=False):
+        if inception:
+            f, logits = net_F(x.to(device).expand(-1, 3, -1, -1))
+            moments_s.add(spatial.pop().double().cpu())
+        else:
+            # the mean of the last feature map is what the classifier's linear layer sees
+            logits, maps = net_F.forward_features(M.preprocess(net_F, M.to_float(x.to(device))))
+            f = maps[-1].mean((2, 3))
+        moments.add(f.double().cpu())
+        if places[0] < keep:
+            kept.append((places[0], f.float().cpu().numpy(), logits.float().cpu().numpy()))
+    out = dict(zip(('mu', 'sigma'), moments.result()), n=total)
+    if inception:
+        out |= dict(zip(('mu_s', 'sigma_s'), moments_s.result()))
     if world > 1:
-        packed = torch.cat([s, ss.flatten(), torch.tensor([float(count)], dtype=torch.float64)]).to(device)
-        dist.all_reduce(packed)
-        s, ss, count = packed[:D].cpu(), packed[D:-1].view(D, D).cpu(), round(packed[-1].item())
-    mu = s / count
-    return mu.numpy(), ((ss - count * torch.outer(mu, mu)) / max(1, count - 1)).numpy(), count
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), Heusel et al. 2017, Eq. (6).
-
-    The trace of the root is the sum of the roots of the product's eigenvalues, which are real and not negative
-    up to rounding.
-    """
-    eigenvalues = scipy.linalg.eigvals(sigma1 @ sigma2).real.clip(min=0)
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * np.sqrt(eigenvalues).sum())
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(kept, parts)
+        kept = [k for p in parts for k in p] if rank == 0 else []
+    if rank == 0:
+        kept.sort(key=lambda k: k[0])
+        out |= dict(features=np.concatenate([k[1] for k in kept])[:keep].astype(np.float64),
+                    logits=np.concatenate([k[2] for k in kept])[:keep].astype(np.float64))
+    return out
 
 
 def image_batches(images):
     """This rank's share of a set of images."""
     for i in range(rank * batch_size, len(images), world * batch_size):
-        yield M.to_float(images[i:i + batch_size])
+        yield range(i, min(i + batch_size, len(images))), images[i:i + batch_size]
 
 
 def sample_batches(net, diffusion, seconds):
-    """This rank's share of the samples. A block of batch_size images has a seed of its own, whichever rank makes it."""
+    """This rank's share of the samples. Every image has a seed of its own, so the set is the same for any number of ranks."""
     C, H = (net.config[k] for k in ('in_channels', 'image_size'))
-    for block in range(rank, -(-num_samples // batch_size), world):
-        size = min(batch_size, num_samples - block * batch_size)
-        g = torch.Generator(device).manual_seed(seed * 1_000_003 + block)
-        y = torch.randint(net.num_classes, (size,), generator=g, device=device) if net.num_classes else None
+    for i in range(rank * batch_size, num_samples, world * batch_size):
+        places = range(i, min(i + batch_size, num_samples))
+        g = [torch.Generator().manual_seed(seed * 1_000_000_007 + k) for k in places]
+        y = torch.cat([torch.randint(net.num_classes, (1,), generator=k) for k in g]).to(device) if net.num_classes else None
         t0 = time.time()
-        with autocast:
-            x = M.sample(net, diffusion, (size, C, H, H), steps, sampler, y, guidance, g)
-        seconds.append((time.time() - t0, size))
-        yield M.to_float(M.to_uint8(x))                                        # what a file of images would hold
+        with autocast, torch.no_grad():
+            x = M.sample(net, diffusion, (len(places), C, H, H), steps, sampler, y, guidance, g)
+            x = M.to_uint8(getattr(net, 'decode', lambda z: z)(x)).cpu()
+        seconds.append((time.time() - t0) / len(places))
+        yield places, x
 
 
 def first(batches, kept):
     """Passes batches on and keeps the first for the picture."""
-    for x in batches:
+    for places, x in batches:
         if not kept:
-            kept.append(x[:100].cpu())
-        yield x
+            kept.append(x[:100])
+        yield places, x
 
 
 # ---- the reference ----
-if stored is None:
-    mu_ref, sigma_ref, count_ref = statistics(image_batches(reference_images), -(-len(reference_images) // batch_size // world))
-else:
-    mu_ref, sigma_ref, count_ref = stored['mu'], stored['sigma'], int(stored['n'])
+ref = stored or extract(image_batches(reference_images), len(reference_images), KEEP[0])
 if save_stats and rank == 0:
-    M.write_atomically(save_stats, lambda tmp: np.savez(tmp, mu=mu_ref, sigma=sigma_ref, n=count_ref, space=space))
-    print(f'{save_stats}: statistics of {count_ref:,} images of {reference} in the space of {space}')
+    arrays = {k: v for k, v in ref.items() if k not in ('features', 'logits')} | {'space': space}
+    M.write_atomically(save_stats, lambda tmp: np.savez(tmp, **arrays))
+    print(f"{save_stats}: statistics of {ref['n']:,} images of {reference} in the space of {space}")
 
 # ---- the models ----
-if rank == 0 and specs:
-    print(f'Frechet distance in the features of {space} to {reference} ({count_ref:,} images); '
-          f'checkpoints: {sampler}, {steps} steps, seed {seed}')
-    print(f'{"model":<48}{"parameters":>12}{"images":>9}{"distance":>10}{"ms/image":>10}')
+table = []
 for spec, source in zip(specs, inputs):
-    kept, seconds = [], []
+    kept, seconds, row = [], [], {'model': spec}
     if is_images(spec):
         images = source[:num_samples] if num_samples else source
-        batches, total, parameters = image_batches(images), len(images), ''
+        batches, total = image_batches(images), len(images)
     else:
-        batches, total, parameters = sample_batches(*source, seconds), num_samples, f'{sum(p.numel() for p in source[0].parameters()):,}'
-    mu, sigma, count = statistics(first(batches, kept), -(-total // batch_size // world))
-    if rank == 0:
-        ms = f'{1000 * sum(s for s, _ in seconds) / sum(k for _, k in seconds):.2f}' if seconds else ''
-        print(f'{spec:<48}{parameters:>12}{count:>9,}{frechet_distance(mu, sigma, mu_ref, sigma_ref):>10.3f}{ms:>10}')
-        if count <= len(mu):
-            print(f'  (only {count} images for {len(mu)} features: the covariance is singular and the distance biased)')
-        name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')
-        M.save_grid(os.path.join(out_dir, f'{name}.png'), kept[0], 10)
+        batches, total = sample_batches(*source, seconds), num_samples
+    found = extract(first(batches, kept), total, KEEP[1])
+    if rank:
+        continue
+    if seconds:
+        net = source[0]
+        x = torch.zeros(1, *[net.config[k] for k in ('in_channels', 'image_size', 'image_size')], device=device)
+        with FlopCounterMode(display=False) as flops, torch.no_grad():
+            net(x, torch.zeros(1, dtype=torch.long, device=device))
+        row |= {'parameters': sum(p.numel() for p in net.parameters()),
+                'MB': os.path.getsize(spec) / 2 ** 20 if os.path.isfile(spec) else None,
+                'MFLOPs': flops.get_total_flops() / 1e6, 'ms/image': 1000 * np.mean(seconds), '+-': 1000 * np.std(seconds)}
+    row['images'] = total
+    row['FID' if inception else 'Frechet'], singular = frechet_distance(found['mu'], found['sigma'], ref['mu'], ref['sigma'])
+    if inception and 'mu_s' in ref:
+        row['sFID'], _ = frechet_distance(found['mu_s'], found['sigma_s'], ref['mu_s'], ref['sigma_s'])
+    row['IS' if inception else 'score'] = inception_score(found['logits'])
+    if 'features' in ref:
+        real, fake = ref['features'], found['features']
+        row['precision'], row['recall'] = precision_recall(real, fake)
+        row['KID'] = kid(real, fake[:KEEP[0]])
+        n = min(n_two_sample, len(real), len(fake))
+        row |= two_sample(real[:n], fake[:n]) if n > 1 else {}
+    if total <= D or singular:
+        print(f'{spec}: {total:,} images for {D:,} features'
+              + (', so the covariance has not full rank and the distance is biased' if total <= D else
+                 ': the product of the covariances is near singular, its root uncertain'))
+    table.append(row)
+    how = dict(features=space, reference=reference, reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
+               n_two_sample=n_two_sample, device=device.type) | (dict(sampler=sampler, steps=steps, guidance=guidance) if seconds else {})
+    os.makedirs(out_dir, exist_ok=True)
+    with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
+        f.write(json.dumps(row | how) + '\n')
+    name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')
+    M.save_grid(os.path.join(out_dir, f'{name}.png'), M.to_float(kept[0]), 10)
+if table:
+    columns = list(dict.fromkeys(k for row in table for k in row))
+    cells = [columns] + [['' if (v := row.get(k)) is None else f'{v:,}' if isinstance(v, int) else v if isinstance(v, str) else f'{v:.4g}'
+                          for k in columns] for row in table]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
+    print(f"features of {space}; reference {reference}" + (f" ({int(ref['n']):,} images)" if 'n' in ref else '')
+          + f'; checkpoints: {sampler}, {steps} steps, seed {seed}')
+    for r in cells:
+        print('  '.join([r[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(r[1:], widths[1:])]))
 if world > 1:
+    dist.barrier()
     dist.destroy_process_group()

@@ -698,20 +698,21 @@ def sampling_steps(T, steps, sampler='ddpm'):
 def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, guidance=1., generator=None, eta=0.):
     """Images (B, C, H, W), float32, from a network and its process.
 
-    shape_or_noise: (B, C, H, W), drawn with `generator` on the network's device; or the noise itself.
+    shape_or_noise: (B, C, H, W), or the noise itself. generator: of that noise and of every step's; one, or a list of one
+    per image.
     sampler: 'ddpm' (ancestral), 'ddim' (with `eta`) or 'dpm++' (diffusers' multistep solver, second order).
     y: labels (B,), -1 for none. Raises ValueError for a number of steps that the process does not have.
     """
+    from diffusers.utils.torch_utils import randn_tensor
     device = next(net.parameters()).device
-    x = shape_or_noise if torch.is_tensor(shape_or_noise) else torch.randn(shape_or_noise, generator=generator,
-                                                                           device=device)
+    x = shape_or_noise if torch.is_tensor(shape_or_noise) else randn_tensor(shape_or_noise, generator, device)
     ts = sampling_steps(diffusion.T, steps, sampler)
     if sampler == 'dpm++':
         return sample_dpm(net, diffusion, x, ts, y, guidance)
     for t, s in zip(ts, ts[1:] + [-1]):
         tt = torch.full((len(x),), t, device=device)
         out = guided(net, x, tt, y, guidance)
-        noise = torch.randn(x.shape, generator=generator, device=device) if sampler == 'ddpm' or eta else None
+        noise = randn_tensor(x.shape, generator, device) if sampler == 'ddpm' or eta else None
         x = diffusion.ddpm_step(out, x, tt, s, noise) if sampler == 'ddpm' else \
             diffusion.ddim_step(out, x, tt, s, eta, noise)
     return x
@@ -1149,16 +1150,6 @@ def on_all(fn, value, device):
     value = torch.tensor(float(value), device=device)
     dist.all_reduce(value, fn)
     return value.item()
-
-
-def check_memory(size, device, what, remedy):
-    """Raises ValueError where `what`, of `size` bytes on every rank, cannot fit."""
-    if device.type == 'cuda':
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if size > free:
-        raise ValueError(f'{what} needs {size / 2 ** 20:,.0f} MB, there are {free / 2 ** 20:,.0f} MB: {remedy}')
 
 
 def stop_flag():

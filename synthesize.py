@@ -1,7 +1,7 @@
 """
 DiffDFKD, first stage: makes the training images for distilling a classifier, without the data it was trained on. A
 diffusion prior makes images, and at every denoising step the classifier pulls them towards what it was trained on: its
-BatchNorm statistics and its predictions (Xu et al., ICASSP 2025).
+BatchNorm statistics and its predictions (Qi et al. 2025, arXiv 2504.00870).
 
     python synthesize.py                                               # MNIST digits from the bundled models, on a laptop
     python synthesize.py config/synth_cifar10_sd15.py                  # the paper's CIFAR-10 setting, Stable Diffusion 1.5

@@ -414,16 +414,53 @@ def test_classifier_and_frechet_distance(tiny, tmp_path):
             '--epochs=3', '--batch_size=16', '--holdout=0', f'--out_dir={tmp_path}/c']
     out = run(*args, cwd=tiny)
     assert 'test_accuracy' in out and M.load_classifier(f'{tmp_path}/c/student.safetensors').config['num_classes'] == 4
-    common = ['eval_fid.py', '--features=classifier.safetensors', f'--out_dir={tmp_path}/e']
+    common = ['eval_fid.py', '--features=classifier.safetensors', '--num_samples=64', '--steps=2', '--batch_size=8', '--n_two_sample=32']
     run(*common, '--reference=images.npz', f'--save_stats={tmp_path}/stats.npz', cwd=tiny)
-    out = run(*common, f'--reference={tmp_path}/stats.npz', '--models=images.npz,teacher.safetensors', '--num_samples=64', '--steps=2',
-              '--batch_size=32', cwd=tiny)
-    rows = [r.split() for r in out.splitlines() if r.startswith(('images.npz', 'teacher'))]
-    assert abs(float(rows[0][-1])) < 1e-3 and float(rows[1][-2]) > float(rows[0][-1])
-    two = run(*common, f'--reference={tmp_path}/stats.npz', '--models=teacher.safetensors', '--num_samples=64', '--steps=2',
-              '--batch_size=32', cwd=tiny, ranks=2)
-    assert [r.split()[-2] for r in two.splitlines() if r.startswith('teacher')] == [rows[1][-2]]
-    assert sorted(os.listdir(tmp_path / 'e')) == ['images.png', 'teacher.png']
+    out = run(*common, f'--reference={tmp_path}/stats.npz', '--models=images.npz,teacher.safetensors', f'--out_dir={tmp_path}/e', cwd=tiny)
+    assert out.splitlines()[-2].split()[0] == 'images.npz' and 'FID' not in out
+    same, sampled = metrics(tmp_path / 'e')
+    assert abs(same['Frechet']) < 1e-6 < 1e-3 < sampled['Frechet'] and 'KID' not in same
+    assert sampled['parameters'] > 0 and sampled['MFLOPs'] > 0 and sampled['sampler'] == 'ddpm' and sampled['features'].startswith('classifier')
+    assert sorted(os.listdir(tmp_path / 'e')) == ['images.png', 'metrics.jsonl', 'teacher.png']
+
+
+def metrics(folder):
+    with open(os.path.join(folder, 'metrics.jsonl')) as f:
+        return [json.loads(line) for line in f]
+
+
+def test_a_number_does_not_depend_on_the_ranks(tiny, tmp_path):
+    args = ['eval_fid.py', '--features=classifier.safetensors', '--reference=images.npz', '--models=images.npz,classes.safetensors',
+            '--num_samples=52', '--steps=3', '--batch_size=8', '--n_two_sample=32']
+    run(*args, f'--out_dir={tmp_path}/1', cwd=tiny)
+    run(*args, f'--out_dir={tmp_path}/2', cwd=tiny, ranks=2)
+    for one, two in zip(metrics(tmp_path / '1'), metrics(tmp_path / '2')):
+        for k in ('Frechet', 'score', 'precision', 'recall', 'KID', 'EMD', 'MMD', '1-NN'):
+            assert one[k] == pytest.approx(two[k], rel=1e-6, abs=1e-9), k
+    same, sampled = metrics(tmp_path / '1')
+    assert same['precision'] == same['recall'] == 1 and same['EMD'] == same['MMD'] == 0 and sampled['EMD'] > 0
+
+
+def test_metrics_have_their_definitions():
+    source = open(os.path.join(ROOT, 'eval_fid.py')).read()
+    names = {}
+    exec('\n'.join(line for line in source.splitlines() if line.startswith(('import ', 'from ')) and 'models' not in line), names)
+    exec(source[source.index('NEIGHBOURS ='):source.index('# ---- check everything')], names)
+    g = np.random.default_rng(0)
+    a, b = g.normal(size=(300, 5)), g.normal(size=(200, 5)) * [1, 2, 3, 1, 1] + [0, 0, 0, 2, 0]
+    s1, s2 = np.diag([1., 4., 9.]), np.diag([4., 1., 1.])
+    assert names['frechet_distance'](np.zeros(3), s1, np.ones(3), s2)[0] == pytest.approx(3 + 1 + 1 + 4)   # (sd1 - sd2)^2 summed
+    assert names['frechet_distance'](np.zeros(3), s1, np.zeros(3), np.diag([1., 1., 0.]))[1]               # singular
+    assert names['inception_score'](np.eye(4).repeat(5, 0) * 100) == pytest.approx(4)
+    d = np.linalg.norm(a[:, None] - b[None], axis=2)
+    ball_a, ball_b = (np.sort(np.linalg.norm(x[:, None] - x[None], axis=2), 1)[:, 3] for x in (a, b))
+    assert names['precision_recall'](a, b) == [(d.T <= ball_a).any(1).mean(), (d <= ball_b).any(1).mean()]
+    k = lambda x, y: (x @ y.T / 5 + 1) ** 3                                    # noqa: E731
+    off = ~np.eye(300, dtype=bool)
+    expected = k(a, a)[off].mean() + k(b, b)[off[:200, :200]].mean() - 2 * k(a, b).mean()
+    assert names['kid'](a, b) == pytest.approx(expected)
+    far = names['two_sample'](a[:200], a[:200] + 100)
+    assert far['1-NN'] == 1 and far['EMD'] == pytest.approx(100 * 5 ** 0.5) and 0 < far['MMD'] <= 2 ** 0.5
 
 
 # ---- DiffDFKD ----
@@ -600,6 +637,9 @@ def bad(tiny):
     np.savez(tiny / 'no_arr.npz', x=np.zeros(3))
     np.savez(tiny / 'big.npz', arr_0=np.zeros((4, 32, 32, 3), np.uint8))
     (tiny / 'config.py').write_text('rho = "much"\n')
+    np.savez(tiny / 'adm.npz', mu=np.zeros(2048), sigma=np.zeros((2048, 2048), np.float32))
+    space = f"classifier.safetensors {M.digest(M.load_classifier(str(tiny / 'classifier.safetensors')))}"
+    np.savez(tiny / 'short.npz', mu=np.zeros(2), sigma=np.eye(2), n=5, space=space)
     os.makedirs(tiny / 'empty')
     os.makedirs(tiny / 'cut')
     np.savez(tiny / 'cut/images_0000_00000.npz', arr_0=np.zeros((4, 16, 16, 1), np.uint8))
@@ -622,7 +662,9 @@ BAD = [
     (['--device=tpu9'], 'device'), (['--student=dit', '--hidden_size=30'], 'hidden_size'), (['--lr=1e30', '--lr_warmup=0', '--max_steps=50'], 'not finite')]
 BAD_OTHERS = [
     (['eval_fid.py', '--models=missing.safetensors'], 'no file'), (['eval_fid.py', '--models=big.npz'], '3 channels'),
-    (['eval_fid.py'], 'nothing to measure'), (['eval_fid.py', '--models=teacher.safetensors', '--steps=500'], 'from 1 to 100'),
+    (['eval_fid.py'], 'nothing to measure'), (['eval_fid.py', '--models=images.npz', '--reference=adm.npz'], 'space of inception'),
+    (['eval_fid.py', '--models=images.npz', '--reference=short.npz'], 'statistics of 2 features'),
+    (['eval_fid.py', '--models=images.npz', '--features=inception', '--inception_weights=missing.pth'], '--inception_weights'), (['eval_fid.py', '--models=teacher.safetensors', '--steps=500'], 'from 1 to 100'),
     (['distill_classifier.py', '--method=data', '--data=big.npz', '--holdout=0', '--batch_size=2'], 'no labels'),
     (['distill_classifier.py', '--method=data', '--data=images.npz', '--batch_size=16', '--holdout=0', '--student=resnet7'], 'resnet7'),
     (['distill_classifier.py', '--data=empty'], 'no images'), (['distill_classifier.py', '--data=cut'], 'images_0000_00001.npz cannot be read'),
@@ -655,7 +697,7 @@ def test_bad_input_of_the_others(bad, tmp_path):
         common = {'eval_fid.py': ['--reference=images.npz', '--features=classifier.safetensors'],
                   'synthesize.py': ['--prior=teacher.safetensors', '--teacher=classifier.safetensors']}.get(
                       args[0], ['--teacher=classifier.safetensors'])
-        common = [c for c in common if c.split('=')[0] not in str(args)]
+        common = [c for c in common if c.split('=')[0] + '=' not in str(args)]
         err = run(*args, *common, f'--out_dir={tmp_path}/o', cwd=bad, ok=False)
         assert words in err and not os.path.exists(tmp_path / 'o'), (args, err)
     at_once(one, BAD_OTHERS)
@@ -669,10 +711,12 @@ def test_help(script, tmp_path):
 
 
 def test_paper_configs_say_where_the_teacher_is(tmp_path):
+    """Every config runs up to the teacher that it needs, so its keys are right."""
     def one(name):
-        err = run('dkdm.py', os.path.join(ROOT, 'config', name), cwd=tmp_path, ok=False)
-        assert 'github.com' in err and not os.listdir(tmp_path), err
-    at_once(one, [f'dkdm_{n}.py' for n in ('cifar10', 'celeba64', 'imagenet32', 'celebahq256_ldm', 'ffhq256_ldm')])
+        script = {'dkdm': 'dkdm.py', 'synth': 'synthesize.py', 'distill': 'distill_classifier.py'}[name.split('_')[0]]
+        err = run(script, os.path.join(ROOT, 'config', name), cwd=tmp_path, ok=False)
+        assert 'no file' in err and '; get ' in err and not os.listdir(tmp_path), err
+    at_once(one, [f for f in sorted(os.listdir(os.path.join(ROOT, 'config'))) if f.startswith(('dkdm', 'synth', 'distill')) and 'mnist' not in f])
 
 
 def test_bundled_models(tmp_path):
