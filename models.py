@@ -882,13 +882,17 @@ def load_pipeline(spec):
 
     In half precision where there is a GPU. Nothing is guessed. Raises ValueError with one line.
     """
+    import huggingface_hub
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
     logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     dtype = torch.float32 if not torch.cuda.is_available() else \
         torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     try:
-        parts = DiffusionPipeline.load_config(spec)
+        index = os.path.join(spec, 'model_index.json')
+        with open(index if os.path.isdir(spec) else huggingface_hub.hf_hub_download(spec, 'model_index.json')) as f:
+            parts = json.load(f)
         skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in parts}
         pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, **skip).to(dtype)
     except Exception as e:
