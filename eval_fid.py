@@ -163,12 +163,13 @@ def open_images(spec):
 try:
     if inception:
         net_F, space = load_inception()
-        net_F, channels, D = net_F.to(device), 3, 2048
+        net_F, channels, D, classes = net_F.to(device), 3, 2048, 1008
         spatial = []                                                           # of sFID: 7 channels of 17 x 17
         net_F.Mixed_6d.branch1x1.register_forward_hook(lambda m, args, out: spatial.append(out[:, :7].flatten(1)))
     else:
         net_F = M.load_classifier(features).to(device, memory_format=M.memory_format(device))
         space, channels, side = f'{os.path.basename(features)} {M.digest(net_F)}', net_F.config.get('in_channels', 3), net_F.config['image_size']
+        classes = net_F.config['num_classes']
         with torch.no_grad():
             D = net_F.forward_features(torch.zeros(1, channels, side, side, device=device))[1][-1].shape[1]
     inputs = []
@@ -204,6 +205,14 @@ except ValueError as e:
 
 
 # ---- features ----
+def summed(x):
+    """The sum of a CPU tensor over all ranks."""
+    if world > 1:
+        x = x.to(device)
+        dist.all_reduce(x)
+    return x.cpu()
+
+
 class Moments:
     """Mean and covariance of a stream of features over all ranks, accumulated in float64."""
 
@@ -214,10 +223,8 @@ class Moments:
         self.packed += torch.cat([f.sum(0), (f.T @ f).flatten(), torch.tensor([float(len(f))], dtype=torch.float64)])
 
     def result(self):
-        D, packed = self.size, self.packed.to(device if dist.is_initialized() and device.type == 'cuda' else 'cpu')
-        if world > 1:
-            dist.all_reduce(packed)
-        s, ss, n = packed[:D].cpu(), packed[D:-1].view(D, D).cpu(), packed[-1].item()
+        D, packed = self.size, summed(self.packed)
+        s, ss, n = packed[:D], packed[D:-1].view(D, D), packed[-1].item()
         mu = s / n
         return mu.numpy(), ((ss - n * torch.outer(mu, mu)) / max(1, n - 1)).numpy()
 
@@ -225,9 +232,9 @@ class Moments:
 @torch.inference_mode()
 def extract(batches, total, keep):
     """What is known of a set of images, uint8 (B, C, H, W) per batch with their places in the set: count, mu and sigma (of
-    the spatial features too), and on rank 0 the first `keep` features and logits, in the order of the set."""
+    the spatial features too), and the first `keep` features and logits, in the order of the set."""
     moments, moments_s = Moments(D), Moments(2023) if inception else None
-    kept = []
+    kept = torch.zeros(min(keep, total), D + classes)                          # made at once: small pieces fragment the memory
     for places, x in tqdm(batches, total=-(-total // batch_size // world), disable=rank > 0, leave=False):
         if inception:
             f, logits = net_F(x.to(device).expand(-1, 3, -1, -1))
@@ -237,20 +244,13 @@ def extract(batches, total, keep):
             logits, maps = net_F.forward_features(M.preprocess(net_F, M.to_float(x.to(device))))
             f = maps[-1].mean((2, 3))
         moments.add(f.double().cpu())
-        if places[0] < keep:
-            kept.append((places[0], f.float().cpu().numpy(), logits.float().cpu().numpy()))
+        mine = kept[places.start:places.stop]
+        mine.copy_(torch.cat([f, logits], dim=1)[:len(mine)])
     out = dict(zip(('mu', 'sigma'), moments.result()), n=total)
     if inception:
         out |= dict(zip(('mu_s', 'sigma_s'), moments_s.result()))
-    if world > 1:
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object(kept, parts)
-        kept = [k for p in parts for k in p] if rank == 0 else []
-    if rank == 0:
-        kept.sort(key=lambda k: k[0])
-        out |= dict(features=np.concatenate([k[1] for k in kept])[:keep].astype(np.float64),
-                    logits=np.concatenate([k[2] for k in kept])[:keep].astype(np.float64))
-    return out
+    kept = summed(kept)                                                        # every rank has filled its own rows
+    return out | dict(features=kept[:, :D].double().numpy(), logits=kept[:, D:].double().numpy())
 
 
 def image_batches(images):
