@@ -12,7 +12,8 @@ The statistics of a reference are made once with --save_stats:
 
 Only in the features of Inception is the Frechet distance called FID. Its statistics are accumulated as a stream; of the
 features the first 10,000 of the reference and 50,000 of a model are kept for the other metrics. 50,000 images of 32x32
-against 10,000, in the features of a ResNet-20: 87 s on two CPU cores and 1.5 GB at the peak (AMD EPYC, Zen 4).
+against 10,000, in the features of a ResNet-20: 87 to 98 s on two CPU cores (AMD EPYC, Zen 4) and, from run to run, 1.5 to
+3.8 GB at the peak.
 """
 import os
 import time
@@ -234,7 +235,7 @@ def extract(batches, total, keep):
     """What is known of a set of images, uint8 (B, C, H, W) per batch with their places in the set: count, mu and sigma (of
     the spatial features too), and the first `keep` features and logits, in the order of the set."""
     moments, moments_s = Moments(D), Moments(2023) if inception else None
-    kept = torch.zeros(min(keep, total), D + classes)                          # made at once: small pieces fragment the memory
+    kept = torch.zeros(min(keep, total), D + classes)
     for places, x in tqdm(batches, total=-(-total // batch_size // world), disable=rank > 0, leave=False):
         if inception:
             f, logits = net_F(x.to(device).expand(-1, 3, -1, -1))
