@@ -12,8 +12,8 @@ The statistics of a reference are made once with --save_stats:
 
 Only in the features of Inception is the Frechet distance called FID. Its statistics are accumulated as a stream; of the
 features the first 10,000 of the reference and 50,000 of a model are kept for the other metrics. 50,000 images of 32x32
-against 10,000, in the features of a ResNet-20: 87 to 98 s on two CPU cores (AMD EPYC, Zen 4) and, from run to run, 1.5 to
-3.8 GB at the peak.
+against 10,000, in the features of a ResNet-20: 87 to 98 s on two CPU cores (AMD EPYC, Zen 4) and, from run to run, 1.2 to
+4.0 GB at the peak.
 """
 import os
 import time
