@@ -12,12 +12,14 @@ import os
 import time
 
 # teacher
-teacher = 'pretrained/mnist_unet.safetensors'  # a file of ours, or an original ADM, DDPM-IP, DKDM, LDM or DiT checkpoint
+teacher = 'pretrained/mnist_unet.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM, LDM or DiT checkpoint, or a
+                             # diffusers folder or hub id
 teacher_source = ''          # where a missing teacher is to be had, for the message
 teacher_config = {}          # what an original checkpoint does not say: image_size, schedule, ... (models.load_denoiser)
-guidance = 1.0               # class-conditional teachers are distilled at this guidance scale; 1 is none
+guidance = 1.0               # teachers with classes or texts are distilled at this guidance scale; 1 is none
+prompts = ''                 # teachers with texts: a file of them, one per line
 # student
-student = 'unet'             # 'unet' or 'dit', whatever the teacher is
+student = 'unet'             # 'unet' or 'dit', whatever the teacher is; or the config.json of a model of diffusers
 student_prediction = 'v'     # 'v', 'eps', 'x0', 'flow', or 'teacher': the same as the teacher's (the paper)
 learn_sigma = True           # the student predicts its variance too, Eq. (12)
 patch_size = 2               # pixels folded into channels (unet) or into a token (dit)
@@ -41,7 +43,7 @@ stride = 40                  # a visit moves an image about so many of the T ste
 warmup_steps = 0             # teacher steps of a whole walk while the pool is filled; 0: T / stride, the paper: T
 pool_dtype = 'float32'       # 'float32', 'float16' or 'bfloat16'
 lam = 0.001                  # weight of L_vlb, Eq. (19)
-uncond_prob = 0.0            # class-conditional students: how often the null condition is trained
+uncond_prob = 0.0            # students with classes or texts: how often the null condition is trained
 # images, for 'data' and 'synthetic'
 data = ''                    # an .npz, a folder, or a torchvision name; for 'synthetic' with real_fraction: the real images
 synthetic = ''               # 'synthetic': images made earlier; '' makes them now
@@ -78,7 +80,9 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
 
 import copy
+import json
 import math
+import shutil
 
 import numpy as np
 import torch
@@ -91,7 +95,7 @@ import models as M
 walks = method in ('dynamic', 'shuffled', 'iterative')
 for wrong, message in [
         (not walks and method not in ('synthetic', 'data'), f"method={method!r}: 'dynamic', 'shuffled', 'iterative', 'synthetic' or 'data'"),
-        (student not in ('unet', 'dit'), f"student={student!r}: 'unet' or 'dit'"),
+        (student not in ('unet', 'dit') and not student.endswith('.json'), f"student={student!r}: 'unet', 'dit', or a config.json of diffusers"),
         (rho <= 0, f'rho={rho}: above 0; the paper has 0.4'),
         (stride < 1, f'stride={stride}: from 1 (the paper) to T'),
         (warmup_steps < 0, f'warmup_steps={warmup_steps}: from 1 to T, or 0 for T / stride'),
@@ -113,23 +117,54 @@ if batch_size % (world * grad_accum):
 micro_batch = batch_size // world // grad_accum                                # images of one forward pass
 
 # ---- teacher, images, student ----
+def diffusers_student():
+    """A network of random weights of the diffusers class and config that `student` names, with the teacher's texts."""
+    import diffusers
+    try:
+        with open(student) as f:
+            found = json.load(f)
+        net = M.Pipeline(getattr(diffusers, found['_class_name']).from_config(found))
+    except Exception as e:
+        raise ValueError(f"{student} is no config of a diffusers model ('_class_name', and what that takes): {M.first_line(e)}") from None
+    kind, want = net.config['class'], getattr(net_T, 'condition', 'class' if num_classes else '')
+    if net.condition != want or want == 'class' and net.num_classes != num_classes:
+        raise ValueError(f"{student}: the {kind} takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
+                         f"{num_classes or ''} {want or 'none'}" + (' (one more in num_class_embeds, for none)' if want == 'class' else ''))
+    net.num_classes = num_classes
+    for name in ('prompts', 'pooled', 'times'):
+        if getattr(net_T, name, None) is not None:
+            setattr(net, name, getattr(net_T, name).float())
+    try:
+        with torch.no_grad():
+            t = torch.zeros(1, dtype=torch.long, device=device)
+            out = net.to(device)(torch.zeros(1, C, H, H, device=device), t, t if num_classes else None)
+    except Exception as e:
+        raise ValueError(f'{student}: the {kind} cannot take {C}x{H}x{H} images and this condition: {M.first_line(e)}') from None
+    if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)):
+        raise ValueError(f'{student}: the {kind} makes {tuple(out.shape[1:])} of {(C, H, H)}')
+    return net
+
+
 try:
     checkpoint = None
     if method != 'data':
         net_T, diffusion_T = M.load_denoiser(teacher, **teacher_config)
-        if getattr(net_T, 'condition', '') == 'text':
-            raise ValueError(f'{teacher} is conditioned on texts; teachers with classes or without conditions can be distilled')
         net_T = net_T.to(device, memory_format=M.memory_format(device))
+        if getattr(net_T, 'condition', '') == 'text':
+            net_T.set_prompts(M.read_lines(prompts, f'{teacher} takes texts: --prompts=file.txt'))
+        elif prompts:
+            raise ValueError(f'prompts={prompts}: {teacher} takes no texts')
         T, C, H = diffusion_T.T, net_T.config['in_channels'], net_T.config['image_size']
         num_classes = net_T.num_classes
         process = diffusion_T.config
         if stride > T or warmup_steps > T:
             raise ValueError(f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps')
         if guidance != 1 and not num_classes:
-            raise ValueError(f'guidance={guidance}: {teacher} has no classes to be guided to')
+            raise ValueError(f'guidance={guidance}: {teacher} has no classes or texts to be guided to')
         if method == 'synthetic' and not diffusion_T.clip:
             raise ValueError("method='synthetic' stores images, and this teacher makes latents: method='dynamic' takes both")
     if method == 'data':
+        net_T = None
         sets = {data: M.load_images(data)}
         C, H = sets[data][0].shape[1:3]
         num_classes = int(sets[data][1].max()) + 1 if class_cond and sets[data][1] is not None else int(class_cond)
@@ -142,14 +177,20 @@ try:
         if num_classes and (labels is None or labels.max() >= num_classes):
             raise ValueError(f"{spec} needs labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)")
     prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
-    diffusion = M.Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
-    if student == 'unet':
+    if student.endswith('.json'):
+        net = diffusers_student()
+        learn_sigma = net.config['out_channels'] == 2 * C
+        if process.get('schedule') == 'flow' and prediction != 'flow':
+            raise ValueError(f'student_prediction={student_prediction}: diffusers samples a flow with flow predictions, '
+                             '--student_prediction=teacher')
+    elif student == 'unet':
         net = M.UNet(H, C, C * (1 + learn_sigma), model_channels, num_res_blocks, channel_mult, attention_resolutions,
                      num_head_channels=num_head_channels, dropout=dropout, num_classes=num_classes,
                      use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
                      use_new_attention_order=use_new_attention_order, patch_size=patch_size)
     else:
         net = M.DiT(H, patch_size, C, hidden_size, depth, num_heads, num_classes=num_classes, learn_sigma=learn_sigma)
+    diffusion = M.Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
     pool_batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
     pool_size = pool_batches * batch_size // world if walks else 0
     pool_bytes = pool_size * C * H * H * torch.finfo(getattr(torch, pool_dtype)).bits // 8
@@ -309,16 +350,57 @@ def image_batch(n):
 
 
 # ---- results on disk ----
+def save_pipeline():
+    """A student of diffusers, in out_dir, from which DiffusionPipeline.from_pretrained samples: the network, the teacher's
+    scheduler with the student's prediction, and links to the teacher's other parts. A student of another class than the
+    teacher's becomes a DDPMPipeline if it has no condition; else its network and scheduler are saved alone."""
+    import diffusers
+    kind, root, parts = net_ema.config['class'], '', {}
+    if isinstance(net_T, M.Pipeline):
+        root, parts = M.read_pipeline(teacher)
+    name = next((k for k, v in parts.items() if isinstance(v, list) and v[1] == kind), None)
+    predicts = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}.get(diffusion.prediction)
+    whole = name or (net_ema.condition == '' and predicts and not M.has_vae(net_T))
+    if name:
+        scheduler = getattr(diffusers, parts['scheduler'][1]).from_pretrained(root, subfolder='scheduler')
+        scheduler = scheduler if predicts is None else type(scheduler).from_config(scheduler.config, prediction_type=predicts)
+    else:
+        name, parts = 'unet', {'_class_name': 'DDPMPipeline', '_diffusers_version': diffusers.__version__,
+                               'unet': ['diffusers', kind], 'scheduler': ['diffusers', 'DDPMScheduler']}
+        alpha_bar = diffusion.alpha_bar[:-1].cpu()
+        betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        scheduler = diffusers.DDPMScheduler(diffusion.T, trained_betas=betas.tolist(), clip_sample=diffusion.clip,
+                                            prediction_type=predicts or 'epsilon',
+                                            variance_type='learned_range' if learn_sigma else 'fixed_small')
+    for part, save in ((name, net_ema.net.save_pretrained), ('scheduler', scheduler.save_pretrained)):
+        folder, tmp = os.path.join(out_dir, part), os.path.join(out_dir, f'.tmp-{part}')
+        save(tmp)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(tmp, folder)
+    for part, what in parts.items():
+        source, link = os.path.join(os.path.abspath(root), part), os.path.join(out_dir, part)
+        if isinstance(what, list) and root and os.path.isdir(source) and not os.path.lexists(link):
+            os.symlink(source, link)
+    if whole:
+        text = json.dumps(parts, indent=2)
+        M.write_atomically(os.path.join(out_dir, 'model_index.json'), lambda tmp: print(text, file=open(tmp, 'w')))
+
+
 def save_result():
-    """student.safetensors (the EMA) and samples.png, each row of the teacher's above the student's from the same noise."""
-    M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion)
+    """The student (its EMA), and samples.png, each row of the teacher's above the student's from the same noise."""
+    if isinstance(net_ema, M.Pipeline):
+        save_pipeline()
+    else:
+        vae = (os.path.abspath(teacher) if os.path.isdir(teacher) else teacher) if M.has_vae(net_T) else ''
+        M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, vae)
     y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
     both = [] if method == 'data' else [(net_T, diffusion_T, guidance)]
     rows = []
     for n, d, g in both + [(net_ema, diffusion, 1.)]:
         noise = torch.Generator(device).manual_seed(seed)                      # the same at every step for both
         with autocast:
-            rows.append(M.sample(n, d, (36, C, H, H), sample_steps, 'ddpm', y, g, noise).split(12))
+            x = M.sample(n, d, (36, C, H, H), sample_steps, 'ddpm', y, g, noise)
+            rows.append(torch.cat([M.decode(net_T, z) for z in x.split(4)]).split(12))
     M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat([r for pair in zip(*rows) for r in pair]), 12)
 
 
@@ -394,7 +476,9 @@ while step < max_steps:
         break
 bar.close()
 if rank == 0:
-    print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {out_dir}/student.safetensors, pictures: {out_dir}/samples.png')
-    print(f'evaluate: python eval_fid.py --models={out_dir}/student.safetensors' + (f',{teacher}' if method != 'data' else ''))
+    path = out_dir if isinstance(net, M.Pipeline) else f'{out_dir}/student.safetensors'
+    print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {path}, pictures: {out_dir}/samples.png')
+    print(f'evaluate: python eval_fid.py --models={path}' + (f',{teacher}' if method != 'data' else '')
+          + (f' --prompts={prompts}' if prompts else ''))
 if world > 1:
     dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """
 Measures how far the images of checkpoints, or any sets of images, are from a reference: FID, sFID, Inception Score,
-precision, recall, KID, EMD, MMD and 1-NN accuracy, with each model's parameters, size, FLOPs and time per image.
+precision, recall, KID, EMD, MMD and 1-NN accuracy, with each model's parameters, size, FLOPs and time per image; and where a denoiser has the classifier's classes, how
+often the classifier agrees with the class asked for.
 
     python eval_fid.py --models=out/dkdm/student.safetensors,pretrained/mnist_unet.safetensors
     python eval_fid.py --models=samples.npz,folder/ --reference=VIRTUAL_imagenet256_labeled.npz --features=inception
@@ -18,7 +19,7 @@ import os
 import time
 
 # what is measured
-models = ''                  # comma-separated: checkpoints (sampled), .npz files, folders of images, torchvision names
+models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders of images, torchvision names
 model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 reference = 'pretrained/mnist_stats.npz'  # images as above, or stored statistics, ours or ADM's
 features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier (models.load_classifier)
@@ -29,7 +30,8 @@ n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images 
 num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for all
 sampler = 'ddpm'             # 'ddpm', 'ddim' or 'dpm++'
 steps = 50                   # the DKDM paper has 50 of ddpm for pixels, 200 of ddim for latents
-guidance = 1.0               # class-conditional checkpoints; their labels are uniform
+guidance = 1.0               # checkpoints with classes or texts, which are drawn uniformly
+prompts = ''                 # checkpoints with texts: a file of them, one per line
 batch_size = 100             # per rank; also of the feature network
 # system
 out_dir = 'out/eval'         # metrics.jsonl, and a grid of images per model
@@ -180,16 +182,19 @@ try:
         if is_images(spec):
             inputs.append(open_images(spec))
             continue
-        net, diffusion = M.load_denoiser(spec, **model_config)
+        if M.class_in(spec) == 'LVAE':
+            net, diffusion = M.load_vae(spec), None
+        else:
+            net, diffusion = M.load_denoiser(spec, **model_config)
+            M.sampling_steps(diffusion.T, steps)
         if getattr(net, 'condition', '') == 'text':
-            raise ValueError(f'{spec} is conditioned on texts: sample it with diffusers and measure the images')
-        made = 3 if getattr(net, 'vae', None) else net.config['in_channels']
+            net.to(device).set_prompts(M.read_lines(prompts, f'{spec} takes texts: --prompts=file.txt'))
+        made = 3 if M.has_vae(net) else net.config['in_channels']
         if made != channels and not (inception and made == 1):
             raise ValueError(f'{spec} makes {made} channels, {features} takes {channels}')
-        M.sampling_steps(diffusion.T, steps)
         if not num_samples:
             raise ValueError('num_samples=0 takes all images of a set; a checkpoint needs a number')
-        if guidance != 1 and not net.num_classes:
+        if guidance != 1 and diffusion and not net.num_classes:
             raise ValueError(f'guidance={guidance}: {spec} has no classes to be guided to')
         inputs.append((net.to(device, memory_format=M.memory_format(device)), diffusion))
     stored = None
@@ -262,17 +267,31 @@ def image_batches(images):
         yield range(i, min(i + batch_size, len(images))), images[i:i + batch_size]
 
 
+def generators(places):
+    return [torch.Generator().manual_seed(seed * 1_000_000_007 + k) for k in places]
+
+
+def draw_labels(net, gs):
+    """What is asked of each image: the first number that its generator draws."""
+    return torch.cat([torch.randint(net.num_classes, (1,), generator=g) for g in gs])
+
+
 def sample_batches(net, diffusion, seconds):
-    """This rank's share of the samples. Every image has a seed of its own, so the set is the same for any number of ranks."""
+    """This rank's share of the samples, of a denoiser or a VAE. Every image has a seed of its own, so the set is the same for
+    any number of ranks."""
     C, H = (net.config[k] for k in ('in_channels', 'image_size'))
     for i in range(rank * batch_size, num_samples, world * batch_size):
         places = range(i, min(i + batch_size, num_samples))
-        g = [torch.Generator().manual_seed(seed * 1_000_000_007 + k) for k in places]
-        y = torch.cat([torch.randint(net.num_classes, (1,), generator=k) for k in g]).to(device) if net.num_classes else None
+        g = generators(places)
         t0 = time.time()
         with autocast, torch.no_grad():
-            x = M.sample(net, diffusion, (len(places), C, H, H), steps, sampler, y, guidance, g)
-            x = M.to_uint8(getattr(net, 'decode', lambda z: z)(x)).cpu()
+            if diffusion:
+                y = draw_labels(net, g).to(device) if net.num_classes else None
+                x = M.sample(net, diffusion, (len(places), C, H, H), steps, sampler, y, guidance, g)
+                x = M.decode(net, x)
+            else:
+                x = net.generate(net.noise(len(places), g))[0][:, :C].float() * 2 - 1
+            x = M.to_uint8(x).cpu()
         seconds.append((time.time() - t0) / len(places))
         yield places, x
 
@@ -305,10 +324,10 @@ for spec, source in zip(specs, inputs):
     if rank:
         continue
     if seconds:
-        net = source[0]
+        net, diffusion = source
         x = torch.zeros(1, *[net.config[k] for k in ('in_channels', 'image_size', 'image_size')], device=device)
         with FlopCounterMode(display=False) as flops, torch.no_grad():
-            net(x, torch.zeros(1, dtype=torch.long, device=device))
+            net(x, torch.zeros(1, dtype=torch.long, device=device)) if diffusion else net.generate(net.noise(1))
         row |= {'parameters': sum(p.numel() for p in net.parameters()),
                 'MB': os.path.getsize(spec) / 2 ** 20 if os.path.isfile(spec) else None,
                 'MFLOPs': flops.get_total_flops() / 1e6, 'ms/image': 1000 * np.mean(seconds), '+-': 1000 * np.std(seconds)}
@@ -317,6 +336,9 @@ for spec, source in zip(specs, inputs):
     if inception and 'mu_s' in ref:
         row['sFID'], _ = frechet_distance(found['mu_s'], found['sigma_s'], ref['mu_s'], ref['sigma_s'])
     row['IS' if inception else 'score'] = inception_score(found['logits'])
+    if seconds and source[1] and source[0].num_classes == classes:             # the classifier's classes: does it agree?
+        asked = draw_labels(source[0], generators(range(len(found['logits'])))).numpy()
+        row['agreement'] = float((found['logits'].argmax(1) == asked).mean())
     if 'features' in ref:
         real, fake = ref['features'], found['features']
         row['precision'], row['recall'] = precision_recall(real, fake)
@@ -329,7 +351,7 @@ for spec, source in zip(specs, inputs):
                  ': the product of the covariances is near singular, its root uncertain'))
     table.append(row)
     how = dict(features=space, reference=reference, reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
-               n_two_sample=n_two_sample, device=device.type) | (dict(sampler=sampler, steps=steps, guidance=guidance) if seconds else {})
+               n_two_sample=n_two_sample, device=device.type) | (dict(sampler=sampler, steps=steps, guidance=guidance) if seconds and diffusion else {})
     os.makedirs(out_dir, exist_ok=True)
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
         f.write(json.dumps(row | how) + '\n')
@@ -341,7 +363,7 @@ if table:
                           for k in columns] for row in table]
     widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
     print(f"features of {space}; reference {reference}" + (f" ({int(ref['n']):,} images)" if 'n' in ref else '')
-          + f'; checkpoints: {sampler}, {steps} steps, seed {seed}')
+          + f'; denoisers: {sampler}, {steps} steps; seed {seed}')
     for r in cells:
         print('  '.join([r[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(r[1:], widths[1:])]))
 if world > 1:

@@ -9,6 +9,8 @@ condition of classifier-free guidance.
 import csv
 import glob
 import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -501,6 +503,140 @@ def preprocess(net, images):
     return ((images + 1) / 2 - mean) / std
 
 
+class LadderBlock(nn.Module):
+    """conv-BN-ReLU-conv-BN plus shortcut, at half (`downsample`) or twice (`upsample`, to `side`) the resolution or none."""
+
+    def __init__(self, in_ch, out_ch, resample=None, side=None):
+        super().__init__()
+        self.resample, self.side, stride = resample, side, 2 if resample == 'downsample' else 1
+        if resample:
+            self.add_module(resample, nn.Conv2d(in_ch, out_ch, 1, stride, bias=False))
+        self.conv1, self.bn1 = nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False), nn.BatchNorm2d(out_ch)
+        self.conv2, self.bn2 = nn.Conv2d(out_ch, out_ch, 3, 1, 1, bias=False), nn.BatchNorm2d(out_ch)
+
+    def forward(self, x):
+        x = F.interpolate(x, size=(self.side, self.side)) if self.resample == 'upsample' else x
+        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(h + (self.get_submodule(self.resample)(x) if self.resample else x))
+
+
+class LadderLevel(nn.Module):
+    """Two blocks, and what a Gaussian is made of."""
+
+    def __init__(self, in_ch, width, out_ch, resample=None, side=None):
+        super().__init__()
+        self.net = nn.Sequential(LadderBlock(in_ch, width, resample, side), LadderBlock(width, width))
+        self.out = nn.Conv2d(width, out_ch, 1, bias=False)
+
+
+def gaussian(out):
+    """(mean, std) of 2C channels; zeros are the standard normal. The constant is the original's ln 2."""
+    mean, s = out.float().chunk(2, dim=1)
+    return mean, F.softplus(s) / 0.6931 + 1e-6
+
+
+class LVAE(nn.Module):
+    """Ladder VAE (Sonderby et al. 2016) with 16-channel latents at every halving of the image down to 1x1: 16, 8, 4, 2, 1
+    for 32 pixels, one more for 64; 14, 7, 4, 2, 1 for 28. Width 128 at 32 pixels is the slides' teacher, 8 their student.
+
+    Images (B, C, H, W) are in [0, 1] here. Lists over levels start at the finest; noise is a list of (B, 16, h, w).
+    A decoder's output has 2C channels, of which the first C are the mean of the pixels; their std is sqrt(beta / 2).
+    """
+
+    def __init__(self, image_size=32, in_channels=3, width=128):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__')} | {'class': 'LVAE'}
+        self.sides = [image_size]
+        while self.sides[-1] > 1:
+            self.sides.append(-(-self.sides[-1] // 2))
+        self.levels = len(self.sides) - 1
+        self.u1 = nn.Sequential(nn.Conv2d(in_channels, width, 5, stride=2, padding=2), LadderLevel(width, width, 32))
+        for i in range(2, self.levels + 1):
+            self.add_module(f'u{i}', LadderLevel(width, width, 32, 'downsample'))
+        for i in reversed(range(self.levels)):
+            self.add_module(f'd{i}', LadderLevel(16, width, 32 if i else 2 * in_channels, 'upsample', self.sides[i]))
+
+    def noise(self, n, generator=None):
+        """Standard normal noise for n images, on the CPU's generator or a list of one per image."""
+        from diffusers.utils.torch_utils import randn_tensor
+        device = self.d0.out.weight.device
+        return [randn_tensor((n, 16, side, side), generator, device) for side in self.sides[1:]]
+
+    def encode(self, x):
+        """What the image alone says of each level: a list of (mean, std), bottom-up. Raises ValueError outside [0, 1]."""
+        check_images(x, self.config)
+        h, found = self.u1[0](x), []
+        for i in range(1, self.levels + 1):
+            level = self.u1[1] if i == 1 else self.get_submodule(f'u{i}')
+            h = level.net(h)
+            found.append(gaussian(level.out(h)))
+        return found
+
+    def decode(self, noise, seen=None):
+        """(out, q, p) on the way down with z = mean + std noise: p the prior Gaussians, each given the z above it, and q
+        those that z is drawn from. Without `seen` that is the prior; with it, from `encode`, the two are weighted by
+        their precisions, and the top is what the image says."""
+        top = self.levels - 1
+        p, q = [None] * self.levels, [None] * self.levels
+        for i in reversed(range(self.levels)):
+            if i == top:
+                p[i] = torch.zeros_like(noise[i]), torch.ones_like(noise[i])
+            else:
+                level = self.get_submodule(f'd{i + 1}')
+                p[i] = gaussian(level.out(level.net(z)))
+            q[i] = p[i]
+            if seen:
+                q[i] = seen[i] if i == top else combine(seen[i], p[i])
+            z = q[i][0] + q[i][1] * noise[i]
+        return self.d0.out(self.d0.net(z)), q, p
+
+    def generate(self, noise):
+        """(out (B, 2C, H, W), p): images from the prior and its Gaussians, a list of (mean, std)."""
+        out, _, p = self.decode(noise)
+        return out, p
+
+    def forward(self, x, noise):
+        """(out, q, p): the reconstruction of x in [0, 1], the posterior and the prior Gaussians on its way."""
+        return self.decode(noise, self.encode(x))
+
+    def elbo(self, x, noise, beta=0.1):
+        """(nll (B,), [KL of each level (B,)]) of images in [0, 1]; their sum is the negative ELBO in nats."""
+        out, q, p = self(x, noise)
+        nll = 0.5 * ((out[:, :x.shape[1]] - x) ** 2 * 2 / beta + math.log(math.pi * beta))
+        return nll.sum((1, 2, 3)), [gaussian_kl(a, b) for a, b in zip(q, p)]
+
+
+def check_images(x, config):
+    """A VAE's images: its channels and, where it has one, its size, in [0, 1]."""
+    side = config['image_size'] if config['class'] == 'LVAE' else x.shape[2]
+    if x.shape[1:] != (config['in_channels'], side, side) or x.min() < 0 or x.max() > 1:
+        raise ValueError(f"images {tuple(x.shape[1:])} in [{x.min().item():.2f}, {x.max().item():.2f}]: this {config['class']} takes "
+                         f"{(config['in_channels'], side, side)} in [0, 1]")
+
+
+def combine(a, b):
+    """The product of two Gaussians (mean, std), each weighted by its precision."""
+    precision_a, precision_b = a[1] ** -2, b[1] ** -2
+    var = 1 / (precision_a + precision_b)
+    return var * (precision_a * a[0] + precision_b * b[0]), var.sqrt()
+
+
+def gaussian_kl(q, p):
+    """KL(q || p) of diagonal Gaussians (mean, std), (B,)."""
+    kl = (p[1] / q[1]).log() + (q[1] ** 2 + (q[0] - p[0]) ** 2) / (2 * p[1] ** 2) - 0.5
+    return kl.sum((1, 2, 3))
+
+
+def wasserstein(a, b):
+    """Squared 2-Wasserstein distance of diagonal Gaussians (mean, std), averaged over their numbers."""
+    return ((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2).mean()
+
+
+def output_kl(out_S, out_T, channels, beta=0.1):
+    """KL of two decoders' pixels, Gaussians of variance beta / 2, summed over an image and averaged over the batch."""
+    return ((out_S[:, :channels] - out_T[:, :channels]) ** 2).sum((1, 2, 3)).mean() / beta
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # diffusion
 # ----------------------------------------------------------------------------------------------------------------
@@ -525,7 +661,7 @@ class Diffusion:
     """A forward process x_t = a_t x_0 + b_t eps and what can be computed from a network's output on it.
 
     schedule: 'cosine', 'linear', 'sqrt_linear' or a list of betas (a = sqrt(alpha_bar), b = sqrt(1 - alpha_bar)),
-        or 'flow' (b = (t+1)/T, a = 1 - b).
+        or 'flow' (b = (t+1)/T, a = 1 - b; with `shift` b moves towards 1, Esser et al. 2024, Eq. (23)).
     prediction: what the network's first C channels are: 'eps', 'v' = a eps - b x_0, 'x0', or 'flow' = eps - x_0.
     learn_sigma: the network has C more channels, the v of DKDM Eq. (12). What a given output holds is read off its
         channels, so a teacher with and a student without a learned variance go together.
@@ -534,7 +670,7 @@ class Diffusion:
     """
 
     def __init__(self, schedule='cosine', steps=1000, prediction='eps', learn_sigma=True, clip=True,
-                 beta_range=(1e-4, 0.02)):
+                 beta_range=(1e-4, 0.02), shift=1.):
         if prediction not in ('eps', 'v', 'x0', 'flow'):
             raise ValueError(f"no prediction {prediction!r}: 'eps', 'v', 'x0' or 'flow'")
         self.config = {k: v for k, v in locals().items() if k != 'self'}
@@ -544,6 +680,7 @@ class Diffusion:
                 raise ValueError("prediction 'eps' on schedule 'flow': nothing of x_0 is left at t = T-1, so eps does not "
                                  "tell it; 'flow', 'v' or 'x0' do")
             b = np.arange(1, steps + 1) / steps
+            b = shift * b / (1 + (shift - 1) * b)
             a = 1 - b
         else:
             alpha_bar = alpha_bars(schedule, steps, beta_range)
@@ -748,6 +885,22 @@ def die(message):
     sys.exit(2)
 
 
+def first_line(e):
+    """What an exception says, as one line."""
+    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+
+
+def read_lines(path, why):
+    """The lines of a text file that are not empty. Raises ValueError with one line."""
+    if not os.path.isfile(path):
+        raise ValueError(f'{why}; there is no file {path!r}')
+    with open(path, encoding='utf-8') as f:
+        lines = [line.strip() for line in f if line.strip()]
+    if not lines:
+        raise ValueError(f'{why}; {path} is empty')
+    return lines
+
+
 def write_atomically(path, write):
     """`write(temporary path)`, then rename: nobody sees half a file, and a failed write leaves nothing."""
     folder, name = os.path.split(os.path.abspath(path))
@@ -761,9 +914,10 @@ def write_atomically(path, write):
             os.remove(tmp)
 
 
-def save_model(net, path, diffusion=None):
-    """A self-describing safetensors file: the weights, and `net.config` and `diffusion.config` as JSON in the header."""
-    config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {})
+def save_model(net, path, diffusion=None, vae=''):
+    """A self-describing safetensors file: the weights, and as JSON in the header `net.config`, `diffusion.config` and, of a
+    denoiser of latents, the pipeline whose VAE they are decoded by."""
+    config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {}) | ({'vae': vae} if vae else {})
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     write_atomically(path, lambda tmp: save_file(state, tmp, metadata={'config': json.dumps(config)}))
 
@@ -771,7 +925,7 @@ def save_model(net, path, diffusion=None):
 def build(config):
     """The network that a `net.config` describes."""
     kw = {k: v for k, v in config.items() if k != 'class'}
-    return {'UNet': UNet, 'DiT': DiT, 'classifier': classifier}[config['class']](**kw)
+    return {'UNet': UNet, 'DiT': DiT, 'LVAE': LVAE, 'classifier': classifier}[config['class']](**kw)
 
 
 def read_weights(path):
@@ -793,6 +947,15 @@ def read_weights(path):
         raise ValueError(f'{path} cannot be read, it may be cut short or no checkpoint: '
                          f'{str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}') from None
     return state, {}
+
+
+def class_in(path):
+    """The class of the network that a file of ours holds; '' for all other files."""
+    try:
+        with safe_open(path, 'pt') as f:
+            return json.loads(f.metadata()['config'])['net']['class']
+    except Exception:                                                          # whoever loads it says what is wrong
+        return ''
 
 
 def digest(net):
@@ -835,33 +998,38 @@ def unet_config(state):
 
 
 class Pipeline(nn.Module):
-    """A diffusers pipeline behind the interface of our networks: x (B, C, H, W) of latents or pixels, t (B,), y (B,).
+    """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t (B,), y (B,).
 
-    y indexes the classes of a DiT, or the texts given to `set_prompts`; -1 is the null condition. `decode` turns latents
-    into images in [-1, 1]. Raises ValueError for networks whose conditions are others.
+    `condition` is '', 'class' or 'text'; y indexes the classes, the last of which is the null condition, or the texts given
+    to `set_prompts`, and -1 is the null condition. `pipe` is a teacher's pipeline, until its texts are known.
     """
 
-    def __init__(self, pipe, spec):
+    def __init__(self, net, pipe=None):
         super().__init__()
-        self.net = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None)
-        self.vae = getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None)
-        kind, c = type(self.net).__name__, getattr(self.net, 'config', {})
-        self.condition = {'UNet2DModel': '', 'UNet2DConditionModel': 'text', 'DiTTransformer2DModel': 'class'}.get(kind)
-        if self.condition is None or any(c.get(k) for k in ('num_class_embeds', 'class_embed_type', 'addition_embed_type',
-                                                            'encoder_hid_dim_type')):
-            raise ValueError(f'{spec}: a {type(pipe).__name__} with this {kind} is not supported; UNet2DModel, '
-                             'UNet2DConditionModel (with a text encoder) and DiTTransformer2DModel are')
-        self.pipe = pipe if self.condition == 'text' else None                 # until the prompts are known
-        self.num_classes = c.num_embeds_ada_norm if self.condition == 'class' else 0
-        self.config = {'class': 'Pipeline', 'spec': spec, 'in_channels': c.in_channels, 'out_channels': c.out_channels,
-                       'image_size': c.sample_size}
+        takes, c = inspect.signature(net.forward).parameters, net.config
+        self.net, self.pipe = net, pipe
+        for name in ('prompts', 'pooled', 'times'):                            # embedded texts, and t as the network wants it
+            self.register_buffer(name, None, persistent=False)
+        self.num_classes = c.get('num_embeds_ada_norm') or max(0, (c.get('num_class_embeds') or 0) - 1)
+        self.condition = 'text' if 'encoder_hidden_states' in takes else 'class' if self.num_classes else ''
+        self.config = {'class': type(net).__name__, 'in_channels': c.in_channels, 'image_size': c.sample_size,
+                       'out_channels': c.get('out_channels') or c.in_channels}
 
     def set_prompts(self, prompts):
-        """Embeds the texts once; y then indexes them. The text encoder is let go."""
-        self.pipe.text_encoder.to(self.net.device)
+        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go."""
+        rows = []
+        for e in (getattr(self.pipe, f'text_encoder{i}', None) for i in ('', '_2', '_3')):
+            if e is not None:
+                e.to(self.net.device)
         with torch.no_grad():
-            rows = [self.pipe.encode_prompt(p, self.net.device, 1, False)[0] for p in [*prompts, '']]
-        self.register_buffer('prompts', torch.cat(rows))                       # the last one, -1, is the null condition
+            for p in [*prompts, '']:                                           # the last one, -1, is the null condition
+                if hasattr(self.pipe, 'tokenizer_3'):
+                    rows.append(self.pipe.encode_prompt(p, None, None, self.net.device, do_classifier_free_guidance=False)[::2])
+                else:
+                    rows.append(self.pipe.encode_prompt(p, self.net.device, 1, False)[:1])
+        self.prompts = torch.cat([r[0] for r in rows])
+        if len(rows[0]) > 1:
+            self.pooled = torch.cat([r[1] for r in rows])
         self.num_classes, self.pipe = len(prompts), None
 
     def forward(self, x, t, y=None):
@@ -869,43 +1037,91 @@ class Pipeline(nn.Module):
         if self.condition == 'class':
             kw = {'class_labels': torch.where(y < 0, self.num_classes, y)}
         elif self.condition == 'text':
-            kw = {'encoder_hidden_states': self.prompts[y]}
+            kw = {'encoder_hidden_states': self.prompts[y]} | ({} if self.pooled is None else {'pooled_projections': self.pooled[y]})
+        t = t if self.times is None else self.times[t]
         return self.net(x.to(self.net.dtype), timestep=t, **kw).sample.float()
 
-    def decode(self, z):
-        """Latents (B, C, h, w) -> images (B, 3, H, W); pixels stay what they are."""
-        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float() if self.vae else z
+
+def has_vae(net):
+    return net is not None and net.__dict__.get('vae') is not None
+
+
+def decode(net, z):
+    """A network's latents (B, C, h, w) as images (B, 3, H, W) in [-1, 1], by the VAE that belongs to it; pixels stay."""
+    if not has_vae(net):
+        return z
+    vae = net.vae.to(z.device)
+    return vae.decode(z.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get('shift_factor') or 0)).sample.float()
+
+
+def set_vae(net, vae):
+    """Gives a network the VAE of its latents, which is neither one of its parameters nor saved with it."""
+    net.__dict__['vae'] = None if vae is None else vae.eval().requires_grad_(False)
+
+
+def read_pipeline(spec):
+    """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises ValueError with one line."""
+    import huggingface_hub
+    from diffusers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    path = os.path.join(spec, 'model_index.json')
+    try:
+        path = path if os.path.isdir(spec) else huggingface_hub.hf_hub_download(spec, 'model_index.json')
+        with open(path) as f:
+            return os.path.dirname(path), json.load(f)
+    except huggingface_hub.errors.GatedRepoError:
+        raise ValueError(f'{spec} is gated: accept its terms on huggingface.co/{spec} and log in with `hf auth login`') from None
+    except Exception as e:
+        raise ValueError(f'no diffusers pipeline at {spec}, neither a folder with model_index.json nor a hub id that can be '
+                         f'reached: {first_line(e)}') from None
 
 
 def load_pipeline(spec):
     """(Pipeline, Diffusion): a diffusers folder or hub id, with the process that its scheduler states.
 
-    In half precision where there is a GPU. Nothing is guessed. Raises ValueError with one line.
+    In half precision where there is a GPU, else in float32. Nothing is guessed. Raises ValueError with one line.
     """
-    import huggingface_hub
+    _, parts = read_pipeline(spec)
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-    logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
     dtype = torch.float32 if not torch.cuda.is_available() else \
         torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in parts}
+    if 'text_encoder' in parts and importlib.util.find_spec('transformers') is None:
+        raise ValueError(f'{spec} has a text encoder, which needs the package transformers: pip install transformers')
     try:
-        index = os.path.join(spec, 'model_index.json')
-        with open(index if os.path.isdir(spec) else huggingface_hub.hf_hub_download(spec, 'model_index.json')) as f:
-            parts = json.load(f)
-        skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in parts}
-        pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, **skip).to(dtype)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, **skip)
+        except (OSError, ValueError) as e:                                     # its only weights may be those in half precision
+            try:
+                pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, variant='fp16', **skip)
+            except (OSError, ValueError):
+                raise e from None
+            print(f"{spec}: weights in float16, computed in {str(dtype).removeprefix('torch.')}")
+        pipe = pipe.to(dtype)
     except Exception as e:
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise ValueError(f'no diffusers pipeline at {spec}, neither a folder with model_index.json nor a hub id that can be '
-                         f'reached: {reason}') from None
-    net, process = Pipeline(pipe, spec), pipe.scheduler.config
-    prediction = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}.get(process.get('prediction_type'))
-    if prediction is None or not hasattr(pipe.scheduler, 'betas') or process.get('thresholding'):
-        raise ValueError(f'{spec}: its {type(pipe.scheduler).__name__} is not a process x_t = a x_0 + b eps with a list of '
-                         'betas and a stated prediction_type, without thresholding')
-    diffusion = Diffusion(pipe.scheduler.betas.tolist(), prediction=prediction, clip=bool(process.get('clip_sample')),
-                          learn_sigma=net.config['out_channels'] == 2 * net.config['in_channels'])
+        raise ValueError(f"{spec}: its {parts.get('_class_name')} cannot be loaded: {first_line(e)}") from None
+    network, process = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None), pipe.scheduler.config
+    kind, c = type(network).__name__, getattr(network, 'config', {})
+    if kind not in ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel') or any(
+            c.get(k) for k in ('num_class_embeds', 'class_embed_type', 'addition_embed_type', 'encoder_hid_dim_type')):
+        raise ValueError(f'{spec}: a {type(pipe).__name__} with this {kind} is not supported; UNet2DModel, UNet2DConditionModel '
+                         '(with a text encoder), DiTTransformer2DModel and SD3Transformer2DModel are')
+    net = Pipeline(network, pipe if 'text_encoder' in parts else None)
+    name, scheduler = type(pipe.scheduler).__name__, pipe.scheduler
+    if name == 'FlowMatchEulerDiscreteScheduler' and not any(process.get(k) for k in (
+            'use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas')):
+        diffusion = Diffusion('flow', process.num_train_timesteps, 'flow', learn_sigma=False, clip=False, shift=process.shift)
+        net.times = (diffusion.b[:-1] * diffusion.T).float()                   # what SD3 calls t
+    else:
+        prediction = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}.get(process.get('prediction_type'))
+        if prediction is None or not hasattr(scheduler, 'betas') or process.get('thresholding'):
+            raise ValueError(f'{spec}: its {name} is not a process x_t = a x_0 + b eps with a list of betas and a stated '
+                             'prediction_type, without thresholding, nor flow matching with a fixed shift')
+        diffusion = Diffusion(scheduler.betas.tolist(), prediction=prediction, clip=bool(process.get('clip_sample')),
+                              learn_sigma=net.config['out_channels'] == 2 * net.config['in_channels'])
+    set_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
     return net.eval().requires_grad_(False), diffusion
 
 
@@ -924,6 +1140,8 @@ def load_denoiser(spec, **known):
     state, header = read_weights(spec)
     if 'diffusion' in header:
         net, diffusion = build(header['net']), Diffusion(**header['diffusion'])
+        if header.get('vae'):
+            set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
         return load_state(net, state, spec).eval().requires_grad_(False), diffusion
     # LDM keeps the network, its EMA and the autoencoder in one dict; DiT its EMA beside the weights
     state = state.get('ema', state.get('state_dict', state))
@@ -1019,6 +1237,68 @@ def load_classifier(spec, **known):
     elif net.head_name == 'fc':
         state = {k.replace('linear.', 'fc.'): v for k, v in state.items()}
     return load_state(net, state, spec).eval().requires_grad_(False)
+
+
+class Autoencoder(nn.Module):
+    """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1], one level, no noise of
+    its own where the class has no posterior (std 0)."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.config = {k: v for k, v in net.config.items() if not k.startswith('_')} | {'class': type(net).__name__}
+
+    def encode(self, x):
+        """[(mean, std)] of the latents (B, C, h, w). Raises ValueError for other channels or values outside [0, 1]."""
+        check_images(x, self.config)
+        found = self.net.encode(x * 2 - 1)
+        if hasattr(found, 'latent_dist'):
+            return [(found.latent_dist.mean.float(), found.latent_dist.std.float())]
+        return [(found.latents.float(), torch.zeros_like(found.latents.float()))]
+
+    def decode(self, noise, seen):
+        """(out (B, C, H, W), q, p) of latents mean + std noise."""
+        (mean, std), = seen
+        out = (self.net.decode(mean + std * noise[0]).sample.float() + 1) / 2
+        return out, seen, [(torch.zeros_like(mean), torch.ones_like(std))]
+
+    def forward(self, x, noise):
+        return self.decode(noise, self.encode(x))
+
+
+def load_part(spec, *names):
+    """The first of a pipeline's parts that it has. Raises ValueError with one line."""
+    import diffusers
+    root, parts = read_pipeline(spec)
+    name = next((n for n in names if parts.get(n, [None])[0]), None)
+    try:
+        return getattr(diffusers, parts[name][1]).from_pretrained(root if os.path.isdir(spec) else spec, subfolder=name,
+                                                                  low_cpu_mem_usage=False)
+    except Exception as e:
+        raise ValueError(f"{spec}: its {name or ' or '.join(names)} cannot be loaded: {first_line(e)}") from None
+
+
+def load_vae(spec):
+    """A frozen VAE in eval mode: an LVAE of ours (.safetensors), or diffusers' AutoencoderKL or AutoencoderTiny as a
+    folder or hub id, of its own or as the `vae` of a pipeline. Its `encode` and `decode` are LVAE's. Raises ValueError with one
+    line."""
+    if spec.endswith(WEIGHTS):
+        state, header = read_weights(spec)
+        if header.get('net', {}).get('class') != 'LVAE':
+            raise ValueError(f"{spec} is no VAE of ours, it holds a {header.get('net', {}).get('class', 'model without a description')}")
+        return load_state(build(header['net']), state, spec).eval().requires_grad_(False)
+    import diffusers
+    try:
+        net = load_part(spec, 'vae')
+    except ValueError as e:                                                    # no pipeline: a VAE of its own
+        try:
+            kind = diffusers.AutoencoderKL.load_config(spec)['_class_name']
+            net = getattr(diffusers, kind).from_pretrained(spec, low_cpu_mem_usage=False)
+        except Exception:
+            raise ValueError(f'no VAE at {spec}, neither a file of ours nor a folder or hub id of diffusers: {e}') from None
+    if type(net).__name__ not in ('AutoencoderKL', 'AutoencoderTiny'):
+        raise ValueError(f'{spec} is a {type(net).__name__}; AutoencoderKL and AutoencoderTiny are supported')
+    return Autoencoder(net.float()).eval().requires_grad_(False)
 
 
 def load_images(spec, train=True):

@@ -1,15 +1,17 @@
 """
 DiffDFKD, first stage: makes the training images for distilling a classifier, without the data it was trained on. A
 diffusion prior makes images, and at every denoising step the classifier pulls them towards what it was trained on: its
-BatchNorm statistics and its predictions (Qi et al. 2025, arXiv 2504.00870).
+BatchNorm statistics and its predictions (Qi et al. 2025, arXiv 2504.00870). A VAE as the teacher pulls them towards what it
+reconstructs well.
 
     python synthesize.py                                               # MNIST digits from the bundled models, on a laptop
     python synthesize.py config/synth_cifar10_sd15.py                  # the paper's CIFAR-10 setting, Stable Diffusion 1.5
     torchrun --nproc_per_node=8 synthesize.py config/synth_cifar10_sd15.py
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 synthesize.py ...
     python synthesize.py config/synth_cifar10_sd15.py --class_names=cifar10 --alpha=0 --beta=0      # DM-KD
+    python synthesize.py config/synth_mnist_vae.py                     # for a VAE, the bundled one
 
-Then distil the classifier: python distill_classifier.py. A run that was stopped goes on where it was.
+Then distil: python distill_classifier.py, or distill_vae.py --method=synthetic. A run that was stopped goes on where it was.
 
 Memory: Stable Diffusion 1.5 at batch_size 16 in half precision needs 1.8 GB for weights and, with decode_batch=1, 3.0 GB
 for the largest moment, the gradient through the decoder (the U-Net with guidance: 2.5 GB); 47 GB with all 16 decoded at
@@ -19,7 +21,8 @@ import os
 import time
 
 # teacher
-teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet, WRN or VGG, torchvision:NAME
+teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet, WRN or VGG,
+                             # torchvision:NAME, or vae:PATH (models.load_vae)
 teacher_source = ''          # where a missing teacher is to be had, for the message
 teacher_config = {}          # what a state dict does not say: image_size, mean, std (models.load_classifier)
 student = ''                 # a distilled student: from then on L_adv counts
@@ -33,8 +36,8 @@ class_names = ''             # text priors: 'cifar10', 'cifar100', 'domainnet10'
 sampler = 'ddpm'             # 'ddpm' or 'ddim'
 steps = 25                   # denoising steps
 # guidance by the teacher
-alpha = 0.3                  # weight of L_bn, Eq. (6)
-beta = 1.0                   # weight of L_cls, Eq. (7)
+alpha = 0.3                  # weight of L_bn, Eq. (6); of a VAE's KL of posterior and prior, in nats per pixel
+beta = 1.0                   # weight of L_cls, Eq. (7); of a VAE's mean squared error of the reconstruction
 gamma = 1.0                  # weight of L_adv, Eq. (8); without a student there is none
 tau = 4.0                    # temperature of Eq. (8)
 eta = 3.0                    # step size of Eq. (10), for the gradient of one image's loss
@@ -103,20 +106,32 @@ for wrong, message in [
 device, autocast, rank, world = M.start(device, dtype, seed)
 
 
+def resize(images):
+    """Images of the prior as they are kept."""
+    if image_size in (0, images.shape[-1]):
+        return images
+    return F.interpolate(images, size=(image_size, image_size), mode='bilinear', antialias=True, align_corners=False)
+
+
 def as_input(images):
-    """Images of the prior, (B, C, H, W) in [-1, 1], as the classifiers want them: their channels, size and normalisation."""
+    """Images of the prior, (B, C, H, W) in [-1, 1], as the teacher wants them: its channels, size and normalisation."""
     if images.shape[1] != channels:
         images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    return M.preprocess(net_T, images)
+    return (resize(images).clamp(-1, 1) + 1) / 2 if vae else M.preprocess(net_T, images)
 
 
 try:
-    net_T = M.load_classifier(teacher, **teacher_config).to(device)
+    vae = teacher.startswith('vae:')
+    net_T = (M.load_vae(teacher[4:]) if vae else M.load_classifier(teacher, **teacher_config)).to(device)
     net_S = M.load_classifier(student, **teacher_config).to(device) if student else None
-    num_classes, channels = net_T.config['num_classes'], net_T.config.get('in_channels', 3)
-    image_size = image_size or net_T.config['image_size']
-    norms = [m for m in net_T.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    if alpha and not norms:
+    if vae and student:
+        raise ValueError(f'student={student} is for classifiers, there is no L_adv of a VAE')
+    num_classes, channels = net_T.config.get('num_classes', 1), net_T.config.get('in_channels', 3)
+    image_size = image_size or net_T.config.get('image_size', 0)
+    norms = [] if vae else [m for m in net_T.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if alpha and net_T.config['class'] == 'AutoencoderTiny':
+        raise ValueError(f'{teacher} has no posterior, so alpha={alpha} has nothing to weigh: --alpha=0')
+    if alpha and not norms and not vae:
         raise ValueError(f'{teacher} has no BatchNorm, so alpha={alpha} has nothing to compare: --alpha=0')
     if student and net_S.config['num_classes'] != num_classes:
         raise ValueError(f"{student} has {net_S.config['num_classes']} classes, the teacher {num_classes}")
@@ -128,9 +143,7 @@ try:
     if text:
         names = NAMES[class_names].split() if class_names in NAMES else []
         if class_names and not names:
-            if not os.path.isfile(class_names):
-                raise ValueError(f"class_names={class_names}: {', '.join(NAMES)}, or a file with a name per line")
-            names = [n.strip() for n in open(class_names) if n.strip()]
+            names = M.read_lines(class_names, f"class_names={class_names}: {', '.join(NAMES)}, or a file with a name per line")
         if class_names and len(names) != num_classes:
             raise ValueError(f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes')
         subjects = [f"a {n.replace('_', ' ')}" for n in names] or SUBJECTS
@@ -138,15 +151,16 @@ try:
     if guidance != 1 and not net.num_classes:
         raise ValueError(f'guidance={guidance}: {prior} has no condition to be guided to')
     times = M.sampling_steps(diffusion.T, steps, sampler)
-    decode = getattr(net, 'decode', lambda z: z)                               # latents -> images in [-1, 1]
     shape = batch_size, net.config['in_channels'], net.config['image_size'], net.config['image_size']
 
     with torch.no_grad():
         try:
-            net_T(as_input(decode(torch.zeros(1, *shape[1:], device=device))))
+            x = as_input(M.decode(net, torch.zeros(1, *shape[1:], device=device)))
+            net_T.encode(x) if vae else net_T(x)
         except RuntimeError as e:
             raise ValueError(f"{teacher} cannot take the images of {prior} at its image_size={net_T.config['image_size']} "
                              f'(teacher_config has an image_size): {str(e).splitlines()[0]}') from None
+    image_size = image_size or x.shape[-1]
     shards = -(-num_images // (batch_size * keep))
     settings = json.dumps({k: v for k, v in config.items() if k not in ('num_images', 'out_dir', 'device', 'decode_batch')}
                           | {'world': world}, sort_keys=True)
@@ -158,7 +172,7 @@ try:
         elif str(M.read_npz(path).get('settings')) != settings:
             raise ValueError(f'{path} was made with other settings: another --out_dir, or the settings of the first run')
 except ValueError as e:
-    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
+    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher.removeprefix('vae:')) else str(e))
 
 # the input of every BatchNorm of the teacher, noted as it passes
 seen = {}
@@ -181,29 +195,28 @@ def bn_distance():
 
 
 def inversion_losses(images, y):
-    """L_bn, L_cls and L_adv, Eqs. (6)-(8), of a batch of images in [-1, 1] that are to have the labels y."""
+    """L_bn, L_cls and L_adv, Eqs. (6)-(8), of a batch of images in [-1, 1] that are to have the labels y; of a VAE the KL of
+    its posterior and the error of its reconstruction."""
     x = as_input(images)
+    if vae:
+        seen = net_T.encode(x)
+        out, q, p = net_T.decode([torch.zeros_like(mean) for mean, _ in seen], seen)
+        kl = sum(M.gaussian_kl(a, b).mean() for a, b in zip(q, p)) / x[0].numel() if alpha else torch.zeros((), device=device)
+        return {'kl': kl, 'mse': F.mse_loss(out[:, :channels], x)}
     logits = net_T(x)
     adv = torch.zeros((), device=device)
     if net_S:
         logits_S = net_S(x)
         kl = F.kl_div(F.log_softmax(logits_S / tau, 1), F.log_softmax(logits / tau, 1), log_target=True, reduction='none').sum(1)
         adv = -(kl * (logits.argmax(1) == logits_S.argmax(1))).mean()          # only where the two still agree
-    return bn_distance(), F.cross_entropy(logits, y), adv
-
-
-def resize(images):
-    """Images of the prior as they are kept."""
-    if images.shape[-1] == image_size:
-        return images
-    return F.interpolate(images, size=(image_size, image_size), mode='bilinear', antialias=True, align_corners=False)
+    return {'bn': bn_distance(), 'cls': F.cross_entropy(logits, y), 'adv': adv}
 
 
 def decode_slices(x0):
     """decode, a few latents at a time; their activations are made again for the gradient instead of being kept."""
-    if not getattr(net, 'vae', None):
+    if not M.has_vae(net):
         return x0
-    return torch.cat([checkpoint(decode, z, use_reentrant=False) for z in x0.split(decode_batch)])
+    return torch.cat([checkpoint(M.decode, net, z, use_reentrant=False) for z in x0.split(decode_batch)])
 
 
 def augment(x_t, out, g):
@@ -251,8 +264,8 @@ def synthesize(shard, log):
         with torch.set_grad_enabled(guiding):
             with autocast:
                 images = decode_slices(x0)
-            bn, cls, adv = inversion_losses(images, y)
-            loss = alpha * bn + beta * cls + gamma * adv
+            terms = inversion_losses(images, y)
+            loss = sum(weight * term for weight, term in zip((alpha, beta, gamma), terms.values()))
         x_t, x0, out = x_t.detach(), x0.detach(), out.detach().float()
         if guiding:
             grad, = torch.autograd.grad(batch_size * loss, point)              # of each image, whatever the batch size
@@ -267,14 +280,14 @@ def synthesize(shard, log):
         to_end = steps - 1 - i
         if to_end % keep_every == 0 and to_end // keep_every < keep:
             with torch.no_grad(), autocast:
-                kept.append(torch.cat([resize(decode(z)) for z in x0.split(decode_batch)]))
+                kept.append(torch.cat([resize(M.decode(net, z)) for z in x0.split(decode_batch)]))
         if lca != 'none' and (i + 1) % lca_every == 0 and to_end >= lca_every:  # time for repair is left
             x_t, out = augment(x_t, out, g)                                    # Eq. (11)
         if sampler == 'ddpm':
             x_t = diffusion.ddpm_step(out, x_t, tt, s, torch.randn(shape, generator=g).to(device))
         else:
             x_t = diffusion.ddim_step(out, x_t, tt, s)                         # Eq. (5)
-        log(step=shard * steps + i + 1, t=t, loss=loss.item(), bn=bn.item(), cls=cls.item(), adv=adv.item())
+        log(step=shard * steps + i + 1, t=t, loss=loss.item(), **{k: v.item() for k, v in terms.items()})
     return kept, y
 
 
@@ -290,7 +303,9 @@ try:
     for shard, path in tqdm(todo, disable=rank > 0, unit='shard'):
         images, y = synthesize(shard, log)
         arrays = {'arr_0': torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu().numpy(),
-                  'arr_1': y.repeat(len(images)).cpu().numpy(), 'settings': np.array(settings)}
+                  'settings': np.array(settings)}
+        if not vae:
+            arrays['arr_1'] = y.repeat(len(images)).cpu().numpy()
         arrays['t'] = np.repeat(times[-1 - (keep - 1) * keep_every::keep_every], batch_size)
         M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
         if shard == 0:
@@ -298,7 +313,7 @@ try:
             rows = count.nonzero()[:20, 0]
             columns = min(10, count[rows].min().item())
             M.save_grid(os.path.join(out_dir, 'preview.png'),
-                        torch.cat([images[-1][y == c][:columns] for c in rows]), columns)
+                        torch.cat([images[-1][y == c][:100 if vae else columns] for c in rows]), columns)
 except KeyboardInterrupt:
     print(f'\nstopped; the same command goes on from the last whole shard in {out_dir}')
     sys.exit(130)
@@ -307,4 +322,5 @@ if world > 1:
     dist.destroy_process_group()
 if rank == 0:
     print(f'{out_dir}: {shards} shards, {time.time() - t0:.0f} s; pictures: {out_dir}/preview.png')
-    print(f'distil: python distill_classifier.py --data={out_dir} --teacher={teacher}')
+    print('distil: python ' + (f'distill_vae.py --method=synthetic --data={out_dir} --teacher={teacher[4:]}' if vae else
+                               f'distill_classifier.py --data={out_dir} --teacher={teacher}'))

@@ -88,6 +88,51 @@ def test_networks_agree_with_the_original(make, shape, y, parameters, first, mea
     assert torch.equal(rebuilt.eval()(*args), out)
 
 
+LADDERS = [  # width, parameters, first outputs, mean; first means and stds of the prior at the four lower levels
+    (8, 30416, (-0.22766, -0.213583, -0.406722, -0.574531), 0.0157426645765059,
+     ((0.899793, 1.9351), (0.40323, 0.420649), (0.38297, 0.2482), (0.036014, 0.060451)),
+     ((3.40077, 2.328679), (0.996691, 0.988078), (0.683756, 0.783412), (1.149193, 1.189251))),
+    (128, 5386496, (-0.073366, 0.026837, 0.468734, 0.441703), 0.004569795816109945,
+     ((0.687407, 0.198185), (-0.024446, -0.030875), (-0.133654, 0.03659), (-0.021708, -0.022108)),
+     ((0.6145, 0.65983), (1.005505, 0.990185), (1.073794, 1.017792), (1.016471, 1.025666)))]
+
+
+@pytest.mark.parametrize('width, parameters, first, mean, p_means, p_stds', LADDERS)
+@torch.no_grad()
+def test_ladder_vaes_agree_with_the_original(width, parameters, first, mean, p_means, p_stds):
+    net = fill(M.LVAE(width=width))
+    out, p = net.generate([wave(2, 16, side, side) for side in (16, 8, 4, 2, 1)])
+    assert sum(v.numel() for v in net.parameters()) == parameters and len(p) == 5
+    assert np.allclose(out.flatten()[:4], first, atol=1e-6) and abs(out.mean() - mean) < 1e-6
+    for (m, s), means, stds in zip(p, p_means, p_stds):
+        assert np.allclose(m.flatten()[:2], means, atol=1e-6) and np.allclose(s.flatten()[:2], stds, atol=1e-6)
+    assert torch.equal(p[4][0], torch.zeros(2, 16, 1, 1)) and torch.equal(p[4][1], torch.ones(2, 16, 1, 1))
+
+
+@torch.no_grad()
+def test_vae_losses_have_the_closed_form():
+    from torch.distributions import Normal, kl_divergence
+    g = torch.Generator().manual_seed(0)
+    a, b = ((torch.randn(3, 2, 4, 4, generator=g), torch.rand(3, 2, 4, 4, generator=g) + 0.5) for _ in range(2))
+    assert torch.allclose(M.gaussian_kl(a, b), kl_divergence(Normal(*a), Normal(*b)).sum((1, 2, 3)), rtol=1e-5)
+    product = Normal(*a).log_prob(b[0]) + Normal(*b).log_prob(b[0]) - Normal(*a).log_prob(a[0]) - Normal(*b).log_prob(a[0])
+    both = Normal(*M.combine(a, b))
+    assert torch.allclose(both.log_prob(b[0]) - both.log_prob(a[0]), product, atol=1e-4)
+    out_S, out_T = torch.rand(2, 3, 6, 8, 8, generator=g)
+    kl = kl_divergence(Normal(out_T[:, :3], 0.05 ** 0.5), Normal(out_S[:, :3], 0.05 ** 0.5)).sum((1, 2, 3)).mean()
+    assert torch.allclose(M.output_kl(out_S, out_T, 3, beta=0.1), kl, rtol=1e-5)
+    net, x = fill(M.LVAE(width=8)), torch.rand(2, 3, 32, 32, generator=g)
+    noise = net.noise(2, g)
+    nll, kls = net.elbo(x, noise, beta=0.1)
+    out, q, p = net(x, noise)
+    assert torch.allclose(nll, -Normal(out[:, :3], 0.05 ** 0.5).log_prob(x).sum((1, 2, 3)), rtol=1e-5)
+    for kl, a, b in zip(kls, q, p):
+        assert torch.allclose(kl, kl_divergence(Normal(*a), Normal(*b)).sum((1, 2, 3)), rtol=1e-4)
+    assert [s for side in (28, 64) for s in M.LVAE(side, 1, 2).sides] == [28, 14, 7, 4, 2, 1, 64, 32, 16, 8, 4, 2, 1]
+    with pytest.raises(ValueError, match=r'in \[0, 1\]'):
+        net.encode(2 * x - 1)
+
+
 def test_schedules_and_timesteps_agree_with_the_original():
     for schedule, expected in (('cosine', (0.999958715775178, 0.49228517244880304, 2.4287669070348567e-09)),
                                ('linear', (0.9999, 0.07779665836502389, 4.035829765375676e-05))):
@@ -275,7 +320,7 @@ def run(*args, cwd, ranks=0, ok=True, env=None):
     """Output of a script; with `ranks`, under torchrun. A failed run must be one line on stderr and exit code 2."""
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
     p = subprocess.run([*launch, os.path.join(ROOT, args[0]), *map(str, args[1:])], cwd=cwd, text=True, capture_output=True,
-                       env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **(env or {})})
+                       env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1', **(env or {})})
     if ok:
         assert p.returncode == 0, p.stderr[-3000:]
         return p.stdout
@@ -306,6 +351,7 @@ def tiny(tmp_path_factory):
         torch.nn.init.normal_(net.out[2].weight, std=0.02)
         M.save_model(net, str(folder / f'{name}.safetensors'), M.Diffusion('cosine', 100, 'v'))
     M.save_model(M.classifier('resnet8', 4, image_size=16, in_channels=1, width=4), str(folder / 'classifier.safetensors'))
+    M.save_model(M.LVAE(16, 1, 8), str(folder / 'lvae.safetensors'))
     labels = np.arange(64) % 4
     pixels = (np.random.default_rng(0).random((64, 16, 16, 1)) * 60 + 60 * labels[:, None, None, None]).astype(np.uint8)
     np.savez(folder / 'images.npz', arr_0=pixels, arr_1=labels)
@@ -364,7 +410,11 @@ CLASSIFIER_RUN = ['distill_classifier.py', '--data=images.npz', '--teacher=class
                   '--epochs=8', '--batch_size=16', '--holdout=8', '--augment_flip=True']
 
 
-@pytest.mark.parametrize('args, ranks', [(DKDM_RUN, 0), (DKDM_RUN, 2), (CLASSIFIER_RUN, 0), (CLASSIFIER_RUN, 2)])
+VAE = ['distill_vae.py', '--teacher=lvae.safetensors', "--student_config={'width': 4}", '--batch_size=8', '--max_steps=6', '--log_every=1']
+VAE_RUN = [*VAE, '--method=synthetic', '--data=images.npz', '--flip=True', '--max_steps=30', '--save_every=2']
+
+
+@pytest.mark.parametrize('args, ranks', [(run, ranks) for run in (DKDM_RUN, CLASSIFIER_RUN, VAE_RUN) for ranks in (0, 2)])
 def test_killed_and_resumed_is_bit_for_bit(args, ranks, tiny, tmp_path):
     run(*args, f'--out_dir={tmp_path}/whole', cwd=tiny, ranks=ranks)
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
@@ -488,12 +538,16 @@ def test_guidance_lowers_the_losses_of_the_kept_images(tmp_path):
     assert ce['bn_loss=kl'] < 0.5 * ce['eta=0.0']
 
 
+TEACHERS = [('ddpm', 'unet'), ('ldm', 'unet'), ('dit', 'transformer'), ('sd', 'unet'), ('sd3', 'transformer')]
+
+
 @pytest.fixture(scope='session')
 def pipelines(tmp_path_factory):
     """Every kind of diffusers pipeline, tiny and random, saved as its users save theirs."""
-    from diffusers import (AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline, DiTTransformer2DModel, LDMPipeline,
+    from diffusers import (AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMPipeline, DiTPipeline, DiTTransformer2DModel,
+                           FlowMatchEulerDiscreteScheduler, LDMPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline,
                            StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel)
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
     folder = tmp_path_factory.mktemp('pipelines')
     torch.manual_seed(0)
     vocab = {c: i for i, c in enumerate(['<|startoftext|>', '<|endoftext|>', *'abcdefghijklmnopqrstuvwxyz',
@@ -501,8 +555,10 @@ def pipelines(tmp_path_factory):
     (folder / 'vocab.json').write_text(json.dumps(vocab))
     (folder / 'merges.txt').write_text('#version: 0.2\n')
     tokenizer = CLIPTokenizer(str(folder / 'vocab.json'), str(folder / 'merges.txt'), model_max_length=99)
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                        num_attention_heads=2, max_position_embeddings=99, bos_token_id=0, eos_token_id=1))
+    clip = CLIPTextConfig(vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=1, projection_dim=16,
+                          num_attention_heads=2, max_position_embeddings=99, bos_token_id=0, eos_token_id=1)
+    t5 = T5Config(vocab_size=len(vocab), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    text = CLIPTextModel(clip)
     blocks = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
     unet = dict(sample_size=8, in_channels=4, out_channels=4, attention_head_dim=8, **blocks)
     pixels = UNet2DModel(**unet | dict(sample_size=16, in_channels=3, out_channels=3),
@@ -516,7 +572,16 @@ def pipelines(tmp_path_factory):
                                        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))
     dit = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
                                 sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_elementwise_affine=False)
+    sd3 = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+                                num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
+                                pos_embed_max_size=8)
+    shifted = AutoencoderKL(**{**kl.config, 'shift_factor': 0.1})
+    tiny_vae = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                               num_decoder_blocks=(1, 1))
+    tiny_vae.save_pretrained(folder / 'tiny_vae')
     scheduler = DDIMScheduler(clip_sample=False, beta_schedule='scaled_linear')
+    StableDiffusion3Pipeline(sd3, FlowMatchEulerDiscreteScheduler(shift=3.0), shifted, CLIPTextModelWithProjection(clip), tokenizer,
+                             CLIPTextModelWithProjection(clip), tokenizer, T5EncoderModel(t5), tokenizer).save_pretrained(folder / 'sd3')
     DDPMPipeline(pixels, DDIMScheduler(beta_schedule='squaredcos_cap_v2')).save_pretrained(folder / 'ddpm')
     LDMPipeline(vq, latents, scheduler).save_pretrained(folder / 'ldm')
     DiTPipeline(dit, kl, scheduler).save_pretrained(folder / 'dit')
@@ -524,6 +589,10 @@ def pipelines(tmp_path_factory):
                             prediction_type='v_prediction'), None, None, requires_safety_checker=False).save_pretrained(folder / 'sd')
     M.save_model(M.classifier('wrn16_1', 4, image_size=16), str(folder / 'classifier.safetensors'))
     (folder / 'names.txt').write_text('one\ntwo\nthree\nfour\n')
+    np.savez(folder / 'images.npz', arr_0=np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8))
+    for name, part in TEACHERS:                                                # students: the teachers' classes
+        config = json.loads((folder / name / part / 'config.json').read_text())
+        (folder / f'{name}.json').write_text(json.dumps(config))
     return folder
 
 
@@ -544,12 +613,13 @@ def test_every_kind_of_prior(pipelines, tmp_path):
     assert '10 names' in err and '4 classes' in err
 
 
-@pytest.mark.parametrize('name', ['ddpm', 'ldm', 'dit', 'sd'])
+@pytest.mark.parametrize('name', ['ddpm', 'ldm', 'dit', 'sd', 'sd3'])
 def test_pipelines_sample_what_diffusers_samples(name, pipelines):
     from diffusers import DDIMPipeline, DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained(pipelines / name)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler.register_to_config(steps_offset=0, set_alpha_to_one=True)
+    if name != 'sd3':
+        pipe.scheduler.register_to_config(steps_offset=0, set_alpha_to_one=True)
     net, diffusion = M.load_denoiser(str(pipelines / name))
     noise, y, guidance, kw = torch.randn(1, net.config['in_channels'], *[net.config['image_size']] * 2), None, 3., {}
     if name == 'dit':
@@ -557,15 +627,115 @@ def test_pipelines_sample_what_diffusers_samples(name, pipelines):
     elif name == 'sd':
         net.set_prompts(['a dog', 'a cat'])
         y, kw = torch.tensor([1]), dict(prompt=['a cat'], guidance_scale=guidance, latents=noise)
+    elif name == 'sd3':
+        net.set_prompts(['a dog', 'a cat'])
+        sigmas = [(t + 1) / 1000 for t in M.sampling_steps(1000, 5, 'ddim')]
+        y, kw = torch.tensor([1]), dict(prompt=['a cat'], guidance_scale=guidance, latents=noise, sigmas=sigmas)
     elif name == 'ddpm':
         pipe, kw = DDIMPipeline(pipe.unet, pipe.scheduler), dict(use_clipped_model_output=True)
         pipe.set_progress_bar_config(disable=True)
     with pytest.MonkeyPatch.context() as patch:                                # the pipelines draw their noise: give them ours
         patch.setattr(sys.modules[type(pipe).__module__], 'randn_tensor', lambda *args, **kwargs: noise.clone(), raising=False)
         theirs = pipe(num_inference_steps=5, output_type='np', **kw).images
-    ours = net.decode(M.sample(net, diffusion, noise, 5, 'ddim', y, guidance))
+    ours = M.decode(net, M.sample(net, diffusion, noise, 5, 'ddim', y, guidance))
     ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert np.abs(ours - theirs).max() < 1e-4 and ours.std() > 0
+
+
+QUICK = ['--stride=250', '--batch_size=4', '--max_steps=2', '--sample_steps=2']
+
+
+def test_students_of_diffusers_go_back_to_diffusers(pipelines, tmp_path):
+    """Each kind of teacher, a student of its class: the result is a pipeline that samples, and eval_fid.py measures it."""
+    from diffusers import DiffusionPipeline
+    more = {'dit': ['--guidance=2.0', '--uncond_prob=0.2', '--student_prediction=teacher'], 'sd': ['--prompts=names.txt', '--guidance=2.0'],
+            'sd3': ['--prompts=names.txt', '--guidance=2.0', '--student_prediction=teacher']}
+
+    def one(case):
+        name, part = case
+        folder = tmp_path / name
+        out = run('dkdm.py', f'--teacher={name}', f'--student={name}.json', *QUICK, *more.get(name, []), f'--out_dir={folder}', cwd=pipelines)
+        assert f'--models={folder}' in out and os.path.getsize(folder / 'samples.png') > 0 and np.isfinite(losses(folder)).all()
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        call = {'dit': dict(class_labels=[3]), 'sd': dict(prompt='one'), 'sd3': dict(prompt='one')}.get(name, {})
+        assert np.isfinite(pipe(num_inference_steps=2, output_type='np', **call).images).all()
+        net, diffusion = M.load_denoiser(str(folder))
+        assert diffusion.prediction == {'dit': 'eps', 'sd3': 'flow'}.get(name, 'v') and M.has_vae(net) == (name != 'ddpm')
+        return folder
+    folders = at_once(one, TEACHERS)
+    out = run('eval_fid.py', f'--models={folders[0]},{folders[3]}', '--reference=images.npz', '--features=classifier.safetensors', '--num_samples=8',
+              '--steps=2', '--prompts=names.txt', f'--out_dir={tmp_path}/eval', cwd=pipelines)
+    assert len(metrics(tmp_path / 'eval')) == 2, out
+
+
+def test_students_of_another_kind(pipelines, tiny, tmp_path):
+    """A student of ours of each teacher with latents keeps its VAE; a student of diffusers of a teacher of ours is a DDPMPipeline."""
+    from diffusers import DiffusionPipeline
+    ours = ['--student=dit', '--hidden_size=16', '--depth=1', '--num_heads=2']
+
+    def one(case):
+        i, args = case
+        run('dkdm.py', *QUICK, *args, f'--out_dir={tmp_path}/{i}', cwd=pipelines)
+        return tmp_path / str(i)
+    cases = [['--teacher=ldm', *ours], ['--teacher=sd3', '--prompts=names.txt', *ours],
+             [f'--teacher={tiny}/teacher.safetensors', '--student=grey.json', '--stride=50'],
+             [f'--teacher={tiny}/classes.safetensors', '--student=classes.json', '--stride=50', '--guidance=2.0']]
+    config = json.loads((pipelines / 'ddpm.json').read_text()) | dict(in_channels=1, out_channels=2)
+    (pipelines / 'grey.json').write_text(json.dumps(config))
+    (pipelines / 'classes.json').write_text(json.dumps(config | dict(num_class_embeds=5)))
+    latent, text, grey, classes = at_once(one, enumerate(cases))
+    for folder, labels in ((latent, 0), (text, 4)):
+        net, _ = M.load_denoiser(str(folder / 'student.safetensors'))
+        assert M.decode(net, torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16) and net.num_classes == labels
+    pipe = DiffusionPipeline.from_pretrained(grey)
+    pipe.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipe(num_inference_steps=2, output_type='np').images).all()
+    assert not os.path.exists(classes / 'model_index.json') and os.path.exists(classes / 'unet/config.json')
+
+
+BAD_HUB = [
+    (['--teacher=nobody/nothing'], 'no diffusers pipeline at nobody/nothing', {}), (['--teacher=sd'], '--prompts=file.txt', {}),
+    (['--teacher=sd', '--prompts=empty.txt'], 'empty.txt is empty', {}), (['--teacher=ddpm', '--prompts=names.txt'], 'takes no texts', {}),
+    (['--teacher=sd', '--prompts=names.txt'], 'pip install transformers', {'PYTHONPATH': 'blocked'}),
+    (['--teacher=ddpm', '--student=broken.json'], 'no config of a diffusers model', {}), (['--teacher=ddpm', '--student=dit.json'], 'takes 1000 class', {}),
+    (['--teacher=ldm', '--student=ddpm.json'], 'cannot take', {}), (['--teacher=karras'], 'FlowMatchEulerDiscreteScheduler', {}),
+    (['--teacher=sd3', '--prompts=names.txt', '--student=sd3.json'], '--student_prediction=teacher', {})]
+
+
+def test_bad_hubs_and_students(pipelines, tmp_path):
+    import shutil
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    (pipelines / 'empty.txt').write_text(' \n')
+    (pipelines / 'broken.json').write_text('{"_class_name": "NoSuchModel"}')
+    os.makedirs(pipelines / 'blocked')
+    (pipelines / 'blocked/sitecustomize.py').write_text(                       # a machine without transformers
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'transformers' else find(name, *a)\n")
+    shutil.copytree(pipelines / 'ddpm', pipelines / 'karras')
+    config = json.loads((pipelines / 'karras/model_index.json').read_text()) | {'scheduler': ['diffusers', 'FlowMatchEulerDiscreteScheduler']}
+    (pipelines / 'karras/model_index.json').write_text(json.dumps(config))
+    FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True).save_pretrained(pipelines / 'karras/scheduler')
+
+    def one(case):
+        i, (args, words, env) = case
+        err = run('dkdm.py', *QUICK, *args, f'--out_dir={tmp_path}/{i}', cwd=pipelines, ok=False, env=env)
+        assert words in err and not os.path.exists(tmp_path / str(i)), (args, err)
+    at_once(one, enumerate(BAD_HUB))
+
+
+def test_gated_models_and_half_precision(pipelines, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+    from diffusers import DiffusionPipeline
+    DiffusionPipeline.from_pretrained(pipelines / 'ddpm').to(torch.float16).save_pretrained(tmp_path / 'half', variant='fp16')
+    net, _ = M.load_denoiser(str(tmp_path / 'half'))
+    assert next(net.parameters()).dtype == torch.float32 and 'weights in float16, computed in float32' in capsys.readouterr().out
+
+    def gated(*args):
+        raise huggingface_hub.errors.GatedRepoError.__new__(huggingface_hub.errors.GatedRepoError)
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', gated)
+    with pytest.raises(ValueError, match='^some/model is gated: .*hf auth login`$'):
+        M.load_denoiser('some/model')
 
 
 def test_synthesis_restarts_and_ranks_share(tiny, tmp_path):
@@ -674,6 +844,12 @@ BAD_OTHERS = [
     (['synthesize.py', '--class_names=cifar10'], 'takes no text'), (['synthesize.py', '--prior=nobody/nothing'], 'no diffusers pipeline'),
     (['synthesize.py', '--keep=4', '--keep_every=9'], 'more than 25 steps'), (['synthesize.py', '--bn_loss=l1'], "'kl'"),
     (['synthesize.py', '--student=vgg.safetensors'], '10 classes'), (['synthesize.py', '--guidance=2.0'], 'no condition'),
+    (['synthesize.py', '--teacher=vae:lvae.safetensors', '--student=classifier.safetensors'], 'no L_adv'),
+    (['distill_vae.py', '--method=both'], "'prior'"), (['distill_vae.py', '--method=synthetic'], 'needs images'),
+    (['distill_vae.py', '--teacher=classifier.safetensors'], 'holds a classifier'), (['distill_vae.py', '--teacher=nobody/nothing'], 'no VAE'),
+    (['distill_vae.py', "--student_config={'image_size': 64}"], 'image_size'), (['distill_vae.py', "--student_config={'depth': 3}"], "no 'depth'"),
+    (['distill_vae.py', '--method=synthetic', '--data=big.npz'], '(3, 32, 32)'),
+    (['distill_vae.py', "--student_config={'_class_name': 'AutoencoderKL'}"], 'must be the same'),
     (['synthesize.py', '--steps=200'], 'from 1 to 100'), (['synthesize.py', '--teacher=vgg.safetensors'], 'cannot take')]
 
 
@@ -695,6 +871,7 @@ def test_bad_input_of_the_others(bad, tmp_path):
     def one(case):
         args, words = case
         common = {'eval_fid.py': ['--reference=images.npz', '--features=classifier.safetensors'],
+                  'distill_vae.py': ['--teacher=lvae.safetensors'],
                   'synthesize.py': ['--prior=teacher.safetensors', '--teacher=classifier.safetensors']}.get(
                       args[0], ['--teacher=classifier.safetensors'])
         common = [c for c in common if c.split('=')[0] + '=' not in str(args)]
@@ -703,8 +880,60 @@ def test_bad_input_of_the_others(bad, tmp_path):
     at_once(one, BAD_OTHERS)
 
 
+# ---- VAEs ----
+def test_vae_distillation(tiny, tmp_path):
+    def one(case):
+        i, args = case
+        out = run(*VAE, *args, f'--out_dir={tmp_path}/{i}', cwd=tiny)
+        assert np.isfinite(losses(tmp_path / str(i))).all() and 'student.safetensors' in out
+        return set(os.listdir(tmp_path / str(i)))
+    cases = [['--method=prior', '--max_steps=100', '--lr=3e-3', '--lr_decay=False'], ['--method=synthetic', '--data=images.npz'],
+             ['--method=data', '--data=images.npz', '--kl_warmup=3']]
+    prior, synthetic, data = at_once(one, enumerate(cases))
+    assert 'samples.png' in prior and 'reconstructions.png' not in prior and {'samples.png', 'reconstructions.png'} <= synthetic & data
+    assert losses(tmp_path / '0')[-10:].mean() < 0.3 * losses(tmp_path / '0')[:5].mean()
+    student, teacher = (M.load_vae(f) for f in (f'{tmp_path}/0/student.safetensors', f'{tiny}/lvae.safetensors'))
+    noise = student.noise(64, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out, out_T = student.generate(noise)[0][:, :1], teacher.generate(noise)[0][:, :1]
+    last = np.genfromtxt(tmp_path / '0/log.csv', delimiter=',', names=True)['out'][-10:].mean()
+    assert M.output_kl(out, out_T, 1) == pytest.approx(last, rel=0.3)          # BatchNorm in training and out of it
+    out = run('eval_fid.py', f'--models={tiny}/lvae.safetensors,{tmp_path}/0/student.safetensors', '--reference=images.npz', '--num_samples=32',
+              '--features=classifier.safetensors', f'--out_dir={tmp_path}/e', cwd=tiny)
+    one, two = metrics(tmp_path / 'e')
+    assert one['parameters'] > 3 * two['parameters'] > 0 and one['MFLOPs'] > two['MFLOPs'] > 0 and 'sampler' not in one, out
+
+
+def test_vaes_of_diffusers(pipelines, tmp_path):
+    """The teacher from a pipeline or of its own; the student is of its class and goes back to diffusers."""
+    import diffusers
+    small = {'sd': {'block_out_channels': (4, 8)}, 'tiny_vae': {'encoder_block_out_channels': (4, 4), 'decoder_block_out_channels': (4, 4)}}
+
+    def one(name):
+        out = run('distill_vae.py', f'--teacher={name}', f'--student_config={small[name]}', '--method=synthetic', '--data=images.npz',
+                  '--batch_size=4', '--max_steps=2', f'--out_dir={tmp_path}/{name}', cwd=pipelines)
+        assert f'{tmp_path}/{name}/student' in out and np.isfinite(losses(tmp_path / name)).all()
+        assert os.path.getsize(tmp_path / name / 'reconstructions.png') > 0
+        return type(M.load_vae(f'{tmp_path}/{name}/student').net)
+    assert at_once(one, small) == [diffusers.AutoencoderKL, diffusers.AutoencoderTiny]
+
+
+def test_images_for_a_vae(tiny, pipelines, tmp_path):
+    """Guided by a VAE, the kept images lie nearer to what it reconstructs; they have no labels."""
+    def one(case):
+        name, cwd, args = case
+        out = run(*SYNTH, *args, f'--out_dir={tmp_path}/{name}', cwd=cwd)
+        images, labels = M.load_images(str(tmp_path / name))
+        assert 'distill_vae.py' in out and labels is None and len(images) == 32
+        return np.genfromtxt(tmp_path / name / 'log.csv', delimiter=',', names=True)['mse'][3::4].mean()
+    ours = ['--prior=teacher.safetensors', '--teacher=vae:lvae.safetensors', '--alpha=0.1', '--lca=none']
+    plain, guided, _ = at_once(one, [('plain', tiny, [*ours, '--eta=0']), ('guided', tiny, [*ours, '--eta=300']),
+                                     ('sd', pipelines, ['--prior=sd', '--teacher=vae:sd', '--guidance=2.0'])])
+    assert guided < 0.9 * plain
+
+
 # ---- what the repository ships ----
-@pytest.mark.parametrize('script', ['dkdm.py', 'synthesize.py', 'distill_classifier.py', 'eval_fid.py'])
+@pytest.mark.parametrize('script', ['dkdm.py', 'synthesize.py', 'distill_classifier.py', 'distill_vae.py', 'eval_fid.py'])
 def test_help(script, tmp_path):
     out = run(script, '--help', cwd=tmp_path)
     assert '--out_dir' in out and '--seed' in out and len(out.splitlines()) > 15
@@ -713,10 +942,12 @@ def test_help(script, tmp_path):
 def test_paper_configs_say_where_the_teacher_is(tmp_path):
     """Every config runs up to the teacher that it needs, so its keys are right."""
     def one(name):
-        script = {'dkdm': 'dkdm.py', 'synth': 'synthesize.py', 'distill': 'distill_classifier.py'}[name.split('_')[0]]
+        script = {'dkdm': 'dkdm.py', 'synth': 'synthesize.py', 'distill': 'distill_classifier.py', 'vae': 'distill_vae.py'}[name.split('_')[0]]
         err = run(script, os.path.join(ROOT, 'config', name), cwd=tmp_path, ok=False)
-        assert 'no file' in err and '; get ' in err and not os.listdir(tmp_path), err
-    at_once(one, [f for f in sorted(os.listdir(os.path.join(ROOT, 'config'))) if f.startswith(('dkdm', 'synth', 'distill')) and 'mnist' not in f])
+        assert 'no diffusers pipeline at' in err or 'no file' in err and '; get ' in err, err
+        assert not os.listdir(tmp_path)
+    at_once(one, [f for f in sorted(os.listdir(os.path.join(ROOT, 'config'))) if f.startswith(('dkdm', 'synth', 'distill', 'vae')) and f.endswith('.py')
+                  and 'mnist' not in f and 'teacher' not in f])
 
 
 def test_bundled_models(tmp_path):

@@ -1,0 +1,14 @@
+# CIFAR-10 from the hub, 36 M -> 9 M; the result is a DDPMPipeline again. The optimisation is that of dkdm_cifar10.py.
+teacher = 'google/ddpm-cifar10-32'
+student = 'config/ddpm_cifar10_student.json'
+student_prediction = 'teacher'
+max_steps = 200000
+batch_size = 128
+lr = 1e-4
+lr_warmup = 0
+lr_decay = False
+beta2 = 0.999
+ema = 0.9999
+log_every = 100
+save_every = 10000
+out_dir = 'out/dkdm_ddpm_cifar10'

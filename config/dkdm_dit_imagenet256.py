@@ -1,0 +1,18 @@
+# ImageNet 256x256 with classes, DiT-XL/2 (675 M) -> DiT-S/2 (40 M in diffusers), guided; the result is a DiTPipeline. No paper has this
+# setting; the optimisation is DiT's own.
+teacher = 'facebook/DiT-XL-2-256'
+student = 'config/dit_s2_student.json'
+student_prediction = 'teacher'
+guidance = 1.5
+uncond_prob = 0.1
+pool_dtype = 'float16'
+max_steps = 400000
+batch_size = 256
+lr = 1e-4
+lr_warmup = 0
+lr_decay = False
+beta2 = 0.999
+ema = 0.9999
+log_every = 100
+save_every = 10000
+out_dir = 'out/dkdm_dit_imagenet256'

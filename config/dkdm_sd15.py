@@ -1,0 +1,19 @@
+# Text to image, Stable Diffusion 1.5 (860 M) -> a U-Net of 212 M, guided; the result is a StableDiffusionPipeline. It needs
+# --prompts=file.txt, one text per line: the captions that the student is to be good at. No paper has this setting.
+teacher = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
+student = 'config/sd15_student.json'
+student_prediction = 'teacher'
+guidance = 7.5
+uncond_prob = 0.1
+pool_dtype = 'float16'
+max_steps = 200000
+batch_size = 64
+grad_accum = 2
+lr = 1e-4
+lr_warmup = 500
+lr_decay = False
+beta2 = 0.999
+ema = 0.9999
+log_every = 100
+save_every = 5000
+out_dir = 'out/dkdm_sd15'

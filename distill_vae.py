@@ -1,0 +1,253 @@
+"""
+Distils a hierarchical VAE into a smaller one, without the data it was trained on: both decoders are fed the same noise at
+every level, and the student learns the Gaussians and the pixels that the teacher makes of it. On synthetic images its
+encoder learns too. With `method='data'` it trains a VAE on images, which is how teachers are made.
+
+    python distill_vae.py                                              # the bundled MNIST teacher, minutes on a laptop
+    python distill_vae.py --method=data --data=mnist --student_config="{'width': 32}"   # a teacher, by the ELBO
+    python synthesize.py config/synth_mnist_vae.py && python distill_vae.py --method=synthetic --data=out/synth_vae
+    torchrun --nproc_per_node=8 distill_vae.py config/vae_cifar10.py
+    python distill_vae.py --teacher=stabilityai/sd-vae-ft-mse --method=synthetic --data=folder/ \
+        --student_config="{'block_out_channels': (32, 64, 128, 128)}"
+"""
+import os
+import time
+
+# teacher
+teacher = 'pretrained/mnist_lvae.safetensors'  # an LVAE of ours; AutoencoderKL or AutoencoderTiny as a folder or a hub id
+teacher_source = ''          # where a missing teacher is to be had, for the message
+# student
+student_config = {'width': 8}  # what differs from the teacher's config; the class is the teacher's. 'data': an LVAE's config
+# distillation
+method = 'prior'             # 'prior' (noise only), 'synthetic' (images too, of any origin), 'data' (the ELBO, no teacher)
+beta = 0.1                   # the pixels' variance is beta / 2
+lam_z = 0.1                  # weight of the distances between the two networks' Gaussians
+data = ''                    # 'synthetic' and 'data': an .npz, a folder, or a torchvision name
+flip = False                 # random horizontal flips
+kl_warmup = 1000             # 'data': steps in which the weight of the KL grows from 0 to 1; 0 for none
+# optimisation
+max_steps = 1500
+batch_size = 128             # over all ranks
+lr = 1e-3                    # the slides have 1e-4, for 50 epochs
+lr_decay = True              # cosine decay to 0 at max_steps
+weight_decay = 1e-4          # Adam's, on the gradient
+grad_clip = 0.0              # largest norm of the gradient; 0 for none
+# system
+out_dir = 'out/vae'
+init_from = 'scratch'        # 'scratch' or 'resume'
+log_every = 20               # steps between rows of log.csv
+save_every = 500             # steps between checkpoints (with pictures)
+seed = 0
+device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
+dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+
+import math
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import models as M
+
+# ---- check everything before any work starts ----
+for wrong, message in [
+        (method not in ('prior', 'synthetic', 'data'), f"method={method!r}: 'prior', 'synthetic' or 'data'"),
+        (init_from not in ('scratch', 'resume'), f"init_from={init_from!r}: 'scratch' or 'resume'"),
+        (beta <= 0 or min(lam_z, kl_warmup, weight_decay, grad_clip) < 0,
+         'beta: above 0; lam_z, kl_warmup, weight_decay and grad_clip: 0 or more'),
+        (min(max_steps, batch_size, log_every, save_every) < 1, 'max_steps, batch_size, log_every and save_every: at least 1'),
+        (method != 'prior' and not data, f"method={method!r} needs images: --data=mnist, an .npz or a folder"
+         + ("; python synthesize.py config/synth_mnist_vae.py makes some" if method == 'synthetic' else ''))]:
+    if wrong:
+        M.die(message)
+device, autocast, rank, world = M.start(device, dtype, seed)
+if batch_size % world:
+    M.die(f'batch_size={batch_size} is shared by {world} ranks: a multiple of {world}')
+distilling = method != 'data'
+
+
+def build_vae(config, teacher):
+    """A VAE of random weights from its config, whose keys must be those of the teacher's. Raises ValueError."""
+    kind, odd = teacher['class'], sorted(set(config) - set(teacher) - {'width', '_class_name'})
+    if config.get('_class_name', kind) != kind or config['class'] != kind:
+        raise ValueError(f"a student of class {config.get('_class_name', config['class'])} and a teacher of class {kind}: they must be the same")
+    if odd or ('width' in config and kind != 'LVAE'):
+        raise ValueError(f"student_config: {kind} has no {(odd or ['width'])[0]!r}, but "
+                         + ', '.join(['width'] if kind == 'LVAE' else [k for k in teacher if k not in ('class', 'in_channels', 'out_channels')]))
+    kw = {k: v for k, v in config.items() if k not in ('class', '_class_name')}
+    try:
+        if kind == 'LVAE':
+            return M.LVAE(**kw)
+        import diffusers
+        return M.Autoencoder(getattr(diffusers, kind).from_config(kw))
+    except (ValueError, TypeError, ZeroDivisionError, IndexError, RuntimeError) as e:
+        raise ValueError(f'student_config makes no {kind}: {str(e).splitlines()[0]}') from None
+
+
+try:
+    net_T, images = None, None
+    if distilling:
+        net_T = M.load_vae(teacher).to(device, memory_format=M.memory_format(device))
+        if method == 'prior' and net_T.config['class'] != 'LVAE':
+            raise ValueError(f"{teacher} is an {net_T.config['class']}, whose prior makes no images: --method=synthetic")
+    if method != 'prior':
+        images, _ = M.load_images(data)
+    channels = images.shape[1] if net_T is None else net_T.config['in_channels']
+    base = dict(image_size=images.shape[-1], in_channels=channels) | {'class': 'LVAE'} if net_T is None else net_T.config
+    net = build_vae(base | student_config, base).to(device, memory_format=M.memory_format(device))
+    both = [n for n in (net_T, net) if n]
+    # what the levels look like tells whether the two fit each other, and the images
+    if images is None:
+        shapes = [n.sides for n in both]
+    else:
+        with torch.no_grad():
+            x = images[:1].to(device).float() / 255
+            seen = [n.eval().encode(x) for n in both]
+            shapes = [[tuple(mean.shape[1:]) for mean, _ in s] for s in seen]
+            made = net.decode([mean for mean, _ in seen[-1]], seen[-1])[0].shape[2:]
+            if made != x.shape[2:]:
+                raise ValueError(f'images of {tuple(x.shape[2:])} come back as {tuple(made)}: sides that can be halved as often as '
+                                 'the VAE does')
+    if shapes[0] != shapes[-1] or net.config['in_channels'] != channels:
+        raise ValueError(f'the levels of the teacher are {shapes[0]}, of the student {shapes[-1]}: image_size, in_channels and '
+                         'the latents must be the same')
+    checkpoint = M.load_checkpoint(out_dir, rank) if init_from == 'resume' else None
+    if checkpoint:
+        M.load_state(net, checkpoint[0]['net'], out_dir)
+except ValueError as e:
+    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
+
+if method == 'prior':                                                          # the encoder stays as it is
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith('d'))
+opt = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr, weight_decay=weight_decay)
+torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its own luck
+
+
+# ---- losses ----
+class Losses(torch.nn.Module):
+    """The student and its losses, a dict of numbers, in one forward pass, as DistributedDataParallel wants it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, kl_weight):
+        if not distilling:                                                     # the negative ELBO, in nats per image
+            nll, kl = self.net.elbo(x, self.net.noise(len(x)), beta)
+            return {'nll': nll.mean(), 'kl': kl_weight * sum(kl).mean()}
+        terms = {}
+        if net_T.config['class'] == 'LVAE':                                    # both decoders, from the same noise
+            noise = net_T.noise(batch_size // world)
+            with torch.no_grad():
+                out_T, _, p_T = net_T.decode(noise)
+            out, _, p = self.net.decode(noise)
+            terms = {'out': M.output_kl(out, out_T, channels, beta), 'z': lam_z * sum(map(M.wasserstein, p, p_T))}
+        if x is not None:                                                      # both networks, on the same image and noise
+            with torch.no_grad():
+                seen_T = net_T.encode(x)
+                noise = [torch.randn_like(mean) for mean, _ in seen_T]
+                out_T, q_T, p_T = net_T.decode(noise, seen_T)
+            out, q, p = self.net.decode(noise, self.net.encode(x))
+            terms |= {'out_x': M.output_kl(out, out_T, channels, beta),
+                      'z_x': lam_z * (sum(map(M.wasserstein, p, p_T)) + sum(map(M.wasserstein, q, q_T)))}
+        return terms
+
+
+model = Losses()
+if world > 1:
+    model = torch.nn.parallel.DistributedDataParallel(model)
+
+
+# ---- results on disk ----
+def save_vae(net, path):
+    """An LVAE as path.safetensors, a VAE of diffusers as the folder path."""
+    if net.config['class'] == 'LVAE':
+        M.save_model(net, path + '.safetensors')
+    else:
+        net.net.save_pretrained(path)
+
+
+@torch.no_grad()
+def save_result():
+    """The student, and pictures of it below the teacher's: from the same noise at every level, and of the same images."""
+    net.eval()
+    save_vae(net, os.path.join(out_dir, 'student'))
+    g, n = torch.Generator().manual_seed(seed), 36
+    if net.config['class'] == 'LVAE':
+        noise = net.noise(n, g)
+        rows = [v.generate(noise)[0][:, :channels].split(12) for v in both]
+        M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat([r for rs in zip(*rows) for r in rs]) * 2 - 1, 12)
+    if images is not None:
+        x = images[torch.randperm(len(images), generator=g)[:n]].to(device).float() / 255
+        rows = [x.split(12)]
+        for v in both:
+            seen = v.encode(x)
+            rows.append(v.decode([torch.zeros_like(mean) for mean, _ in seen], seen)[0][:, :channels].split(12))
+        M.save_grid(os.path.join(out_dir, 'reconstructions.png'), torch.cat([r for rs in zip(*rows) for r in rs]) * 2 - 1, 12)
+    net.train()
+
+
+# ---- the loop ----
+step = 0
+if checkpoint:
+    shared, own = checkpoint
+    step = shared['step']
+    opt.load_state_dict(shared['opt'])
+    M.set_random_state(own, device)
+os.makedirs(out_dir, exist_ok=True)
+if rank == 0:
+    def millions(n): return f"{n.config['class']}, {sum(p.numel() for p in n.parameters()) / 1e6:.3f} M parameters"
+    if distilling:
+        print(f'teacher {teacher}: {millions(net_T)}')
+    print(f'student: {millions(net)}; {method}, {max_steps:,} steps of {batch_size} images on {world} x {device.type}')
+    log = M.Log(os.path.join(out_dir, 'log.csv'), step)
+stop = M.stop_flag()
+net.train()
+t0, first = time.time(), step
+bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
+sums, count = {}, 0
+while step < max_steps:
+    opt.param_groups[0]['lr'] = lr * 0.5 * (1 + math.cos(math.pi * step / max_steps)) if lr_decay else lr
+    x = None
+    if images is not None:
+        x = images[torch.randint(len(images), (batch_size // world,))].to(device).float() / 255
+        if flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
+    with autocast:
+        terms = model(x, min(1., (step + 1) / kl_warmup) if kl_warmup else 1.)
+    sum(terms.values()).backward()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf')).item()
+    if not math.isfinite(norm):                                                  # the same on all ranks: gradients are shared
+        bar.close()
+        M.die(f'step {step}: the loss or its gradient is not finite; nothing of it reached the weights. Try a smaller --lr, or '
+              '--grad_clip; --init_from=resume goes on from the last checkpoint')
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    for k, v in terms.items():
+        sums[k] = sums.get(k, 0.) + v.item()
+    step, count = step + 1, count + 1
+    bar.update()
+    leaving = M.on_all(dist.ReduceOp.MAX, len(stop), device) > 0
+    if step % log_every == 0 or step == max_steps:
+        if rank == 0:
+            means = {k: v / count for k, v in sums.items()}
+            bar.set_postfix(loss=f'{sum(means.values()):.4g}')
+            log(step=step, loss=sum(means.values()), **means, grad_norm=norm,
+                images_per_s=(step - first) * batch_size / (time.time() - t0), seconds=time.time() - t0)
+        sums, count = {}, 0
+    if step % save_every == 0 or step == max_steps or leaving:
+        if rank == 0:
+            save_result()
+        M.save_checkpoint(out_dir, step, {'net': net.state_dict(), 'opt': opt.state_dict()}, M.random_state(device), rank)
+    if leaving:
+        break
+bar.close()
+if rank == 0:
+    path = os.path.join(out_dir, 'student') + ('.safetensors' if net.config['class'] == 'LVAE' else '')
+    print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {path}, pictures: {out_dir}/*.png')
+    if net.config['class'] == 'LVAE':
+        print(f'evaluate: python eval_fid.py --models={path}' + (f',{teacher}' if distilling else ''))
+if world > 1:
+    dist.destroy_process_group()
