@@ -367,11 +367,7 @@ def save_pipeline():
     else:
         name, parts = 'unet', {'_class_name': 'DDPMPipeline', '_diffusers_version': diffusers.__version__,
                                'unet': ['diffusers', kind], 'scheduler': ['diffusers', 'DDPMScheduler']}
-        alpha_bar = diffusion.alpha_bar[:-1].cpu()
-        betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        scheduler = diffusers.DDPMScheduler(diffusion.T, trained_betas=betas.tolist(), clip_sample=diffusion.clip,
-                                            prediction_type=predicts or 'epsilon',
-                                            variance_type='learned_range' if learn_sigma else 'fixed_small')
+        scheduler = M.ddpm_scheduler(diffusion)
     for part, save in ((name, net_ema.net.save_pretrained), ('scheduler', scheduler.save_pretrained)):
         folder, tmp = os.path.join(out_dir, part), os.path.join(out_dir, f'.tmp-{part}')
         save(tmp)

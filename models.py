@@ -1301,6 +1301,126 @@ def load_vae(spec):
     return Autoencoder(net.float()).eval().requires_grad_(False)
 
 
+def ddpm_scheduler(diffusion):
+    """diffusers' DDPMScheduler of the same process. Raises ValueError for flow matching."""
+    from diffusers import DDPMScheduler
+    predicts = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}.get(diffusion.prediction)
+    if predicts is None:
+        raise ValueError(f"prediction {diffusion.prediction!r} has no DDPMScheduler; 'eps', 'v' and 'x0' have")
+    alpha_bar = diffusion.alpha_bar[:-1].cpu()
+    betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return DDPMScheduler(diffusion.T, trained_betas=betas.tolist(), prediction_type=predicts, clip_sample=diffusion.clip,
+                         variance_type='learned_range' if diffusion.learn_sigma else 'fixed_small')
+
+
+def to_diffusers(net):
+    """A UNet as a UNet2DModel (the same outputs), a DiT with classes as a DiTTransformer2DModel (outputs within about 0.1 %:
+    diffusers spaces the frequencies of t by 127 steps where DiT's authors have 128).
+
+    Raises ValueError where the class does not fit: patch_size, channel_mult[0] != 1 or channels that are no multiples of 32
+    of a UNet; a DiT without classes.
+    """
+    import diffusers
+    c, old, new = net.config, net.state_dict(), {}
+
+    def copy(source, target, *names):
+        """Weights and biases; a layer of several outputs is cut into its targets."""
+        for kind in ('weight', 'bias'):
+            if f'{source}.{kind}' in old:
+                w = old[f'{source}.{kind}']
+                w = w[:, :, 0] if w.dim() == 3 else w                          # attention's 1-D convolutions are linear there
+                for name, part in zip(names or [''], w.chunk(len(names) or 1)):
+                    new[f'{target}{name}.{kind}'] = part.clone()
+    if c['class'] == 'DiT':
+        if not c['num_classes']:
+            raise ValueError('DiTTransformer2DModel has classes, this DiT has none')
+        other = diffusers.DiTTransformer2DModel(
+            c['num_heads'], c['hidden_size'] // c['num_heads'], c['in_channels'], net.out_channels, c['depth'], sample_size=c['image_size'],
+            patch_size=c['patch_size'], num_embeds_ada_norm=c['num_classes'], norm_elementwise_affine=False, norm_eps=1e-6)
+        copy('x_embedder.proj', 'pos_embed.proj')
+        for i in range(c['depth']):
+            a, b = f'blocks.{i}.', f'transformer_blocks.{i}.'
+            copy('t_embedder.mlp.0', b + 'norm1.emb.timestep_embedder.linear_1')
+            copy('t_embedder.mlp.2', b + 'norm1.emb.timestep_embedder.linear_2')
+            copy('y_embedder.embedding_table', b + 'norm1.emb.class_embedder.embedding_table')
+            copy(a + 'adaLN_modulation.1', b + 'norm1.linear')
+            copy(a + 'attn.qkv', b + 'attn1.', 'to_q', 'to_k', 'to_v')
+            copy(a + 'attn.proj', b + 'attn1.to_out.0')
+            copy(a + 'mlp.fc1', b + 'ff.net.0.proj')
+            copy(a + 'mlp.fc2', b + 'ff.net.2')
+        copy('final_layer.adaLN_modulation.1', 'proj_out_1')
+        copy('final_layer.linear', 'proj_out_2')
+    else:
+        widths, n = [int(mult * c['model_channels']) for mult in c['channel_mult']], c['num_res_blocks']
+        if c['patch_size'] > 1 or c['channel_mult'][0] != 1 or any(w % 32 for w in widths) or not c['use_new_attention_order'] \
+                or c['num_head_channels'] < 1:
+            raise ValueError('UNet2DModel has no patch_size, starts at model_channels, has groups of channels in 32 and the new '
+                             'order of attention heads')
+        at = [c['image_size'] // 2 ** i in c['attention_resolutions'] for i in range(len(widths))]
+        down, up = ('ResnetDownsampleBlock2D', 'ResnetUpsampleBlock2D') if c['resblock_updown'] else ('DownBlock2D', 'UpBlock2D')
+        how = 'resnet' if c['resblock_updown'] else 'conv'
+        other = diffusers.UNet2DModel(
+            c['image_size'], c['in_channels'], c['out_channels'], block_out_channels=widths, layers_per_block=n,
+            down_block_types=['AttnDownBlock2D' if a else down for a in at], up_block_types=['AttnUpBlock2D' if a else up for a in at[::-1]],
+            downsample_type=how, upsample_type=how, attention_head_dim=c['num_head_channels'], attn_norm_num_groups=32,
+            resnet_time_scale_shift='scale_shift' if c['use_scale_shift_norm'] else 'default', dropout=c['dropout'], freq_shift=0,
+            flip_sin_to_cos=True, downsample_padding=1, norm_eps=1e-5, num_class_embeds=c['num_classes'] + 1 if c['num_classes'] else None)
+
+        def layer(source, target):
+            if f'{source}.in_layers.0.weight' not in old:                      # a convolution
+                return copy(f'{source}.op' if f'{source}.op.weight' in old else source, target)
+            for a, b in (('in_layers.0', 'norm1'), ('in_layers.2', 'conv1'), ('emb_layers.1', 'time_emb_proj'), ('out_layers.0', 'norm2'),
+                         ('out_layers.3', 'conv2'), ('skip_connection', 'conv_shortcut')):
+                copy(f'{source}.{a}', f'{target}.{b}')
+
+        def attention(source, target):
+            copy(source + '.norm', target + '.group_norm')
+            copy(source + '.qkv', target + '.', 'to_q', 'to_k', 'to_v')
+            copy(source + '.proj_out', target + '.to_out.0')
+        copy('time_embed.0', 'time_embedding.linear_1')
+        copy('time_embed.2', 'time_embedding.linear_2')
+        if c['num_classes']:                                                   # the null condition adds nothing
+            new['class_embedding.weight'] = F.pad(old['label_emb.weight'], (0, 0, 0, 1))
+        copy('input_blocks.0.0', 'conv_in')
+        copy('out.0', 'conv_norm_out')
+        copy('out.2', 'conv_out')
+        layer('middle_block.0', 'mid_block.resnets.0')
+        attention('middle_block.1', 'mid_block.attentions.0')
+        layer('middle_block.2', 'mid_block.resnets.1')
+        for i in range(len(widths)):
+            last = i == len(widths) - 1
+            for j in range(n + (not last)):
+                source = f'input_blocks.{1 + i * (n + 1) + j}'
+                layer(source + '.0', f'down_blocks.{i}.' + (f'resnets.{j}' if j < n else 'downsamplers.0' + '.conv' * (how == 'conv')))
+                if j < n and at[i]:
+                    attention(source + '.1', f'down_blocks.{i}.attentions.{j}')
+            for j in range(n + 1):
+                source, target, a = f'output_blocks.{i * (n + 1) + j}', f'up_blocks.{i}.', at[::-1][i]
+                layer(source + '.0', f'{target}resnets.{j}')
+                if a:
+                    attention(source + '.1', f'{target}attentions.{j}')
+                if j == n and not last:
+                    source += '.2' if a else '.1'
+                    layer(source + '.conv' * (how == 'conv'), f'{target}upsamplers.0' + '.conv' * (how == 'conv'))
+    other.load_state_dict(new, strict=True)
+    return other.eval()
+
+
+def export(path, folder):
+    """Writes a denoiser of ours as a pipeline of diffusers: a DDPMPipeline, or, of a DiT with ImageNet's classes, a DiTPipeline
+    with the VAE of its latents. Raises ValueError with one line where the classes do not fit."""
+    from diffusers import DDIMScheduler, DDPMPipeline, DiTPipeline
+    net, diffusion = load_denoiser(path)
+    other, scheduler = to_diffusers(net), ddpm_scheduler(diffusion)
+    if net.config['class'] == 'UNet' and not net.num_classes and not has_vae(net):
+        DDPMPipeline(other, scheduler).save_pretrained(folder)
+    elif net.config['class'] == 'DiT' and has_vae(net) and net.num_classes == 1000:   # that pipeline's null condition is 1000
+        DiTPipeline(other, net.vae, DDIMScheduler.from_config(scheduler.config)).save_pretrained(folder)
+    else:
+        raise ValueError(f"{path}: no pipeline of diffusers has a {net.config['class']} with {net.num_classes} classes "
+                         f"of {'latents' if has_vae(net) else 'pixels'}; to_diffusers gives the network alone")
+
+
 def load_images(spec, train=True):
     """(images uint8 (N, C, H, W), labels int64 (N,) or None) from one string.
 

@@ -880,6 +880,39 @@ def test_bad_input_of_the_others(bad, tmp_path):
     at_once(one, BAD_OTHERS)
 
 
+@pytest.mark.parametrize('make', [
+    lambda: M.UNet(16, 3, 6, 32, 2, (1, 2, 2), (8,), num_head_channels=16), lambda: M.UNet(16, 3, 6, 32, 1, (1, 2), (16, 8), num_classes=4),
+    lambda: M.UNet(16, 3, 3, 32, 1, (1, 2), (8,), use_scale_shift_norm=False, resblock_updown=False),
+    lambda: M.DiT(8, 2, 4, 32, 2, 2, num_classes=5), lambda: M.DiT(8, 2, 4, 32, 1, 2, num_classes=5, learn_sigma=False)])
+@torch.no_grad()
+def test_our_networks_in_diffusers(make):
+    net = make()
+    position = net.state_dict().get('pos_embed', torch.zeros(0)).clone()
+    fill(net).load_state_dict({'pos_embed': position} if len(position) else {}, strict=False)
+    other, c = M.to_diffusers(net), net.config
+    x, t, y = wave(2, c['in_channels'], c['image_size'], c['image_size']), torch.tensor([3, 40]), torch.tensor([1, -1])
+    kw = {'class_labels': torch.where(y < 0, c['num_classes'], y)} if c['num_classes'] else {}
+    ours, theirs = net(x, t, y), other(x, timestep=t, **kw).sample
+    # float32 on these weights (1e-13 in float64); diffusers' DiT has slightly other frequencies of t
+    assert (ours - theirs).norm() < (1e-4 if c['class'] == 'UNet' else 5e-4) * ours.norm()
+
+
+def test_export(pipelines, tmp_path):
+    from diffusers import DiffusionPipeline
+    unet, dit = M.UNet(16, 1, 2, 32, 1, (1, 2), (8,)), M.DiT(8, 2, 4, 32, 1, 2, num_classes=1000)
+    M.save_model(unet, str(tmp_path / 'unet.safetensors'), M.Diffusion(prediction='v'))
+    M.save_model(dit, str(tmp_path / 'dit.safetensors'), M.Diffusion('linear', clip=False), str(pipelines / 'dit'))
+    for name, call in (('unet', {}), ('dit', dict(class_labels=[1], guidance_scale=2.0))):
+        M.export(str(tmp_path / f'{name}.safetensors'), str(tmp_path / name))
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / name)
+        pipe.set_progress_bar_config(disable=True)
+        assert np.isfinite(pipe(num_inference_steps=2, output_type='np', **call).images).all()
+        net, diffusion = M.load_denoiser(str(tmp_path / name)) if name == 'dit' else (pipe.unet, None)
+    assert diffusion.learn_sigma and torch.allclose(diffusion.alpha_bar, M.Diffusion('linear').alpha_bar)
+    with pytest.raises(ValueError, match='patch_size'):
+        M.to_diffusers(M.UNet(16, patch_size=2, model_channels=32))
+
+
 # ---- VAEs ----
 def test_vae_distillation(tiny, tmp_path):
     def one(case):
