@@ -31,8 +31,8 @@ prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original c
 prior_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 guidance = 1.0               # scale s of classifier-free guidance, Eq. (3); 1 is none
 prompt = 'a realistic photo' # text priors: followed by a random subject and style
-class_names = ''             # text priors: 'cifar10', 'cifar100', 'domainnet10' or a file of names, one per line, instead
-                             # of the random subjects
+class_names = ''             # text priors: 'cifar10', 'cifar100', 'domainnet10', 'faces' or a file of names, one per line,
+                             # instead of the random subjects
 sampler = 'ddpm'             # 'ddpm' or 'ddim'
 steps = 25                   # denoising steps
 # guidance by the teacher
@@ -89,6 +89,7 @@ NAMES = {
         poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
         squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
         wardrobe whale willow_tree wolf woman worm""",
+    'faces': "woman's_face man's_face",
     'domainnet10': 'aircraft_carrier airplane alarm_clock ambulance angel animal_migration ant anvil apple arm'}
 
 # ---- check everything before any work starts ----
@@ -144,6 +145,7 @@ try:
         names = NAMES[class_names].split() if class_names in NAMES else []
         if class_names and not names:
             names = M.read_lines(class_names, f"class_names={class_names}: {', '.join(NAMES)}, or a file with a name per line")
+        num_classes = len(names) if vae and names else num_classes
         if class_names and len(names) != num_classes:
             raise ValueError(f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes')
         subjects = [f"a {n.replace('_', ' ')}" for n in names] or SUBJECTS

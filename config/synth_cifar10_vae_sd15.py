@@ -1,0 +1,17 @@
+# The slides' images for the CIFAR-10 VAE: 1,000 of Stable Diffusion 1.5, guided by reconstruction error and posterior KL.
+# The slides give neither weights nor steps: those of the guidance are ours, not tuned at this size.
+teacher = 'vae:out/vae_cifar10_teacher/student.safetensors'
+teacher_source = 'it by python distill_vae.py config/vae_cifar10_teacher.py'
+prior = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
+class_names = 'cifar10'
+guidance = 7.5
+sampler = 'ddim'
+steps = 50
+alpha = 1.0
+beta = 10.0
+eta = 300.0
+lca = 'none'
+keep = 1
+batch_size = 8
+num_images = 1000
+out_dir = 'out/synth_cifar10_vae'

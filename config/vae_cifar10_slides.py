@@ -1,0 +1,9 @@
+# The slides' CIFAR-10 student: 50 epochs on the 1,000 images of config/synth_cifar10_vae_sd15.py, Adam at 1e-4.
+teacher = 'out/vae_cifar10_teacher/student.safetensors'
+teacher_source = 'it by python distill_vae.py config/vae_cifar10_teacher.py'
+method = 'synthetic'
+data = 'out/synth_cifar10_vae'
+max_steps = 391
+lr = 1e-4
+lr_decay = False
+out_dir = 'out/vae_cifar10_slides'
