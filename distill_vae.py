@@ -4,7 +4,7 @@ every level, and the student learns the Gaussians and the pixels that the teache
 encoder learns too. With `method='data'` it trains a VAE on images, which is how teachers are made.
 
     python distill_vae.py                                              # the bundled MNIST teacher, minutes on a laptop
-    python distill_vae.py --method=data --data=mnist --student_config="{'width': 32}"   # a teacher, by the ELBO
+    python distill_vae.py config/mnist_lvae.py                         # the bundled teacher itself, by the ELBO
     python synthesize.py config/synth_mnist_vae.py && python distill_vae.py --method=synthetic --data=out/synth_vae
     torchrun --nproc_per_node=8 distill_vae.py config/vae_cifar10.py
     python distill_vae.py --teacher=stabilityai/sd-vae-ft-mse --method=synthetic --data=folder/ \
@@ -24,11 +24,11 @@ beta = 0.1                   # the pixels' variance is beta / 2
 lam_z = 0.1                  # weight of the distances between the two networks' Gaussians
 data = ''                    # 'synthetic' and 'data': an .npz, a folder, or a torchvision name
 flip = False                 # random horizontal flips
-kl_warmup = 1000             # 'data': steps in which the weight of the KL grows from 0 to 1; 0 for none
+kl_warmup = 500              # 'data': steps in which the weight of the KL grows from 0 to 1; 0 for none
 # optimisation
-max_steps = 1500
-batch_size = 128             # over all ranks
-lr = 1e-3                    # the slides have 1e-4, for 50 epochs
+max_steps = 1800
+batch_size = 32              # over all ranks; the slides have 128
+lr = 1e-2                    # the slides have 1e-4, for 50 epochs
 lr_decay = True              # cosine decay to 0 at max_steps
 weight_decay = 1e-4          # Adam's, on the gradient
 grad_clip = 0.0              # largest norm of the gradient; 0 for none
@@ -36,7 +36,7 @@ grad_clip = 0.0              # largest norm of the gradient; 0 for none
 out_dir = 'out/vae'
 init_from = 'scratch'        # 'scratch' or 'resume'
 log_every = 20               # steps between rows of log.csv
-save_every = 500             # steps between checkpoints (with pictures)
+save_every = 600             # steps between checkpoints (with pictures)
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'

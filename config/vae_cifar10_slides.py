@@ -6,4 +6,5 @@ data = 'out/synth_cifar10_vae'
 max_steps = 391
 lr = 1e-4
 lr_decay = False
+batch_size = 128
 out_dir = 'out/vae_cifar10_slides'

@@ -5,4 +5,7 @@ student_config = {'width': 128}
 flip = True
 max_steps = 40000
 save_every = 1000
+batch_size = 128
+lr = 1e-3
+kl_warmup = 1000
 out_dir = 'out/vae_cifar10_teacher'
