@@ -57,6 +57,7 @@ for wrong, message in [
         (beta <= 0 or min(lam_z, kl_warmup, weight_decay, grad_clip) < 0,
          'beta: above 0; lam_z, kl_warmup, weight_decay and grad_clip: 0 or more'),
         (min(max_steps, batch_size, log_every, save_every) < 1, 'max_steps, batch_size, log_every and save_every: at least 1'),
+        (method == 'prior' and data != '', f"method='prior' needs no images, --data={data} is for 'synthetic' and 'data'"),
         (method != 'prior' and not data, f"method={method!r} needs images: --data=mnist, an .npz or a folder"
          + ("; python synthesize.py config/synth_mnist_vae.py makes some" if method == 'synthetic' else ''))]:
     if wrong:

@@ -105,6 +105,7 @@ for wrong, message in [
         (init_from not in ('scratch', 'resume'), f"init_from={init_from!r}: 'scratch' or 'resume'"),
         (min(max_steps, batch_size, grad_accum, synthetic_images, log_every, save_every) < 1,
          'max_steps, batch_size, grad_accum, synthetic_images, log_every and save_every: at least 1'),
+        (method == 'data' and prompts != '', f"method='data' has no texts, --prompts={prompts} is for a teacher with texts"),
         (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
         (real_fraction and (method != 'synthetic' or not data),
          f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'")]:

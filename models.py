@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 # ----------------------------------------------------------------------------------------------------------------
 # networks
@@ -919,7 +919,11 @@ def save_model(net, path, diffusion=None, vae=''):
     denoiser of latents, the pipeline whose VAE they are decoded by."""
     config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {}) | ({'vae': vae} if vae else {})
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    write_atomically(path, lambda tmp: save_file(state, tmp, metadata={'config': json.dumps(config)}))
+
+    def write(tmp):                                                            # save_file's own files are nobody else's to read
+        with open(tmp, 'wb') as f:
+            f.write(save(state, metadata={'config': json.dumps(config)}))
+    write_atomically(path, write)
 
 
 def build(config):
