@@ -127,6 +127,16 @@ torch.manual_seed(seed * 1000 + rank + 1)                                      #
 
 
 # ---- losses ----
+def below_prior(seen, n):
+    """An encoder's Gaussians with n rows before them that say nothing (an infinite std; at the top, the prior itself): the
+    decoder then takes both in one batch, and its BatchNorm keeps the statistics of both."""
+    rows = []
+    for i, (mean, std) in enumerate(seen):
+        blank = torch.zeros_like(mean[:1]).expand(n, -1, -1, -1)
+        rows.append((torch.cat([blank, mean]), torch.cat([blank + (1 if i == len(seen) - 1 else math.inf), std])))
+    return rows
+
+
 class Losses(torch.nn.Module):
     """The student and its losses, a dict of numbers, in one forward pass, as DistributedDataParallel wants it."""
 
@@ -138,21 +148,23 @@ class Losses(torch.nn.Module):
         if not distilling:                                                     # the negative ELBO, in nats per image
             nll, kl = self.net.elbo(x, self.net.noise(len(x)), beta)
             return {'nll': nll.mean(), 'kl': kl_weight * sum(kl).mean()}
-        terms = {}
-        if net_T.config['class'] == 'LVAE':                                    # both decoders, from the same noise
-            noise = net_T.noise(batch_size // world)
+        n = batch_size // world if net_T.config['class'] == 'LVAE' else 0      # rows from the prior, and below them the images
+        if x is None:
+            noise, seen, seen_T = net_T.noise(n), None, None
+        else:
             with torch.no_grad():
-                out_T, _, p_T = net_T.decode(noise)
-            out, _, p = self.net.decode(noise)
-            terms = {'out': M.output_kl(out, out_T, channels, beta), 'z': lam_z * sum(map(M.wasserstein, p, p_T))}
-        if x is not None:                                                      # both networks, on the same image and noise
-            with torch.no_grad():
-                seen_T = net_T.encode(x)
-                noise = [torch.randn_like(mean) for mean, _ in seen_T]
-                out_T, q_T, p_T = net_T.decode(noise, seen_T)
-            out, q, p = self.net.decode(noise, self.net.encode(x))
-            terms |= {'out_x': M.output_kl(out, out_T, channels, beta),
-                      'z_x': lam_z * (sum(map(M.wasserstein, p, p_T)) + sum(map(M.wasserstein, q, q_T)))}
+                seen_T = below_prior(net_T.encode(x), n)
+            seen = below_prior(self.net.encode(x), n)
+            noise = [torch.randn_like(mean) for mean, _ in seen_T]
+        with torch.no_grad():
+            out_T, q_T, p_T = net_T.decode(noise, seen_T)
+        out, q, p = self.net.decode(noise, seen)                               # both decoders, from the same noise
+        terms = {'z': lam_z * sum(map(M.wasserstein, p, p_T))}
+        if n:
+            terms['out'] = M.output_kl(out[:n], out_T[:n], channels, beta)
+        if x is not None:
+            terms['z_x'] = lam_z * sum(map(M.wasserstein, q, q_T))
+            terms['out_x'] = M.output_kl(out[n:], out_T[n:], channels, beta)
         return terms
 
 

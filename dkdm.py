@@ -105,7 +105,6 @@ for wrong, message in [
         (init_from not in ('scratch', 'resume'), f"init_from={init_from!r}: 'scratch' or 'resume'"),
         (min(max_steps, batch_size, grad_accum, synthetic_images, log_every, save_every) < 1,
          'max_steps, batch_size, grad_accum, synthetic_images, log_every and save_every: at least 1'),
-        (method == 'data' and prompts != '', f"method='data' has no texts, --prompts={prompts} is for a teacher with texts"),
         (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
         (real_fraction and (method != 'synthetic' or not data),
          f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'")]:
@@ -153,8 +152,6 @@ try:
         net_T = net_T.to(device, memory_format=M.memory_format(device))
         if getattr(net_T, 'condition', '') == 'text':
             net_T.set_prompts(M.read_lines(prompts, f'{teacher} takes texts: --prompts=file.txt'))
-        elif prompts:
-            raise ValueError(f'prompts={prompts}: {teacher} takes no texts')
         T, C, H = diffusion_T.T, net_T.config['in_channels'], net_T.config['image_size']
         num_classes = net_T.num_classes
         process = diffusion_T.config
@@ -177,13 +174,16 @@ try:
             raise ValueError(f'{spec}: its images are {tuple(images.shape[1:])}, {(C, H, H)} are wanted')
         if num_classes and (labels is None or labels.max() >= num_classes):
             raise ValueError(f"{spec} needs labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)")
+    if prompts and getattr(net_T, 'condition', '') != 'text':
+        raise ValueError(f'prompts={prompts}: {teacher if net_T else method} takes no texts')
     prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
     if student.endswith('.json'):
         net = diffusers_student()
         learn_sigma = net.config['out_channels'] == 2 * C
-        if process.get('schedule') == 'flow' and prediction != 'flow':
-            raise ValueError(f'student_prediction={student_prediction}: diffusers samples a flow with flow predictions, '
-                             '--student_prediction=teacher')
+        flows = process.get('schedule') == 'flow'
+        if (prediction == 'flow') != flows or flows and net.config['class'] != net_T.config['class']:
+            raise ValueError(f"{student}, student_prediction={student_prediction}: diffusers samples a flow only by the teacher's "
+                             'class, and flow predictions only of a flow: --student_prediction=teacher')
     elif student == 'unet':
         net = M.UNet(H, C, C * (1 + learn_sigma), model_channels, num_res_blocks, channel_mult, attention_resolutions,
                      num_head_channels=num_head_channels, dropout=dropout, num_classes=num_classes,
