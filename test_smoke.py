@@ -487,6 +487,7 @@ def test_a_number_does_not_depend_on_the_ranks(tiny, tmp_path):
     for one, two in zip(metrics(tmp_path / '1'), metrics(tmp_path / '2')):
         for k in ('Frechet', 'score', 'precision', 'recall', 'KID', 'EMD', 'MMD', '1-NN'):
             assert one[k] == pytest.approx(two[k], rel=1e-6, abs=1e-9), k
+    assert metrics(tmp_path / '1')[1]['agreement'] == metrics(tmp_path / '2')[1]['agreement']
     same, sampled = metrics(tmp_path / '1')
     assert same['precision'] == 1 and max(same['EMD'], same['MMD']) < 1e-6 < sampled['EMD']
 
