@@ -12,11 +12,11 @@ import os
 import time
 
 # teacher
-teacher = 'pretrained/mnist_unet.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM, LDM or DiT checkpoint, or a
+teacher = 'pretrained/mnist_classes.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM, LDM or DiT checkpoint, or a
                              # diffusers folder or hub id
 teacher_source = ''          # where a missing teacher is to be had, for the message
 teacher_config = {}          # what an original checkpoint does not say: image_size, schedule, ... (models.load_denoiser)
-guidance = 1.0               # teachers with classes or texts are distilled at this guidance scale; 1 is none
+guidance = 0.0               # teachers with classes or texts are distilled at this guidance scale; 1 is none, 0 is 2 for them
 prompts = ''                 # teachers with texts: a file of them, one per line
 # student
 student = 'unet'             # 'unet' or 'dit', whatever the teacher is; or the config.json of a model of diffusers
@@ -97,6 +97,7 @@ for wrong, message in [
         (not walks and method not in ('synthetic', 'data'), f"method={method!r}: 'dynamic', 'shuffled', 'iterative', 'synthetic' or 'data'"),
         (student not in ('unet', 'dit') and not student.endswith('.json'), f"student={student!r}: 'unet', 'dit', or a config.json of diffusers"),
         (rho <= 0, f'rho={rho}: above 0; the paper has 0.4'),
+        (guidance < 0, f'guidance={guidance}: 1 is none, above 1 guides'),
         (stride < 1, f'stride={stride}: from 1 (the paper) to T'),
         (warmup_steps < 0, f'warmup_steps={warmup_steps}: from 1 to T, or 0 for T / stride'),
         (pool_dtype not in ('float32', 'float16', 'bfloat16'), f"pool_dtype={pool_dtype!r}: 'float32', 'float16' or 'bfloat16'"),
@@ -157,6 +158,7 @@ try:
         process = diffusion_T.config
         if stride > T or warmup_steps > T:
             raise ValueError(f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps')
+        guidance = guidance or (2. if num_classes else 1.)
         if guidance != 1 and not num_classes:
             raise ValueError(f'guidance={guidance}: {teacher} has no classes or texts to be guided to')
         if method == 'synthetic' and not diffusion_T.clip:
@@ -379,7 +381,7 @@ def save_pipeline():
         if isinstance(what, list) and root and os.path.isdir(source) and not os.path.lexists(link):
             os.symlink(source, link)
     if whole:
-        text = json.dumps(parts, indent=2)
+        text = json.dumps(parts | {'_guided': guidance > 1}, indent=2)
         M.write_atomically(os.path.join(out_dir, 'model_index.json'), lambda tmp: print(text, file=open(tmp, 'w')))
 
 
@@ -389,7 +391,7 @@ def save_result():
         save_pipeline()
     else:
         vae = (os.path.abspath(teacher) if os.path.isdir(teacher) else teacher) if M.has_vae(net_T) else ''
-        M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, vae)
+        M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, vae=vae, guided=guidance > 1)
     y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
     both = [] if method == 'data' else [(net_T, diffusion_T, guidance)]
     rows = []
@@ -476,6 +478,6 @@ if rank == 0:
     path = out_dir if isinstance(net, M.Pipeline) else f'{out_dir}/student.safetensors'
     print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {path}, pictures: {out_dir}/samples.png')
     print(f'evaluate: python eval_fid.py --models={path}' + (f',{teacher}' if method != 'data' else '')
-          + (f' --prompts={prompts}' if prompts else ''))
+          + (f' --guidance={guidance}' if guidance > 1 else '') + (f' --prompts={prompts}' if prompts else ''))
 if world > 1:
     dist.destroy_process_group()

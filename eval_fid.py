@@ -30,7 +30,7 @@ n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images 
 num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for all
 sampler = 'ddpm'             # 'ddpm', 'ddim' or 'dpm++'
 steps = 50                   # the DKDM paper has 50 of ddpm for pixels, 200 of ddim for latents
-guidance = 1.0               # checkpoints with classes or texts, which are drawn uniformly
+guidance = 1.0               # of checkpoints with classes or texts, but for those distilled with guidance
 prompts = ''                 # checkpoints with texts: a file of them, one per line
 batch_size = 100             # per rank; also of the feature network
 # system
@@ -271,6 +271,10 @@ def generators(places):
     return [torch.Generator().manual_seed(seed * 1_000_000_007 + k) for k in places]
 
 
+def scale_of(net):
+    return 1. if getattr(net, 'guided', False) else guidance
+
+
 def draw_labels(net, gs):
     """What is asked of each image: the first number that its generator draws."""
     return torch.cat([torch.randint(net.num_classes, (1,), generator=g) for g in gs])
@@ -287,7 +291,7 @@ def sample_batches(net, diffusion, seconds):
         with autocast, torch.no_grad():
             if diffusion:
                 y = draw_labels(net, g).to(device) if net.num_classes else None
-                x = M.sample(net, diffusion, (len(places), C, H, H), steps, sampler, y, guidance, g)
+                x = M.sample(net, diffusion, (len(places), C, H, H), steps, sampler, y, scale_of(net), g)
                 x = M.decode(net, x)
             else:
                 x = net.generate(net.noise(len(places), g))[0][:, :C].float() * 2 - 1
@@ -351,7 +355,7 @@ for spec, source in zip(specs, inputs):
                  ': the product of the covariances is near singular, its root uncertain'))
     table.append(row)
     how = dict(features=space, reference=reference, reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
-               n_two_sample=n_two_sample, device=device.type) | (dict(sampler=sampler, steps=steps, guidance=guidance) if seconds and diffusion else {})
+               n_two_sample=n_two_sample, device=device.type) | (dict(sampler=sampler, steps=steps, guidance=scale_of(source[0])) if seconds and diffusion else {})
     os.makedirs(out_dir, exist_ok=True)
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
         f.write(json.dumps(row | how) + '\n')

@@ -914,10 +914,10 @@ def write_atomically(path, write):
             os.remove(tmp)
 
 
-def save_model(net, path, diffusion=None, vae=''):
-    """A self-describing safetensors file: the weights, and as JSON in the header `net.config`, `diffusion.config` and, of a
-    denoiser of latents, the pipeline whose VAE they are decoded by."""
-    config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {}) | ({'vae': vae} if vae else {})
+def save_model(net, path, diffusion=None, **more):
+    """A self-describing safetensors file: the weights, and as JSON in the header `net.config`, `diffusion.config` and what
+    more there is: `vae`, the pipeline that decodes a denoiser's latents, and `guided`, that its predictions are guided ones."""
+    config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {}) | {k: v for k, v in more.items() if v}
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
 
     def write(tmp):                                                            # save_file's own files are nobody else's to read
@@ -1113,6 +1113,7 @@ def load_pipeline(spec):
         raise ValueError(f'{spec}: a {type(pipe).__name__} with this {kind} is not supported; UNet2DModel, UNet2DConditionModel '
                          '(with a text encoder), DiTTransformer2DModel and SD3Transformer2DModel are')
     net = Pipeline(network, pipe if 'text_encoder' in parts else None)
+    net.guided = parts.get('_guided', False)                                   # a student of ours that needs no guidance any more
     name, scheduler = type(pipe.scheduler).__name__, pipe.scheduler
     if name == 'FlowMatchEulerDiscreteScheduler' and not any(process.get(k) for k in (
             'use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas')):
@@ -1144,6 +1145,7 @@ def load_denoiser(spec, **known):
     state, header = read_weights(spec)
     if 'diffusion' in header:
         net, diffusion = build(header['net']), Diffusion(**header['diffusion'])
+        net.guided = header.get('guided', False)                               # needs no guidance any more
         if header.get('vae'):
             set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
         return load_state(net, state, spec).eval().requires_grad_(False), diffusion

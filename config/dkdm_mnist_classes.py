@@ -1,6 +1,5 @@
 # Classes: the student learns the teacher's guided prediction, and its prediction without a class.
-teacher = 'out/mnist_classes_teacher/student.safetensors'
-teacher_source = 'it by python dkdm.py config/mnist_classes_teacher.py --data=mnist'
+teacher = 'pretrained/mnist_classes.safetensors'
 guidance = 2.0
 uncond_prob = 0.1
 max_steps = 3000
