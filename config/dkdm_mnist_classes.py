@@ -2,5 +2,6 @@
 teacher = 'pretrained/mnist_classes.safetensors'
 guidance = 2.0
 uncond_prob = 0.1
+model_channels = 32
 max_steps = 3000
 out_dir = 'out/dkdm_mnist_classes'
