@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 
 import numpy as np
 import torch
@@ -1298,8 +1299,10 @@ def load_vae(spec):
         net = load_part(spec, 'vae')
     except ValueError as e:                                                    # no pipeline: a VAE of its own
         try:
-            kind = diffusers.AutoencoderKL.load_config(spec)['_class_name']
-            net = getattr(diffusers, kind).from_pretrained(spec, low_cpu_mem_usage=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                kind = diffusers.AutoencoderKL.load_config(spec)['_class_name']
+                net = getattr(diffusers, kind).from_pretrained(spec, low_cpu_mem_usage=False)
         except Exception:
             raise ValueError(f'no VAE at {spec}, neither a file of ours nor a folder or hub id of diffusers: {e}') from None
     if type(net).__name__ not in ('AutoencoderKL', 'AutoencoderTiny'):

@@ -902,7 +902,7 @@ def test_export(pipelines, tmp_path):
     from diffusers import DiffusionPipeline
     unet, dit = M.UNet(16, 1, 2, 32, 1, (1, 2), (8,)), M.DiT(8, 2, 4, 32, 1, 2, num_classes=1000)
     M.save_model(unet, str(tmp_path / 'unet.safetensors'), M.Diffusion(prediction='v'))
-    M.save_model(dit, str(tmp_path / 'dit.safetensors'), M.Diffusion('linear', clip=False), str(pipelines / 'dit'))
+    M.save_model(dit, str(tmp_path / 'dit.safetensors'), M.Diffusion('linear', clip=False), vae=str(pipelines / 'dit'))
     for name, call in (('unet', {}), ('dit', dict(class_labels=[1], guidance_scale=2.0))):
         M.export(str(tmp_path / f'{name}.safetensors'), str(tmp_path / name))
         pipe = DiffusionPipeline.from_pretrained(tmp_path / name)
