@@ -174,19 +174,15 @@ if world > 1:
 
 
 # ---- results on disk ----
-def save_vae(net, path):
-    """An LVAE as path.safetensors, a VAE of diffusers as the folder path."""
-    if net.config['class'] == 'LVAE':
-        M.save_model(net, path + '.safetensors')
-    else:
-        net.net.save_pretrained(path)
-
-
 @torch.no_grad()
 def save_result():
     """The student, and pictures of it below the teacher's: from the same noise at every level, and of the same images."""
     net.eval()
-    save_vae(net, os.path.join(out_dir, 'student'))
+    path = os.path.join(out_dir, 'student')                                    # a file of ours, or a folder of diffusers
+    if net.config['class'] == 'LVAE':
+        M.save_model(net, path + '.safetensors')
+    else:
+        net.net.save_pretrained(path)
     g, n = torch.Generator().manual_seed(seed), 36
     if net.config['class'] == 'LVAE':
         noise = net.noise(n, g)
