@@ -589,7 +589,7 @@ class LVAE(nn.Module):
             if seen:
                 q[i] = seen[i] if i == top else combine(seen[i], p[i])
             z = q[i][0] + q[i][1] * noise[i]
-        return self.d0.out(self.d0.net(z)), q, p
+        return self.d0.out(self.d0.net(z)).float(), q, p
 
     def generate(self, noise):
         """(out (B, 2C, H, W), p): images from the prior and its Gaussians, a list of (mean, std)."""

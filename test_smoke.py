@@ -6,10 +6,13 @@ would start it, resuming, two ranks, bad input. The golden numbers below are wha
 weight is set by a formula (`fill`).
 """
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -316,21 +319,47 @@ def test_images_of_every_kind(tmp_path):
 
 
 # ---- the scripts, as a user starts them ----
+# torch and diffusers take seconds to import: a server imports them once, and every run is a child that it forks
+SERVER = multiprocessing.get_context('forkserver')
+SERVER.set_forkserver_preload(['models', 'scipy.optimize', 'tqdm', 'torchvision', 'diffusers.pipelines', 'pytest'])
+os.environ.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1')
+
+
+def script(args, cwd, outputs):
+    """A child's work: the script's file run as the main program, stdout and stderr into two files."""
+    for fd, path in zip((1, 2), outputs):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
+    os.chdir(cwd)
+    sys.argv = [os.path.join(ROOT, args[0]), *args[1:]]
+    runpy.run_path(sys.argv[0], run_name='__main__')
+
+
 def run(*args, cwd, ranks=0, ok=True, env=None):
     """Output of a script; with `ranks`, under torchrun. A failed run must be one line on stderr and exit code 2."""
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
-    p = subprocess.run([*launch, os.path.join(ROOT, args[0]), *map(str, args[1:])], cwd=cwd, text=True, capture_output=True,
-                       env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1', **(env or {})})
+    args = [*map(str, args)]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [os.path.join(folder, name) for name in ('out', 'err')]
+        if ranks or env:
+            launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else []
+            with open(outputs[0], 'w') as out, open(outputs[1], 'w') as err:
+                code = subprocess.call([sys.executable, *launch, os.path.join(ROOT, args[0]), *args[1:]], cwd=cwd, stdout=out, stderr=err,
+                                       env={**os.environ, **(env or {})})
+        else:
+            p = SERVER.Process(target=script, args=(args, cwd, outputs))
+            p.start()
+            p.join()
+            code = p.exitcode
+        out, err = (open(path).read() for path in outputs)
     if ok:
-        assert p.returncode == 0, p.stderr[-3000:]
-        return p.stdout
-    lines = [line for line in p.stderr.splitlines() if line.strip() and '%|' not in line]     # all but progress bars
-    assert p.returncode == 2 and len(lines) == 1, p.stderr[-3000:]
+        assert code == 0, err[-3000:]
+        return out
+    lines = [line for line in err.splitlines() if line.strip() and '%|' not in line]          # all but progress bars
+    assert code == 2 and len(lines) == 1, err[-3000:]
     return lines[0]
 
 
 def at_once(fn, cases):
-    """Two processes at a time: most of a small run is importing torch."""
+    """Two runs at a time."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(fn, cases))
 
@@ -419,7 +448,7 @@ def test_killed_and_resumed_is_bit_for_bit(args, ranks, tiny, tmp_path):
     run(*args, f'--out_dir={tmp_path}/whole', cwd=tiny, ranks=ranks)
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
     p = subprocess.Popen([*launch, os.path.join(ROOT, args[0]), *args[1:], f'--out_dir={tmp_path}/cut'], cwd=tiny, start_new_session=True,
-                         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     ckpt = str(tmp_path / 'cut/ckpt.pt')
     while not (os.path.exists(ckpt) and M.read_weights(ckpt)[0]['step']):
         assert p.poll() is None
@@ -453,7 +482,7 @@ def test_two_ranks_share_the_pool_and_agree(tiny, tmp_path):
 def test_two_nodes(tiny, tmp_path):
     args = [os.path.join(ROOT, 'dkdm.py'), '--teacher=teacher.safetensors', *SMALL, '--stride=10', f'--out_dir={tmp_path}']
     nodes = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
-                               '--rdzv_endpoint=localhost:29533', *args], cwd=tiny, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                               '--rdzv_endpoint=localhost:29533', *args], cwd=tiny,
                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait(120) for p in nodes] == [0, 0]
     assert len({M.load_checkpoint(str(tmp_path), r)[1]['weights'] for r in range(2)}) == 1 and len(losses(tmp_path)) == 6
