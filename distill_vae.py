@@ -83,7 +83,7 @@ def build_vae(config, teacher):
         import diffusers
         return M.Autoencoder(getattr(diffusers, kind).from_config(kw))
     except (ValueError, TypeError, ZeroDivisionError, IndexError, RuntimeError) as e:
-        raise ValueError(f'student_config makes no {kind}: {str(e).splitlines()[0]}') from None
+        raise ValueError(f'student_config makes no {kind}: {M.first_line(e)}') from None
 
 
 try:

@@ -150,7 +150,7 @@ def load_inception():
     try:
         net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'], inception_weights or None)
     except Exception as e:
-        raise ValueError(f'the weights of Inception are not to be had ({str(e).strip().splitlines()[0]}): put '
+        raise ValueError(f'the weights of Inception are not to be had ({M.first_line(e)}): put '
                          f'{os.path.basename(file)} from {os.path.dirname(URL_INCEPTION_V3)} to {file}, or name the file with '
                          '--inception_weights') from None
     with open(inception_weights or file, 'rb') as f:                           # the genuine file's name ends in its hash

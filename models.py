@@ -949,8 +949,7 @@ def read_weights(path):
         if 'weights_only' in str(e) or 'Unsupported global' in str(e):
             raise ValueError(f'{path} holds more than tensors, and loading that would run its code: save its '
                              "state_dict alone, torch.save(checkpoint['state_dict'], ...), where you trust it") from None
-        raise ValueError(f'{path} cannot be read, it may be cut short or no checkpoint: '
-                         f'{str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}') from None
+        raise ValueError(f'{path} cannot be read, it may be cut short or no checkpoint: {first_line(e)}') from None
     return state, {}
 
 
@@ -978,7 +977,7 @@ def load_state(net, state, path):
     except RuntimeError as e:
         ours, theirs = net.state_dict(), state
         odd = [k for k in [*ours, *theirs] if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape]
-        detail = f'{len(odd)} parameters differ, the first is {odd[0]}' if odd else str(e).splitlines()[0]
+        detail = f'{len(odd)} parameters differ, the first is {odd[0]}' if odd else first_line(e)
         raise ValueError(f"{path} does not fit a {net.config['class']}: {detail}") from None
     return net
 
@@ -1181,7 +1180,7 @@ def load_denoiser(spec, **known):
         else:
             raise ValueError('no keys of a U-Net (input_blocks...) or DiT (x_embedder...) in it')
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f'{spec} is no denoiser that this code knows: {str(e).splitlines()[0]}') from None
+        raise ValueError(f'{spec} is no denoiser that this code knows: {first_line(e)}') from None
     return load_state(net, state, spec).eval().requires_grad_(False), Diffusion(**process)
 
 
@@ -1223,7 +1222,7 @@ def load_classifier(spec, **known):
             weights = get_model_weights(spec.partition(':')[2]).DEFAULT
             net = Torchvision(spec.partition(':')[2], len(weights.meta['categories']), weights=weights)
         except Exception as e:
-            raise ValueError(f'{spec} is not to be had: {str(e).strip().splitlines()[0]}') from None
+            raise ValueError(f'{spec} is not to be had: {first_line(e)}') from None
         usual = weights.transforms()
         net.config = {'class': 'classifier', 'name': spec, 'num_classes': len(weights.meta['categories']),
                       'image_size': usual.crop_size[0], 'mean': usual.mean, 'std': usual.std} | known
@@ -1238,7 +1237,7 @@ def load_classifier(spec, **known):
         config = classifier_config(state) | known
         net = classifier(**config)
     except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise ValueError(f'{spec} is no classifier that this code knows: {str(e).splitlines()[0]}') from None
+        raise ValueError(f'{spec} is no classifier that this code knows: {first_line(e)}') from None
     if config['name'].startswith('torchvision:'):
         state = {f'net.{k}': v for k, v in state.items()}
     elif net.head_name == 'fc':
@@ -1456,7 +1455,7 @@ def load_images(spec, train=True):
         except TypeError:
             data = make(root, split='train' if train else 'test', download=True)
     except Exception as e:
-        raise ValueError(f'{spec} could not be downloaded to {root}/: {str(e).strip().splitlines()[0]}') from None
+        raise ValueError(f'{spec} could not be downloaded to {root}/: {first_line(e)}') from None
     return stack_images(data, spec)
 
 
@@ -1466,7 +1465,7 @@ def read_npz(path):
         with np.load(path) as z:
             return dict(z)
     except Exception as e:
-        raise ValueError(f'{path} cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}') from None
+        raise ValueError(f'{path} cannot be read: {first_line(e)}') from None
 
 
 def load_npz(path):
@@ -1537,7 +1536,7 @@ def start(device='auto', dtype='auto', seed=0):
         device = torch.device(device, local) if device == 'cuda' and world > 1 else torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        die(f"device={device} is not to be had here: {str(e).splitlines()[0]}; 'auto' takes what there is")
+        die(f"device={device} is not to be had here: {first_line(e)}; 'auto' takes what there is")
     if dtype not in ('auto', 'float32', 'bfloat16'):
         die(f"dtype={dtype}: 'auto', 'float32' or 'bfloat16'")
     if dtype == 'auto':

@@ -161,7 +161,7 @@ try:
             net_T.encode(x) if vae else net_T(x)
         except RuntimeError as e:
             raise ValueError(f"{teacher} cannot take the images of {prior} at its image_size={net_T.config['image_size']} "
-                             f'(teacher_config has an image_size): {str(e).splitlines()[0]}') from None
+                             f'(teacher_config has an image_size): {M.first_line(e)}') from None
     image_size = image_size or x.shape[-1]
     shards = -(-num_images // (batch_size * keep))
     settings = json.dumps({k: v for k, v in config.items() if k not in ('num_images', 'out_dir', 'device', 'decode_batch')}
