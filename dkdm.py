@@ -55,7 +55,7 @@ class_cond = False           # 'data': condition on the labels
 schedule = 'cosine'          # 'data': 'cosine', 'linear', 'sqrt_linear', 'flow'; otherwise the teacher's
 T = 1000                     # 'data': steps of the process; otherwise the teacher's
 # optimisation
-max_steps = 1100
+max_steps = 1000
 batch_size = 32              # over all ranks and accumulation steps
 grad_accum = 1               # accumulation steps
 lr = 4e-3
