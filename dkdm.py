@@ -98,6 +98,7 @@ for wrong, message in [
         (student not in ('unet', 'dit') and not student.endswith('.json'), f"student={student!r}: 'unet', 'dit', or a config.json of diffusers"),
         (rho <= 0, f'rho={rho}: above 0; the paper has 0.4'),
         (guidance < 0, f'guidance={guidance}: 1 is none, above 1 guides'),
+        (method == 'data' and guidance > 1, f"guidance={guidance}: method='data' has no teacher to guide; eval_fid.py guides what it samples"),
         (stride < 1, f'stride={stride}: from 1 (the paper) to T'),
         (warmup_steps < 0, f'warmup_steps={warmup_steps}: from 1 to T, or 0 for T / stride'),
         (pool_dtype not in ('float32', 'float16', 'bfloat16'), f"pool_dtype={pool_dtype!r}: 'float32', 'float16' or 'bfloat16'"),
@@ -230,7 +231,7 @@ os.makedirs(out_dir, exist_ok=True)
 if rank == 0:
     def millions(n): return f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M parameters'
     if method != 'data':
-        print(f'teacher {teacher}: {millions(net_T)}, predicts {diffusion_T.prediction}')
+        print(f'teacher {teacher}: {millions(net_T)}, predicts {diffusion_T.prediction}' + (f', guidance {guidance:g}' if num_classes else ''))
     print(f'student {student}: {millions(net)}, predicts {diffusion.prediction}; {method}, {max_steps:,} steps of {batch_size}'
           f' images of {C}x{H}x{H} on {world} x {device.type}')
     if walks:

@@ -1,7 +1,7 @@
 """
 Measures how far the images of checkpoints, or any sets of images, are from a reference: FID, sFID, Inception Score,
-precision, recall, KID, EMD, MMD and 1-NN accuracy, with each model's parameters, size, FLOPs and time per image; and where a denoiser has the classifier's classes, how
-often the classifier agrees with the class asked for.
+precision, recall, KID, EMD, MMD and 1-NN accuracy, with each model's parameters, size, FLOPs and time per image; and
+where a denoiser has the classifier's classes, how often the classifier agrees with the class asked for.
 
     python eval_fid.py --models=out/dkdm/student.safetensors,pretrained/mnist_classes.safetensors --guidance=2.0
     python eval_fid.py --models=samples.npz,folder/ --reference=VIRTUAL_imagenet256_labeled.npz --features=inception

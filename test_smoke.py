@@ -856,7 +856,7 @@ BAD = [
     (['--teacher=missing.pt'], 'no file missing.pt'), (['--teacher=cut.safetensors'], 'cut short'), (['--teacher=cut.pt'], 'cut short'),
     (['--teacher=other.pt'], 'no denoiser'), (['--teacher=classifier.safetensors'], 'no denoiser'),
     (['--rho=1e12', '--stride=1'], '--pool_dtype=float16'), (['--batch_size=9', '--grad_accum=2'], 'a multiple of 2'),
-    (['--method=data'], '--data'), (['--method=data', '--data=no_arr.npz'], "no 'arr_0'"), (['--method=data', '--data=nowhere'], 'nowhere'),
+    (['--method=data'], '--data'), (['--method=data', '--data=images.npz', '--guidance=2.0'], 'no teacher to guide'), (['--method=data', '--data=no_arr.npz'], "no 'arr_0'"), (['--method=data', '--data=nowhere'], 'nowhere'),
     (['--method=synthetic', '--synthetic=big.npz'], '(1, 16, 16)'), (['--guidance=2.0'], 'no classes'),
     (['--model_channels=9', '--num_head_channels=4'], 'attention heads'), (['--patch_size=3'], 'patches of 3'), (['--init_from=resume'], 'ckpt.pt'),
     (['--device=tpu9'], 'device'), (['--student=dit', '--hidden_size=30'], 'hidden_size'), (['--lr=1e30', '--lr_warmup=0', '--max_steps=50'], 'not finite')]
