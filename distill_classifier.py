@@ -258,9 +258,9 @@ while epoch < epochs:
             sums[k] = sums.get(k, 0.) + v.item() / steps_per_epoch
         if i % 20 == 0:
             bar.set_postfix(loss=f'{loss.item():.3f}')
-        if M.on_all(dist.ReduceOp.MAX, len(stop), device):
+        if M.on_all(dist.ReduceOp.MAX, len(stop)):
             break
-    if M.on_all(dist.ReduceOp.MAX, len(stop), device):
+    if M.on_all(dist.ReduceOp.MAX, len(stop)):
         break                                                                  # the checkpoint of the last epoch stands
     epoch += 1
     row = dict(step=epoch, loss=sum(sums.values()), **sums)

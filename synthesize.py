@@ -152,7 +152,7 @@ try:
         net.set_prompts([f'{prompt} of {subject}, {style}' for subject in subjects for style in STYLES])
     if guidance != 1 and not net.num_classes:
         raise ValueError(f'guidance={guidance}: {prior} has no condition to be guided to')
-    times = M.sampling_steps(diffusion.T, steps, sampler)
+    times = M.sampling_steps(diffusion.T, steps, 'even' if sampler == 'ddpm' else 'trailing')
     shape = batch_size, net.config['in_channels'], net.config['image_size'], net.config['image_size']
 
     with torch.no_grad():
