@@ -5,6 +5,7 @@ Everything on tiny sizes: the numbers of the original code, the algebra of one s
 would start it, resuming, two ranks, bad input. The golden numbers below are what the original networks give when every
 weight is set by a formula (`fill`).
 """
+import copy
 import json
 import multiprocessing
 import os
@@ -224,6 +225,28 @@ def test_kl_of_the_original():
     p, q = torch.distributions.Normal(m1, (l1 / 2).exp()), torch.distributions.Normal(m2, (l2 / 2).exp())
     kl = torch.distributions.kl_divergence(p, q).item() / np.log(2)
     assert abs(d.distill_loss(student, teacher, x, t, lam=0.001)['vb'].item() / kl - 1) < 1e-4
+
+
+@torch.no_grad()
+def test_frozen_weights_are_cast_once():
+    for net, first in ((M.UNet(16, 1, 2, 16, 1, (1, 2), (8,), num_classes=3), 'input_blocks.0.0.weight'),
+                       (M.DiT(16, 2, 1, 32, 2, 2, num_classes=3), 'x_embedder.proj.weight')):
+        net = fill(net)
+        args = torch.randn(2, 1, 16, 16), torch.tensor([3, 70]), torch.tensor([1, -1])
+        with torch.autocast('cpu', torch.bfloat16):
+            want = net(*args)
+            M.cast_frozen(net, torch.bfloat16)
+            assert torch.equal(net(*args), want)
+        kinds = {k: v.dtype for k, v in net.state_dict().items()}
+        assert kinds[first] == torch.float32 and torch.bfloat16 in kinds.values()
+
+
+def test_a_step_takes_ints_and_tensors():
+    d, x, out = M.Diffusion('cosine', 100), torch.randn(3, 1, 4, 4), torch.randn(3, 2, 4, 4)
+    for t, s in ((99, 40), (1, 0), (0, -1)):
+        tt, ss = torch.full((3,), t), torch.full((3,), s)
+        assert torch.equal(d.ddpm_step(out, x, t, s, x), d.ddpm_step(out, x, tt, ss, x))
+        assert torch.equal(d.ddim_step(out, x, t, s, 0.5, x), d.ddim_step(out, x, tt, ss, 0.5, x))
 
 
 @pytest.mark.parametrize('sampler', ['ddpm', 'ddim', 'dpm++'])
@@ -673,6 +696,30 @@ def test_pipelines_sample_what_diffusers_samples(name, pipelines):
     assert np.abs(ours - theirs).max() < 1e-4 and ours.std() > 0
 
 
+def test_texts_are_embedded_once_and_belong_to_all_copies(pipelines, tmp_path, monkeypatch):
+    cache, texts = str(tmp_path / 'prompts.safetensors'), [f'dog {i}' for i in range(300)]  # more than one batch of 256
+    net, _ = M.load_denoiser(str(pipelines / 'sd'), torch.bfloat16)
+    net.set_prompts(texts, cache)
+    assert net.pipe is None and net.shared['prompts'].shape[0] == 301 and net.shared['prompts'].dtype == torch.bfloat16
+    assert not list(net.buffers()) and copy.deepcopy(net).shared is net.shared
+    again, _ = M.load_denoiser(str(pipelines / 'sd'), torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(M.Pipeline, 'embed', lambda *args: pytest.fail('embedded twice'))
+        again.set_prompts(texts, cache)
+    assert torch.equal(again.shared['prompts'], net.shared['prompts'])
+    other, _ = M.load_denoiser(str(pipelines / 'sd'))
+    other.set_prompts(texts[1:], cache)                                        # other texts are not taken from the file
+    assert other.shared['prompts'].shape[0] == 300 and other.shared['prompts'].dtype == torch.float32
+
+
+def test_dits_of_diffusers_keep_their_labels_in_train_mode(pipelines):
+    import diffusers
+    net = M.Pipeline(diffusers.DiTTransformer2DModel.from_config(json.loads((pipelines / 'dit.json').read_text()))).train()
+    x, t = torch.randn(64, 4, 8, 8), torch.zeros(64, dtype=torch.long)
+    y = torch.arange(64)
+    assert torch.equal(net(x, t, y), net(x, t, y))
+
+
 QUICK = ['--stride=250', '--batch_size=4', '--max_steps=2', '--sample_steps=2']
 
 
@@ -997,6 +1044,17 @@ def test_images_for_a_vae(tiny, pipelines, tmp_path):
 
 
 # ---- what the repository ships ----
+def test_bench(tmp_path):
+    tiny_net = ['bench.py', '--model_channels=16', '--num_res_blocks=1', '--channel_mult=(1, 2)', '--num_head_channels=16',
+                '--batch_size=4', '--repeats=1', '--image_size=16', '--attention_resolutions=(8,)']
+    out = run(*tiny_net, '--classes=3', cwd=tmp_path)
+    assert '% of the peak' in out and 'walk' in out and 'GFLOP/s' in out
+    assert run(*tiny_net, '--student=dit', '--depth=1', '--hidden_size=16', '--num_heads=2', cwd=tmp_path, ranks=2).count('one step') == 2
+    assert run(*tiny_net, '--what=sample', cwd=tmp_path).count('ms per image') == 6
+    assert 'what' in run('bench.py', '--what=nothing', cwd=tmp_path, ok=False)
+    assert '--teacher_width' in run('bench.py', '--help', cwd=tmp_path)
+
+
 @pytest.mark.parametrize('script', ['dkdm.py', 'synthesize.py', 'distill_classifier.py', 'distill_vae.py', 'eval_fid.py'])
 def test_help(script, tmp_path):
     out = run(script, '--help', cwd=tmp_path)

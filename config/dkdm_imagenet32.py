@@ -26,4 +26,5 @@ grad_clip = 0.0
 ema = 0.9999
 log_every = 100
 save_every = 10000
+compile = True
 out_dir = 'out/dkdm_imagenet32'
