@@ -534,7 +534,7 @@ def metrics(folder):
 
 def test_a_number_does_not_depend_on_the_ranks(tiny, tmp_path):
     args = ['eval_fid.py', '--features=classifier.safetensors', '--reference=images.npz', '--models=images.npz,classes.safetensors',
-            '--num_samples=52', '--steps=3', '--batch_size=8', '--n_two_sample=32']
+            '--num_samples=52', '--steps=3', '--batch_size=8', '--n_two_sample=32', '--spacing=even']
     run(*args, f'--out_dir={tmp_path}/1', cwd=tiny)
     run(*args, f'--out_dir={tmp_path}/2', cwd=tiny, ranks=2)
     for one, two in zip(metrics(tmp_path / '1'), metrics(tmp_path / '2')):
@@ -542,6 +542,7 @@ def test_a_number_does_not_depend_on_the_ranks(tiny, tmp_path):
             assert one[k] == pytest.approx(two[k], rel=1e-6, abs=1e-9), k
     assert metrics(tmp_path / '1')[1]['agreement'] == metrics(tmp_path / '2')[1]['agreement']
     same, sampled = metrics(tmp_path / '1')
+    assert sampled['spacing'] == 'even' and sampled['batch_size'] == same['batch_size'] == 8 and 'spacing' not in same
     assert same['precision'] == 1 and max(same['EMD'], same['MMD']) < 1e-6 < sampled['EMD']
 
 
@@ -550,20 +551,24 @@ def test_metrics_have_their_definitions():
     names = {}
     exec('\n'.join(line for line in source.splitlines() if line.startswith(('import ', 'from ')) and 'models' not in line), names)
     exec(source[source.index('NEIGHBOURS ='):source.index('# ---- check everything')], names)
+    def measured(name, *arrays):
+        return names[name](*map(torch.tensor, arrays))
     g = np.random.default_rng(0)
     a, b = g.normal(size=(300, 5)), g.normal(size=(200, 5)) * [1, 2, 3, 1, 1] + [0, 0, 0, 2, 0]
     s1, s2 = np.diag([1., 4., 9.]), np.diag([4., 1., 1.])
-    assert names['frechet_distance'](np.zeros(3), s1, np.ones(3), s2)[0] == pytest.approx(3 + 1 + 1 + 4)   # (sd1 - sd2)^2 summed
-    assert names['frechet_distance'](np.zeros(3), s1, np.zeros(3), np.diag([1., 1., 0.]))[1]               # singular
-    assert names['inception_score'](np.eye(4).repeat(5, 0) * 100) == pytest.approx(4)
+    distance, _ = measured('frechet_distance', np.zeros(3), s1, np.ones(3), s2)
+    assert distance == pytest.approx(3 + 1 + 1 + 4)                            # (sd1 - sd2)^2 summed
+    assert measured('frechet_distance', np.zeros(3), s1, np.zeros(3), np.diag([1., 1., 0.]))[1]               # singular
+    assert measured('inception_score', np.eye(4).repeat(5, 0) * 100) == pytest.approx(4)
     d = np.linalg.norm(a[:, None] - b[None], axis=2)
     ball_a, ball_b = (np.sort(np.linalg.norm(x[:, None] - x[None], axis=2), 1)[:, 3] for x in (a, b))
-    assert names['precision_recall'](a, b) == [(d.T <= ball_a).any(1).mean(), (d <= ball_b).any(1).mean()]
+    assert np.allclose(torch.cat(list(names['distances'](*map(torch.tensor, (a, b))))), d, rtol=1e-12)
+    assert measured('precision_recall', a, b) == [(d.T <= ball_a).any(1).mean(), (d <= ball_b).any(1).mean()]
     k = lambda x, y: (x @ y.T / 5 + 1) ** 3                                    # noqa: E731
     off = ~np.eye(300, dtype=bool)
     expected = k(a, a)[off].mean() + k(b, b)[off[:200, :200]].mean() - 2 * k(a, b).mean()
-    assert names['kid'](a, b) == pytest.approx(expected)
-    far = names['two_sample'](a[:200], a[:200] + 100)
+    assert measured('kid', a, b) == pytest.approx(expected)
+    far = measured('two_sample', a[:200], a[:200] + 100)
     assert far['1-NN'] == 1 and far['EMD'] == pytest.approx(100 * 5 ** 0.5) and 0 < far['MMD'] <= 2 ** 0.5
 
 
@@ -913,6 +918,7 @@ BAD_OTHERS = [
     (['eval_fid.py'], 'nothing to measure'), (['eval_fid.py', '--models=images.npz', '--reference=adm.npz'], 'space of inception'),
     (['eval_fid.py', '--models=images.npz', '--reference=short.npz'], 'statistics of 2 features'),
     (['eval_fid.py', '--models=images.npz', '--features=inception', '--inception_weights=missing.pth'], '--inception_weights'), (['eval_fid.py', '--models=teacher.safetensors', '--steps=500'], 'from 1 to 100'),
+    (['eval_fid.py', '--models=teacher.safetensors', '--spacing=odd'], "'leading'"),
     (['distill_classifier.py', '--method=data', '--data=big.npz', '--holdout=0', '--batch_size=2'], 'no labels'),
     (['distill_classifier.py', '--method=data', '--data=images.npz', '--batch_size=16', '--holdout=0', '--student=resnet7'], 'resnet7'),
     (['distill_classifier.py', '--data=empty'], 'no images'), (['distill_classifier.py', '--data=cut'], 'images_0000_00001.npz cannot be read'),
@@ -1009,6 +1015,10 @@ def test_vae_distillation(tiny, tmp_path):
         out, out_T = student.generate(noise)[0][:, :1], teacher.generate(noise)[0][:, :1]
     last = np.genfromtxt(tmp_path / '0/log.csv', delimiter=',', names=True)['out'][-10:].mean()
     assert M.output_kl(out, out_T, 1) == pytest.approx(last, rel=0.3)          # BatchNorm in training and out of it
+    err = run(*VAE, '--lr=1e30', '--max_steps=50', '--save_every=1', '--log_every=50',
+              f'--out_dir={tmp_path}/bad', cwd=tiny, ok=False)
+    assert 'not finite' in err                                                 # the last checkpoint is, BatchNorm too
+    assert all(v.isfinite().all() for v in M.load_checkpoint(f'{tmp_path}/bad', 0)[0]['net'].values())
     out = run('eval_fid.py', f'--models={tiny}/lvae.safetensors,{tmp_path}/0/student.safetensors', '--reference=images.npz', '--num_samples=32',
               '--features=classifier.safetensors', f'--out_dir={tmp_path}/e', cwd=tiny)
     one, two = metrics(tmp_path / 'e')
