@@ -308,7 +308,7 @@ while epoch < epochs:
         opt.step()
         opt.zero_grad(set_to_none=True)
         sums, bad = sums + torch.stack(list(terms.values())).detach(), bad + opt.found_inf
-        leaving = i % 20 == 0 and M.on_all(dist.ReduceOp.MAX, len(stop), device) > 0
+        leaving = i % 20 == 0 and M.on_all(dist.ReduceOp.MAX, len(stop)) > 0
         if leaving:
             break
     if leaving:

@@ -241,7 +241,7 @@ while step < max_steps:
         sums[k] = sums.get(k, 0.) + v.item()
     step, count = step + 1, count + 1
     bar.update()
-    leaving = M.on_all(dist.ReduceOp.MAX, len(stop), device) > 0
+    leaving = M.on_all(dist.ReduceOp.MAX, len(stop)) > 0
     if step % log_every == 0 or step == max_steps:
         if rank == 0:
             means = {k: v / count for k, v in sums.items()}

@@ -73,7 +73,7 @@ save_every = 1000            # steps between checkpoints (with samples.png)
 sample_steps = 50            # DDPM steps of samples.png
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
@@ -82,6 +82,7 @@ config = {k: v for k, v in globals().items() if not k.startswith('_') and isinst
 import copy
 import json
 import math
+import random
 import shutil
 
 import numpy as np
@@ -133,9 +134,8 @@ def diffusers_student():
         raise ValueError(f"{student}: the {kind} takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
                          f"{num_classes or ''} {want or 'none'}" + (' (one more in num_class_embeds, for none)' if want == 'class' else ''))
     net.num_classes = num_classes
-    for name in ('prompts', 'pooled', 'times'):
-        if getattr(net_T, name, None) is not None:
-            setattr(net, name, getattr(net_T, name).float())
+    if isinstance(net_T, M.Pipeline):
+        net.shared, net.times = net_T.shared, net_T.times
     try:
         with torch.no_grad():
             t = torch.zeros(1, dtype=torch.long, device=device)
@@ -150,10 +150,11 @@ def diffusers_student():
 try:
     checkpoint = None
     if method != 'data':
-        net_T, diffusion_T = M.load_denoiser(teacher, **teacher_config)
-        net_T = net_T.to(device, memory_format=M.memory_format(device))
+        net_T, diffusion_T = M.load_denoiser(teacher, M.pick_dtype(device, dtype), **teacher_config)
+        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
         if getattr(net_T, 'condition', '') == 'text':
-            net_T.set_prompts(M.read_lines(prompts, f'{teacher} takes texts: --prompts=file.txt'))
+            net_T.set_prompts(M.read_lines(prompts, f'{teacher} takes texts: --prompts=file.txt'),
+                              os.path.join(out_dir, 'prompts.safetensors'))
         T, C, H = diffusion_T.T, net_T.config['in_channels'], net_T.config['image_size']
         num_classes = net_T.num_classes
         process = diffusion_T.config
@@ -220,12 +221,10 @@ if warmup_steps == 0:
 
 net = net.to(device, memory_format=M.memory_format(device))
 net_ema = copy.deepcopy(net).eval().requires_grad_(False)
-opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, (0.9, beta2), weight_decay=weight_decay)
-if compile:
-    net_T = torch.compile(net_T) if method != 'data' else None
-model = torch.compile(net) if compile else net
+opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, (0.9, beta2), weight_decay=weight_decay, fused=True)
+run_T, model = (torch.compile(n, dynamic=False) if compile and n else n for n in (net_T, net))  # the same weights, for the loop
 if world > 1:
-    model = torch.nn.parallel.DistributedDataParallel(model)
+    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its own luck
 os.makedirs(out_dir, exist_ok=True)
 if rank == 0:
@@ -253,23 +252,26 @@ def draw_labels(n):
 @torch.no_grad()
 def teacher_eval(x_t, t, y):
     with autocast:
-        return M.guided(net_T, x_t, t, y, guidance).float()
+        return M.guided(run_T, x_t, t, y, guidance).float()
 
 
 @torch.no_grad()
 def shuffle_denoise():
     """Alg. 1, line 1: every image of the pool walks from noise to a t of its own, uniform over 0 ... T-1."""
-    goal = torch.randint(T, (pool_size,), device=device) if method != 'iterative' else torch.full_like(pool_t, T - 1)
+    goal = torch.randint(T, (pool_size,)).sort().values if method != 'iterative' else torch.full((pool_size,), T - 1)
+    walkers = torch.bincount(goal, minlength=T).cumsum(0).tolist()            # how many have a goal up to t: the first so many
+    goal = goal.to(device)
     levels = torch.linspace(T - 1, -1, warmup_steps + 1).round().long().tolist()
     evaluations = 0
     for t, s in tqdm(list(zip(levels, levels[1:])), desc='filling the pool', disable=rank > 0, leave=False):
-        walking = (goal < t).nonzero()[:, 0]
-        for idx in walking.split(batch_size) if len(walking) else ():
-            x_t, y = pool_x[idx].float(), None if pool_y is None else pool_y[idx]
-            pool_t[idx] = goal[idx].clamp(min=s)
-            out = teacher_eval(x_t, torch.full_like(idx, t), y)
-            pool_x[idx] = diffusion_T.ddpm_step(out, x_t, torch.full_like(idx, t), pool_t[idx]).to(pool_x.dtype)
-            evaluations += len(idx)
+        for i in range(0, walkers[t - 1] if t else 0, micro_batch):            # whole batches: those at their goal stay there
+            x_t, x_goal = pool_x[i:i + micro_batch].float(), goal[i:i + micro_batch]
+            tt, walking = torch.full_like(x_goal, t), x_goal < t
+            out = teacher_eval(x_t, tt, None if pool_y is None else pool_y[i:i + micro_batch])
+            x_s = diffusion_T.ddpm_step(out, x_t, tt, x_goal.clamp(min=s))
+            pool_x[i:i + micro_batch] = torch.where(walking.view(-1, 1, 1, 1), x_s, x_t).to(pool_x.dtype)
+            pool_t[i:i + micro_batch] = torch.where(walking, x_goal.clamp(min=s), pool_t[i:i + micro_batch])
+            evaluations += micro_batch
     return evaluations
 
 
@@ -279,11 +281,12 @@ def make_synthetic(n):
     path = os.path.join(out_dir, f'synthetic_rank{rank}.npz')
     if not checkpoint:
         parts, ys = [], []
-        for i in tqdm(range(0, n, batch_size), desc='making images', disable=rank > 0, leave=False):
-            ys.append(draw_labels(min(batch_size, n - i)))
+        for i in tqdm(range(0, n, micro_batch), desc='making images', disable=rank > 0, leave=False):
+            ys.append(draw_labels(min(micro_batch, n - i)))
             with autocast:
-                parts.append(M.to_uint8(M.sample(net_T, diffusion_T, (min(batch_size, n - i), C, H, H), synthetic_steps,
-                                                 'ddpm', ys[-1], guidance)).cpu())
+                x = M.sample(net_T, diffusion_T, (min(micro_batch, n - i), C, H, H), synthetic_steps, 'ddpm', ys[-1], guidance,
+                             spacing='even')
+            parts.append(M.to_uint8(x).cpu())
         arrays = {'arr_0': torch.cat(parts).permute(0, 2, 3, 1).numpy()}
         if num_classes:
             arrays['arr_1'] = torch.cat(ys).cpu().numpy()
@@ -324,7 +327,7 @@ def distill_batch(idx):
     # the same evaluation moves the teacher's walk: x_t -> x_s, a jump of stride give or take a half
     low, high = (stride + 1) // 2, stride + stride // 2
     if method == 'iterative':                                                  # all images share one t, on all ranks
-        jump = torch.randint(low, high + 1, (1,), generator=torch.Generator().manual_seed(step)).to(device)
+        jump = random.Random(step).randint(low, high)
     else:
         jump = torch.randint(low, high + 1, t.shape, device=device)
     s = (t - jump).clamp(min=-1)
@@ -400,7 +403,7 @@ def save_result():
         noise = torch.Generator(device).manual_seed(seed)                      # the same at every step for both
         with autocast:
             x = M.sample(n, d, (36, C, H, H), sample_steps, 'ddpm', y, g, noise)
-            rows.append(torch.cat([M.decode(net_T, z) for z in x.split(4)]).split(12))
+            rows.append(M.decode(net_T, x).split(12))
     M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat([r for pair in zip(*rows) for r in pair]), 12)
 
 
@@ -430,7 +433,7 @@ stop = M.stop_flag()
 net.train()
 t0, first = time.time(), step
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
-sums, count = torch.zeros(3), 0
+sums, count = torch.zeros(4, device=device), 0                               # on the device: nothing waits between two rows
 while step < max_steps:
     scale = min(1., (step + 1) / max(1, lr_warmup))
     if lr_decay:
@@ -444,21 +447,23 @@ while step < max_steps:
             model.require_backward_grad_sync = i == grad_accum - 1
         losses = distill_batch(order[i * micro_batch:(i + 1) * micro_batch]) if walks else image_batch(micro_batch)
         (losses['loss'].mean() / grad_accum).backward()
-        sums += torch.tensor([losses[k].detach().mean().item() for k in ('loss', 'mse', 'vb')])
-        count += 1
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf')).item()
-    if not math.isfinite(norm):                                                  # the same on all ranks: gradients are shared
-        bar.close()
-        M.die(f'step {step}: the loss or its gradient is not finite; nothing of it reached the weights. Try a smaller '
-              f'--lr (now {lr * scale:.2g}); --init_from=resume goes on from the last checkpoint')
+        sums[:3] += torch.stack([losses[k].detach().mean() for k in ('loss', 'mse', 'vb')]) / grad_accum
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
+    opt.found_inf = (~norm.isfinite()).float()                                 # the fused step then changes nothing, on any rank
+    sums[3] += norm
+    count += 1
     opt.step()
     opt.zero_grad(set_to_none=True)
     M.update_ema(net_ema, net, ema, step)
     step += 1
     bar.update()
-    leaving = M.on_all(dist.ReduceOp.MAX, len(stop), device) > 0
+    leaving = bool(stop) if world == 1 else step % 5 == 0 and M.on_all(dist.ReduceOp.MAX, len(stop)) > 0
     if step % log_every == 0 or step == max_steps:
-        loss, mse, vb = (sums / count).tolist()
+        loss, mse, vb, norm = (sums / count).tolist()
+        if not math.isfinite(norm):                                            # the same on all ranks: gradients are shared
+            bar.close()
+            M.die(f'step {step}: the loss or its gradient was not finite in the last {count} steps; nothing of that reached the '
+                  f'weights. Try a smaller --lr (now {lr * scale:.2g}); --init_from=resume goes on from the last checkpoint')
         if rank == 0:
             bar.set_postfix(loss=f'{loss:.4f}')
             row = dict(step=step, loss=loss, mse=mse, vb=vb, grad_norm=norm, lr=lr * scale,
@@ -469,9 +474,9 @@ while step < max_steps:
         sums.zero_()
         count = 0
     if step % save_every == 0 or step == max_steps or leaving:
+        save_checkpoint()                                                      # first: who stops us may not wait for pictures
         if rank == 0:
             save_result()
-        save_checkpoint()
     if leaving:
         break
 bar.close()

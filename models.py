@@ -6,6 +6,7 @@ Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ..
 network sees when it predicts the step to `t-1`; `s = -1` means the clean image. A class label of -1 is the null
 condition of classifier-free guidance.
 """
+import contextlib
 import csv
 import glob
 import hashlib
@@ -18,6 +19,7 @@ import re
 import signal
 import sys
 import warnings
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -62,19 +64,20 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if in_ch == out_ch else nn.Conv2d(in_ch, out_ch, 1)
 
     def forward(self, x, emb):
-        h = self.in_layers[:2](x)
+        (norm1, act, conv1), (norm2, _, dropout, conv2) = self.in_layers, self.out_layers
+        h = act(norm1(x))
         if self.resample == 'down':
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resample == 'up':
             h, x = F.interpolate(h, scale_factor=2.), F.interpolate(x, scale_factor=2.)
-        h = self.in_layers[2](h)
+        h = conv1(h)
         emb = self.emb_layers(emb)[:, :, None, None]
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+            h = norm2(h) * (1 + scale) + shift
         else:
-            h = self.out_layers(h + emb)
-        return self.skip_connection(x) + h
+            h = norm2(h + emb)
+        return self.skip_connection(x) + conv2(dropout(act(h)))
 
 
 class AttentionBlock(nn.Module):
@@ -89,14 +92,16 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x, emb):
         B, C, H, W = x.shape
-        x = x.reshape(B, C, H * W)
-        qkv = self.qkv(self.norm(x))
+        # the 1x1 convolutions as linear layers: with the channels last in memory attention takes its fast path
+        h = self.norm(x).flatten(2).transpose(1, 2)                            # (B, H*W, C)
+        qkv = F.linear(h, self.qkv.weight[:, :, 0], self.qkv.bias)
         if self.new_order:
-            q, k, v = qkv.view(B, 3, self.num_heads, -1, H * W).transpose(-1, -2).unbind(1)
+            q, k, v = qkv.view(B, H * W, 3, self.num_heads, -1).transpose(1, 3).unbind(2)
         else:
-            q, k, v = qkv.view(B, self.num_heads, 3, -1, H * W).transpose(-1, -2).unbind(2)
+            q, k, v = qkv.view(B, H * W, self.num_heads, 3, -1).transpose(1, 2).unbind(3)
         h = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, H*W, C/heads)
-        return (x + self.proj_out(h.transpose(-1, -2).reshape(B, C, H * W))).view(B, C, H, W)
+        h = F.linear(h.transpose(1, 2).reshape(B, H * W, C), self.proj_out.weight[:, :, 0], self.proj_out.bias)
+        return x + h.transpose(1, 2).reshape(B, C, H, W)
 
 
 class Downsample(nn.Module):
@@ -192,10 +197,11 @@ class UNet(nn.Module):
 
     def forward(self, x, t, y=None):
         emb = self.time_embed(timestep_embedding(t, self.model_channels))
+        dtype = emb.dtype                                                      # what autocast computes in
         if self.num_classes and y is not None:
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
         with torch.autocast(x.device.type, enabled=False):                     # bfloat16 would round small noise on x_t away
-            h = self.input_blocks[0](F.pixel_unshuffle(x, self.patch_size), emb)
+            h = self.input_blocks[0](F.pixel_unshuffle(x, self.patch_size), emb).to(dtype)
         skips = [h]
         for block in self.input_blocks[1:]:
             h = block(h, emb)
@@ -693,10 +699,10 @@ class Diffusion:
         # index -1 (the last entry) is the clean image; float64, cast where it meets images
         self.a, self.b = (torch.tensor([*v, end], dtype=torch.float64) for v, end in ((a, 1.), (b, 0.)))
         self.alpha_bar = self.a ** 2 / (self.a ** 2 + self.b ** 2)
+        self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()  # of a variance, where its logarithm is taken
 
     def ab(self, t, like):
-        """(a_t, b_t) in float64 (MPS has no such), shaped to broadcast against images."""
-        t = torch.as_tensor(t, device=like.device).expand(len(like))
+        """(a_t, b_t) in float64 (MPS has no such), shaped to broadcast against images. An int costs no copy to a GPU."""
         if self.a.device != like.device:
             dtype = torch.float32 if like.device.type == 'mps' else torch.float64
             self.a, self.b = self.a.to(like.device, dtype), self.b.to(like.device, dtype)
@@ -732,7 +738,7 @@ class Diffusion:
 
     def posterior(self, x0, x_t, t, s=None):
         """q(x_s | x_t, x_0), Eqs. (5)-(7) for any jump: mean, variance (float64), and the jump's own variance."""
-        s = torch.as_tensor(t) - 1 if s is None else s
+        s = t - 1 if s is None else s
         (a_t, b_t), (a_s, b_s) = self.ab(t, x_t), self.ab(s, x_t)
         r = a_t / a_s
         jump = (b_t ** 2 - r ** 2 * b_s ** 2).clamp(min=0)                     # beta_t where s = t-1
@@ -746,8 +752,7 @@ class Diffusion:
         """
         C = x_t.shape[1]
         mean, var, jump = self.posterior(self.predict_x0(out, x_t, t, clip), x_t, t, s)
-        floor = self.posterior(x_t[:1], x_t[:1], 1, 0)[1]
-        low = var.maximum(floor).log()
+        low = var.clamp(min=self.floor).log()
         if out.shape[1] == C:                                                  # fixed variance: the posterior's
             return mean, low.to(x_t).expand_as(x_t)
         v = (out[:, C:].float() + 1) / 2
@@ -757,8 +762,8 @@ class Diffusion:
         """x_s ~ p(x_s | x_t); no noise where s = -1."""
         mean, logvar = self.mean_logvar(out, x_t, t, s)
         noise = torch.randn_like(x_t) if noise is None else noise
-        s = torch.as_tensor(s, device=x_t.device).expand(len(x_t)).view(-1, 1, 1, 1)
-        return mean + (s >= 0) * (0.5 * logvar).exp() * noise
+        noisy = (s >= 0).view(-1, 1, 1, 1) if torch.is_tensor(s) else s >= 0
+        return mean + noisy * (0.5 * logvar).exp() * noise
 
     def ddim_step(self, out, x_t, t, s, eta=0., noise=None):
         """DDIM (Song et al. 2021), Eq. (12) there; eta = 1 has the posterior's variance."""
@@ -792,7 +797,7 @@ class Diffusion:
     def training_loss(self, out, x0, x_t, t, noise, lam=0.001):
         """Training on images, Eqs. (9), (11), (13): a dict of (B,) tensors 'loss', 'mse', 'vb'."""
         mean, var, _ = self.posterior(x0, x_t, t)
-        var = var.maximum(self.posterior(x0[:1], x0[:1], 1, 0)[1])
+        var = var.clamp(min=self.floor)
         a, b = self.ab(t, x_t)
         target = {'eps': noise, 'x0': x0, 'v': (a * noise - b * x0).to(x0), 'flow': noise - x0}[self.prediction]
         return self.losses(out, target, x_t, mean, var.log().to(x_t), t, lam, x0)
@@ -826,28 +831,32 @@ def guided(net, x_t, t, y=None, guidance=1.):
     return torch.cat([null[:, :C] + guidance * (cond - null)[:, :C], cond[:, C:]], dim=1)
 
 
-def sampling_steps(T, steps, sampler='ddpm'):
-    """Timesteps from T-1 down, as Improved DDPM ('ddpm': evenly with both ends) and DDIM (a fixed stride) space them."""
+def sampling_steps(T, steps, spacing='trailing'):
+    """Timesteps, from noise to image: 'trailing' evenly from T-1, the last jump as long as the others (Lin et al. 2024);
+    'even' with both ends, T-1 and 0 (Improved DDPM); 'leading' at multiples of T // steps, which starts below T-1 (DDIM)."""
     if not 1 <= steps <= T:
         raise ValueError(f'{steps} sampling steps: from 1 to {T}')
-    if sampler == 'ddim':
+    if spacing == 'leading':
         return list(range(0, T, T // steps))[:steps][::-1]
-    return [round(i * (T - 1) / (steps - 1)) for i in range(steps)][::-1] if steps > 1 else [T - 1]
+    if spacing == 'even' and steps > 1:
+        return [round(i * (T - 1) / (steps - 1)) for i in range(steps)][::-1]
+    return [round(T - i * T / steps) - 1 for i in range(steps)]
 
 
 @torch.inference_mode()
-def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, guidance=1., generator=None, eta=0.):
+def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, guidance=1., generator=None, eta=0.,
+           spacing='trailing'):
     """Images (B, C, H, W), float32, from a network and its process.
 
-    shape_or_noise: (B, C, H, W), or the noise itself. generator: of that noise and of every step's; one, or a list of one
-    per image.
+    shape_or_noise: (B, C, H, W), or the noise itself. generator: of that noise and of every step's.
     sampler: 'ddpm' (ancestral), 'ddim' (with `eta`) or 'dpm++' (diffusers' multistep solver, second order).
-    y: labels (B,), -1 for none. Raises ValueError for a number of steps that the process does not have.
+    y: labels (B,), -1 for none. spacing: of the timesteps (`sampling_steps`).
+    Raises ValueError for a number of steps that the process does not have.
     """
     from diffusers.utils.torch_utils import randn_tensor
     device = next(net.parameters()).device
     x = shape_or_noise if torch.is_tensor(shape_or_noise) else randn_tensor(shape_or_noise, generator, device)
-    ts = sampling_steps(diffusion.T, steps, sampler)
+    ts = sampling_steps(diffusion.T, steps, spacing)
     if sampler == 'dpm++':
         return sample_dpm(net, diffusion, x, ts, y, guidance)
     for t, s in zip(ts, ts[1:] + [-1]):
@@ -922,11 +931,16 @@ def save_model(net, path, diffusion=None, **more):
     """A self-describing safetensors file: the weights, and as JSON in the header `net.config`, `diffusion.config` and what
     more there is: `vae`, the pipeline that decodes a denoiser's latents, and `guided`, that its predictions are guided ones."""
     config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {}) | {k: v for k, v in more.items() if v}
-    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    write_tensors(net.state_dict(), path, config)
+
+
+def write_tensors(tensors, path, header):
+    """A safetensors file with a dict as JSON in its header, which `read_weights` reads."""
+    state = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
     def write(tmp):                                                            # save_file's own files are nobody else's to read
         with open(tmp, 'wb') as f:
-            f.write(save(state, metadata={'config': json.dumps(config)}))
+            f.write(save(state, metadata={'config': json.dumps(header)}))
     write_atomically(path, write)
 
 
@@ -969,7 +983,7 @@ def digest(net):
     """Eight hexadecimal digits that name a network's weights."""
     data = hashlib.sha256()
     for v in net.state_dict().values():
-        data.update(v.detach().cpu().contiguous().numpy().tobytes())
+        data.update(v.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return data.hexdigest()[:8]
 
 
@@ -1004,49 +1018,72 @@ def unet_config(state):
                 num_classes=len(state.get('label_emb.weight', ())))
 
 
+class Shared(dict):
+    """Tensors that belong to a network and all its copies: neither parameters nor buffers, so that no EMA copies and no
+    DistributedDataParallel sends them."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Pipeline(nn.Module):
     """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t (B,), y (B,).
 
     `condition` is '', 'class' or 'text'; y indexes the classes, the last of which is the null condition, or the texts given
-    to `set_prompts`, and -1 is the null condition. `pipe` is a teacher's pipeline, until its texts are known.
+    to `set_prompts`, and -1 is the null condition. `pipe` is a teacher's pipeline, until its texts are known; `shared` then
+    holds them embedded, 'prompts' (N, L, D) and perhaps 'pooled' (N, D).
     """
 
     def __init__(self, net, pipe=None):
         super().__init__()
         takes, c = inspect.signature(net.forward).parameters, net.config
-        self.net, self.pipe = net, pipe
-        for name in ('prompts', 'pooled', 'times'):                            # embedded texts, and t as the network wants it
-            self.register_buffer(name, None, persistent=False)
+        self.net, self.pipe, self.shared = net, pipe, Shared()
+        self.register_buffer('times', None, persistent=False)                  # t as the network wants it, where that differs
+        for m in net.modules():                                                # DiT's would drop labels in train mode, each layer its own
+            if type(m).__name__ == 'LabelEmbedding':
+                m.dropout_prob = 0.
         self.num_classes = c.get('num_embeds_ada_norm') or max(0, (c.get('num_class_embeds') or 0) - 1)
         self.condition = 'text' if 'encoder_hidden_states' in takes else 'class' if self.num_classes else ''
         self.config = {'class': type(net).__name__, 'in_channels': c.in_channels, 'image_size': c.sample_size,
                        'out_channels': c.get('out_channels') or c.in_channels}
 
-    def set_prompts(self, prompts):
-        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go."""
-        rows = []
-        for e in (getattr(self.pipe, f'text_encoder{i}', None) for i in ('', '_2', '_3')):
-            if e is not None:
-                e.to(self.net.device)
-        with torch.no_grad():
-            for p in [*prompts, '']:                                           # the last one, -1, is the null condition
-                if type(self.pipe).__name__ == 'IFPipeline':
-                    rows.append(self.pipe.encode_prompt(p, False, 1, self.net.device)[:1])
-                elif hasattr(self.pipe, 'tokenizer_3'):
-                    rows.append(self.pipe.encode_prompt(p, None, None, self.net.device, do_classifier_free_guidance=False)[::2])
-                else:
-                    rows.append(self.pipe.encode_prompt(p, self.net.device, 1, False)[:1])
-        self.prompts = torch.cat([r[0] for r in rows])
-        if len(rows[0]) > 1:
-            self.pooled = torch.cat([r[1] for r in rows])
+    def set_prompts(self, prompts, cache=''):
+        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go. `cache` is a file to keep
+        them in, or to find them."""
+        encoders = [e for i in ('', '_2', '_3') if (e := getattr(self.pipe, f'text_encoder{i}', None)) is not None]
+        with one_first():
+            key = hashlib.sha256(repr(([digest(e) for e in encoders], prompts)).encode()).hexdigest()
+            found, header = read_weights(cache) if os.path.isfile(cache) else ({}, {})
+            if header.get('key') != key:
+                for e in encoders:
+                    e.to(self.net.device)
+                found = self.embed([*prompts, ''])                             # the last one, -1, is the null condition
+                if cache and int(os.environ.get('LOCAL_RANK', 0)) == 0:
+                    write_tensors(found, cache, {'key': key})
+        self.shared |= {k: v.to(self.net.device, self.net.dtype) for k, v in found.items()}
         self.num_classes, self.pipe = len(prompts), None
+
+    @torch.no_grad()
+    def embed(self, texts):
+        """{'prompts': (N, L, D)} of N texts, with 'pooled' (N, D) where the network takes that too; on the CPU."""
+        parts, device, kind = [], self.net.device, type(self.pipe).__name__
+        for i in range(0, len(texts), 256):
+            if kind == 'IFPipeline':
+                out = self.pipe.encode_prompt(texts[i:i + 256], False, 1, device)[:1]
+            elif kind == 'StableDiffusion3Pipeline':
+                out = self.pipe.encode_prompt(texts[i:i + 256], None, None, device, do_classifier_free_guidance=False)[::2]
+            else:
+                out = self.pipe.encode_prompt(texts[i:i + 256], device, 1, False)[:1]
+            parts.append([o.cpu() for o in out])
+        return {name: torch.cat(rows) for name, rows in zip(('prompts', 'pooled'), zip(*parts))}
 
     def forward(self, x, t, y=None):
         y, kw = torch.full_like(t, -1) if y is None else y, {}
         if self.condition == 'class':
             kw = {'class_labels': torch.where(y < 0, self.num_classes, y)}
         elif self.condition == 'text':
-            kw = {'encoder_hidden_states': self.prompts[y]} | ({} if self.pooled is None else {'pooled_projections': self.pooled[y]})
+            names = {'prompts': 'encoder_hidden_states', 'pooled': 'pooled_projections'}
+            kw = {names[k]: v[y].to(self.net.dtype) for k, v in self.shared.items()}
         t = t if self.times is None else self.times[t]
         return self.net(x.to(self.net.dtype), timestep=t, **kw).sample.float()
 
@@ -1056,11 +1093,13 @@ def has_vae(net):
 
 
 def decode(net, z):
-    """A network's latents (B, C, h, w) as images (B, 3, H, W) in [-1, 1], by the VAE that belongs to it; pixels stay."""
+    """A network's latents (B, C, h, w) as images (B, 3, H, W) in [-1, 1], by the VAE that belongs to it, four at a time;
+    pixels stay."""
     if not has_vae(net):
         return z
     vae = net.vae.to(z.device)
-    return vae.decode(z.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get('shift_factor') or 0)).sample.float()
+    z = z.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get('shift_factor') or 0)
+    return torch.cat([vae.decode(part).sample.float() for part in z.split(4)])
 
 
 def set_vae(net, vae):
@@ -1077,7 +1116,8 @@ def read_pipeline(spec):
     huggingface_hub.utils.logging.set_verbosity_error()
     path = os.path.join(spec, 'model_index.json')
     try:
-        path = path if os.path.isdir(spec) else huggingface_hub.hf_hub_download(spec, 'model_index.json')
+        with one_first():
+            path = path if os.path.isdir(spec) else huggingface_hub.hf_hub_download(spec, 'model_index.json')
         with open(path) as f:
             return os.path.dirname(path), json.load(f)
     except huggingface_hub.errors.GatedRepoError:
@@ -1087,27 +1127,24 @@ def read_pipeline(spec):
                          f'reached: {first_line(e)}') from None
 
 
-def load_pipeline(spec):
-    """(Pipeline, Diffusion): a diffusers folder or hub id, with the process that its scheduler states.
-
-    In half precision where there is a GPU, else in float32. Nothing is guessed. Raises ValueError with one line.
-    """
+def load_pipeline(spec, dtype):
+    """(Pipeline, Diffusion): a diffusers folder or hub id, with the process that its scheduler states. Nothing is guessed.
+    Raises ValueError with one line."""
     _, parts = read_pipeline(spec)
     from diffusers import DiffusionPipeline
-    dtype = torch.float32 if not torch.cuda.is_available() else \
-        torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker') if k in parts}
     if 'text_encoder' in parts and importlib.util.find_spec('transformers') is None:
         raise ValueError(f'{spec} has a text encoder, which needs the package transformers: pip install transformers')
     try:
-        try:
-            pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, **skip)
-        except (OSError, ValueError) as e:                                     # its only weights may be those in half precision
+        with one_first():
             try:
-                pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, variant='fp16', **skip)
-            except (OSError, ValueError):
-                raise e from None
-            print(f"{spec}: weights in float16, computed in {str(dtype).removeprefix('torch.')}")
+                pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, **skip)
+            except (OSError, ValueError) as e:                                 # its only weights may be those in half precision
+                try:
+                    pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, variant='fp16', **skip)
+                except (OSError, ValueError):
+                    raise e from None
+                print(f"{spec}: weights in float16, computed in {str(dtype).removeprefix('torch.')}")
         pipe = pipe.to(dtype)
     except Exception as e:
         raise ValueError(f"{spec}: its {parts.get('_class_name')} cannot be loaded: {first_line(e)}") from None
@@ -1137,10 +1174,11 @@ def load_pipeline(spec):
     return net.eval().requires_grad_(False), diffusion
 
 
-def load_denoiser(spec, **known):
+def load_denoiser(spec, dtype=torch.float32, **known):
     """(net, diffusion) from one string: a file of ours (.safetensors); an original ADM, DDPM-IP, DKDM, LDM or DiT
     checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes; or a diffusers folder or hub id.
 
+    dtype: of a pipeline's weights (`pick_dtype`); ours are float32. `cast_frozen` casts them for a teacher.
     known: what an original checkpoint does not say, where the defaults are not right: image_size; num_head_channels
     (32) or num_heads, use_new_attention_order (ADM: True, LDM: False); num_heads of a DiT; schedule ('cosine' for
     ADM, 'linear' for DiT, the checkpoint's own betas for LDM), steps, beta_range, prediction ('eps'), clip (pixels
@@ -1148,7 +1186,7 @@ def load_denoiser(spec, **known):
     """
     if os.path.isdir(spec) or (spec.count('/') == 1 and not spec.endswith(WEIGHTS) and
                               not os.path.exists(spec)):
-        return load_pipeline(spec)
+        return load_pipeline(spec, dtype)
     state, header = read_weights(spec)
     if 'diffusion' in header:
         net, diffusion = build(header['net']), Diffusion(**header['diffusion'])
@@ -1476,10 +1514,11 @@ def load_any(spec, train, image_size, classes):
         raise ValueError(f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or cifar10')
     make, root = getattr(torchvision.datasets, names[spec.lower()]), 'data'
     try:
-        try:
-            data = make(root, train=train, download=True)
-        except TypeError:
-            data = make(root, split='train' if train else 'test', download=True)
+        with one_first():
+            try:
+                data = make(root, train=train, download=True)
+            except TypeError:
+                data = make(root, split='train' if train else 'test', download=True)
     except Exception as e:
         raise ValueError(f'{spec} could not be downloaded to {root}/: {first_line(e)}') from None
     return stack_images(data, spec, image_size)
@@ -1577,6 +1616,17 @@ def save_grid(path, images, columns):
 # running
 # ----------------------------------------------------------------------------------------------------------------
 
+def pick_dtype(device, dtype='auto'):
+    """What networks compute in: `dtype`, or of 'auto' bfloat16 where the hardware has it, on other GPUs float16 (frozen
+    pipelines alone: there is no loss scaling here) and else float32."""
+    if dtype != 'auto':
+        return getattr(torch, dtype)
+    if device.type == 'cuda':
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    can = torch.cpu.get_capabilities() if device.type == 'cpu' and hasattr(torch.cpu, 'get_capabilities') else {}
+    return torch.bfloat16 if can.get('avx512_bf16') or can.get('amx_bf16') else torch.float32
+
+
 def start(device='auto', dtype='auto', seed=0):
     """(device, autocast, rank, world) of this process, alone or under torchrun (NCCL on GPUs, gloo on CPUs).
 
@@ -1585,22 +1635,48 @@ def start(device='auto', dtype='auto', seed=0):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        die(f"dtype={dtype}: 'auto', 'float32' or 'bfloat16'")
     try:
-        device = torch.device(device, local) if device == 'cuda' and world > 1 else torch.device(device)
+        device = torch.device(device)
+        if device.type == 'cuda':
+            device = torch.device('cuda', local if world > 1 or device.index is None else device.index)
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         die(f"device={device} is not to be had here: {first_line(e)}; 'auto' takes what there is")
-    if dtype not in ('auto', 'float32', 'bfloat16'):
-        die(f"dtype={dtype}: 'auto', 'float32' or 'bfloat16'")
-    if dtype == 'auto':
-        dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = False                                    # float32 is float32, as in the first convolution
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        # tensors of the CPU travel by gloo, so that asking the other ranks does not wait for the GPU; hours, since one rank
+        # may work alone (downloads, pictures, metrics)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=6))
     torch.manual_seed(seed)                                                    # the same weights on every rank
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16'), rank, world
+    bf16 = pick_dtype(device, dtype) == torch.bfloat16
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
+
+
+@contextlib.contextmanager
+def one_first():
+    """One rank of each node downloads, the others find the files."""
+    waits = dist.is_initialized() and int(os.environ.get('LOCAL_RANK', 0))
+    if waits:
+        on_all(dist.ReduceOp.MAX, 0)
+    try:
+        yield
+    finally:
+        if not waits:
+            on_all(dist.ReduceOp.MAX, 0)
+
+
+def cast_frozen(net, dtype):
+    """Casts a frozen network of ours once to what autocast would cast it to in every call: its convolutions and linear layers,
+    but not the first one, which reads x_t in float32."""
+    first = net.input_blocks[0] if isinstance(net, UNet) else net.x_embedder if isinstance(net, DiT) else nn.Identity()
+    if dtype == torch.bfloat16 and not isinstance(net, Pipeline):              # those are loaded in it
+        for m in set(net.modules()) - set(first.modules()):
+            if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                m.to(dtype)
+    return net
 
 
 def memory_format(device):
@@ -1608,11 +1684,12 @@ def memory_format(device):
     return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
 
 
-def on_all(fn, value, device):
-    """`fn` (e.g. dist.ReduceOp.MAX) of a number over all ranks; the number itself where there is one."""
+def on_all(fn, value):
+    """`fn` (e.g. dist.ReduceOp.MAX) of a number over all ranks, which wait for each other, but not for their GPUs; the number
+    itself where there is one rank."""
     if not dist.is_initialized():
         return value
-    value = torch.tensor(float(value), device=device)
+    value = torch.tensor(float(value))
     dist.all_reduce(value, fn)
     return value.item()
 
@@ -1650,12 +1727,10 @@ def save_checkpoint(out_dir, step, shared, own, rank):
     the last complete set: `ckpt.pt` is renamed into place after all ranks have written, and names their step."""
     mine = os.path.join(out_dir, f'ckpt_{step}_rank{rank}.pt')
     write_atomically(mine, lambda tmp: torch.save(own, tmp))
-    if dist.is_initialized():
-        dist.barrier()
+    on_all(dist.ReduceOp.MAX, 0)
     if rank == 0:
         write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared | {'step': step}, tmp))
-    if dist.is_initialized():
-        dist.barrier()
+    on_all(dist.ReduceOp.MAX, 0)
     for f in os.listdir(out_dir):
         if f.startswith('ckpt_') and f.endswith(f'_rank{rank}.pt') and f != os.path.basename(mine):
             os.remove(os.path.join(out_dir, f))

@@ -155,10 +155,10 @@ try:
         raise ValueError(f"{student} has {net_S.config['num_classes']} classes, the teacher {num_classes}")
     net, diffusion, text, times = None, None, False, list(range(steps))[::-1]
     if prior != 'none':
-        net, diffusion = M.load_denoiser(prior, **prior_config)
+        net, diffusion = M.load_denoiser(prior, M.pick_dtype(device, dtype), **prior_config)
         net = net.to(device, memory_format=M.memory_format(device))
         text = getattr(net, 'condition', '') == 'text'
-        times = M.sampling_steps(diffusion.T, steps, 'ddim' if sampler == 'ddim' else 'ddpm')
+        times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
         if guidance != 1 and not (text or net.num_classes):
             raise ValueError(f'guidance={guidance}: {prior} has no condition to be guided to')
     if class_names and not text:
@@ -303,7 +303,7 @@ def synthesize(shard):
         x_t.requires_grad_(guiding and edit != 'x0')
         with torch.set_grad_enabled(x_t.requires_grad), autocast:
             out = in_slices(denoise, x_t, tt, *cond) if x_t.requires_grad else denoise(x_t, tt, *cond)
-        x0 = diffusion.predict_x0(out, x_t, tt)                                # Eq. (4)
+        x0 = diffusion.predict_x0(out, x_t, t)                                 # Eq. (4)
 
         if guiding:
             point = x0.requires_grad_() if edit == 'x0' else x_t
@@ -312,11 +312,11 @@ def synthesize(shard):
             loss, terms = inversion_losses(images, y)                          # Eqs. (6)-(9)
             rows.append((t, terms))
             grad, = torch.autograd.grad(loss, point)
-            a_t, b_t = (v.to(x_t) for v in diffusion.ab(tt, x_t))
+            a_t, b_t = (v.to(x_t) for v in diffusion.ab(t, x_t))
             x_t, out = x_t.detach(), out.detach().float()
             if edit == 'paper':
                 # the network is asked once, so Eq. (4) gives the x_0 of the new z_t with the eps of the old one
-                x0 = diffusion.predict_x0(out, x_t, tt, clip=False) - eta / a_t * grad
+                x0 = diffusion.predict_x0(out, x_t, t, clip=False) - eta / a_t * grad
                 x_t = x_t - eta * grad                                         # Eq. (10)
             else:
                 # as in classifier guidance the step shrinks with the noise, so that the prior repairs what it breaks; a move
@@ -324,7 +324,7 @@ def synthesize(shard):
                 move = eta * b_t ** 2 * batch_size * grad                      # batch_size: of each image's own loss
                 x0, x_t = x0.detach() - move, x_t - a_t * move
             x0 = x0.clamp(-1, 1) if diffusion.clip else x0
-            out = torch.cat([diffusion.target(x0, x_t, tt, diffusion.prediction), out[:, shape[1]:]], dim=1)
+            out = torch.cat([diffusion.target(x0, x_t, t, diffusion.prediction), out[:, shape[1]:]], dim=1)
 
         if is_kept(i):
             with torch.no_grad():
@@ -335,11 +335,11 @@ def synthesize(shard):
         if lca != 'none' and (i + 1) % lca_every == 0 and steps - 1 - i >= lca_every:   # time for repair is left
             x_t, out = augment(x_t, out, others[i], boxes[i])                  # Eq. (11)
         if sampler == 'ddpm':
-            x_t = diffusion.ddpm_step(out, x_t, tt, s, noise[i])               # where Eq. (5) stands: ancestral sampling
+            x_t = diffusion.ddpm_step(out, x_t, t, s, noise[i])                # where Eq. (5) stands: ancestral sampling
         elif sampler == 'ddim':
-            x_t = diffusion.ddim_step(out, x_t, tt, s, ddim_eta, noise[i])
+            x_t = diffusion.ddim_step(out, x_t, t, s, ddim_eta, noise[i])
         else:
-            x_t = diffusion.q_sample(diffusion.predict_x0(out, x_t, tt), torch.full_like(tt, s), noise[i])   # Eq. (5)
+            x_t = diffusion.q_sample(diffusion.predict_x0(out, x_t, t), s, noise[i])   # Eq. (5)
     return kept, y, rows
 
 

@@ -140,8 +140,9 @@ def test_schedules_and_timesteps_agree_with_the_original():
     for schedule, expected in (('cosine', (0.999958715775178, 0.49228517244880304, 2.4287669070348567e-09)),
                                ('linear', (0.9999, 0.07779665836502389, 4.035829765375676e-05))):
         assert np.allclose(M.Diffusion(schedule).alpha_bar[[0, 500, 999]], expected, rtol=1e-12)
-    assert M.sampling_steps(1000, 50)[::-1][:4] == [0, 20, 41, 61] and M.sampling_steps(1000, 50)[0] == 999
-    assert M.sampling_steps(1000, 50, 'ddim')[:2] == [980, 960]
+    assert M.sampling_steps(1000, 50, 'even')[::-1][:4] == [0, 20, 41, 61] and M.sampling_steps(1000, 50, 'even')[0] == 999
+    assert M.sampling_steps(1000, 50, 'leading')[:2] == [980, 960]
+    assert M.sampling_steps(1000, 4) == [999, 749, 499, 249] and M.sampling_steps(1000, 1) == [999]
 
 
 @pytest.mark.parametrize('t, x, noise, eps, v, mean, logvar, x_prev', [  # one pixel at four timesteps
@@ -659,7 +660,7 @@ def test_pipelines_sample_what_diffusers_samples(name, pipelines):
         y, kw = torch.tensor([1]), dict(prompt=['a cat'], guidance_scale=guidance, latents=noise)
     elif name == 'sd3':
         net.set_prompts(['a dog', 'a cat'])
-        sigmas = [(t + 1) / 1000 for t in M.sampling_steps(1000, 5, 'ddim')]
+        sigmas = [(t + 1) / 1000 for t in M.sampling_steps(1000, 5, 'leading')]
         y, kw = torch.tensor([1]), dict(prompt=['a cat'], guidance_scale=guidance, latents=noise, sigmas=sigmas)
     elif name == 'ddpm':
         pipe, kw = DDIMPipeline(pipe.unet, pipe.scheduler), dict(use_clipped_model_output=True)
@@ -667,7 +668,7 @@ def test_pipelines_sample_what_diffusers_samples(name, pipelines):
     with pytest.MonkeyPatch.context() as patch:                                # the pipelines draw their noise: give them ours
         patch.setattr(sys.modules[type(pipe).__module__], 'randn_tensor', lambda *args, **kwargs: noise.clone(), raising=False)
         theirs = pipe(num_inference_steps=5, output_type='np', **kw).images
-    ours = M.decode(net, M.sample(net, diffusion, noise, 5, 'ddim', y, guidance))
+    ours = M.decode(net, M.sample(net, diffusion, noise, 5, 'ddim', y, guidance, spacing='leading'))
     ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert np.abs(ours - theirs).max() < 1e-4 and ours.std() > 0
 
@@ -1017,6 +1018,6 @@ def test_bundled_models(tmp_path):
     """The teacher draws digits that the bundled classifier is sure of, all ten of them."""
     net, diffusion = M.load_denoiser(os.path.join(ROOT, 'pretrained/mnist_unet.safetensors'))
     classifier = M.load_classifier(os.path.join(ROOT, 'pretrained/mnist_resnet.safetensors'))
-    x = M.sample(net, diffusion, (64, 1, 28, 28), 50, 'ddpm', generator=torch.Generator().manual_seed(0))
+    x = M.sample(net, diffusion, (64, 1, 28, 28), 50, 'ddpm', spacing='even', generator=torch.Generator().manual_seed(0))
     p = classifier(M.preprocess(classifier, x)).softmax(1).max(1)
     assert (p.values > 0.9).float().mean() > 0.85 and len(p.indices.unique()) == 10
