@@ -245,7 +245,7 @@ def in_slices(fn, *rows):
 
 
 def denoise(x_t, t, y=None):
-    return M.guided(net, x_t, t, y, guidance)                                  # Eqs. (2), (3)
+    return M.guided(net, x_t, t, y, guidance).float()                          # Eqs. (2), (3)
 
 
 def decode(x0):
@@ -313,7 +313,7 @@ def synthesize(shard):
             rows.append((t, terms))
             grad, = torch.autograd.grad(loss, point)
             a_t, b_t = (v.to(x_t) for v in diffusion.ab(t, x_t))
-            x_t, out = x_t.detach(), out.detach().float()
+            x_t, out = x_t.detach(), out.detach()
             if edit == 'paper':
                 # the network is asked once, so Eq. (4) gives the x_0 of the new z_t with the eps of the old one
                 x0 = diffusion.predict_x0(out, x_t, t, clip=False) - eta / a_t * grad
