@@ -55,7 +55,6 @@ import json
 import math
 import sys
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -85,8 +84,7 @@ distilling = method == 'distill'
 def check_origin(data, digest):
     """Raises ValueError if a shard of the folder `data` says that synthesize.py made it for another teacher."""
     for f in sorted(glob.glob(os.path.join(glob.escape(data), '**', '*.npz'), recursive=True)):
-        with np.load(f) as z:
-            settings = json.loads(str(z['settings'])) if 'settings' in z else {}
+        settings = json.loads(str(M.read_npz(f).get('settings', '{}')))
         if settings.get('teacher_digest', digest) != digest:
             raise ValueError(f"{f} was made for the teacher {settings['teacher']}, which is not {teacher}: its own images, or "
                              '--any_teacher=True')

@@ -679,6 +679,33 @@ def test_every_kind_of_prior(pipelines, tmp_path):
     assert '10 names' in err and '4 classes' in err
 
 
+SYNTH_CONFIGS = ['cifar10_sd15', 'cifar100_sd15', 'tinyimagenet_sd15', 'domainnet_sd15', 'cifar10_dit', 'cifar10_if', 'cifar10_vae_sd15',
+                 'celebahq_vae_sd15']
+
+
+def test_the_configs_of_the_paper_run(pipelines, tmp_path):
+    """Every command of a config, with tiny models of the same classes, smaller batches and two shards of them."""
+    def one(name):
+        teacher, n = ('vae:sd', 4) if 'vae' in name else ('classifier.safetensors', 16)
+        prior = {'dit': 'dit', 'if': 'if'}.get(name.split('_')[1], 'sd')
+        out = run('synthesize.py', os.path.join(ROOT, f'config/synth_{name}.py'), f'--prior={prior}', f'--teacher={teacher}', '--steps=7',
+                  '--batch_size=2', f'--num_images={n}', f'--out_dir={tmp_path}/{name}', cwd=pipelines)
+        assert 'in 2 shards' in out and len(M.load_images(f'{tmp_path}/{name}')[0]) == n
+    at_once(one, SYNTH_CONFIGS)
+
+
+def test_deepfloyd_if_sees_its_texts(pipelines):
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(pipelines / 'if')
+    net, diffusion = M.load_denoiser(str(pipelines / 'if'))
+    net.set_prompts(['a dog', 'a cat'])
+    x, t = wave(2, 3, 16, 16), torch.tensor([500, 20])
+    with torch.no_grad():
+        theirs = pipe.unet(x, t, pipe.encode_prompt(['a cat', ''], do_classifier_free_guidance=False)[0]).sample
+        assert torch.allclose(net(x, t, torch.tensor([1, -1])), theirs, atol=1e-5)
+    assert diffusion.learn_sigma and diffusion.clip and net.config['image_size'] == 16
+
+
 @pytest.mark.parametrize('name', ['ddpm', 'ldm', 'dit', 'sd', 'sd3'])
 def test_pipelines_sample_what_diffusers_samples(name, pipelines):
     from diffusers import DDIMPipeline, DiffusionPipeline
@@ -1010,7 +1037,10 @@ BAD_OTHERS = [
     (['distill_classifier.py', '--data=images.npz', '--teacher=teacher.safetensors'], 'no classifier'),
     (['synthesize.py', '--teacher=norm_free.safetensors'], 'no BatchNorm'),
     (['synthesize.py', '--class_names=cifar10'], 'takes no text'), (['synthesize.py', '--prior=nobody/nothing'], 'no diffusers pipeline'),
-    (['synthesize.py', '--keep=4', '--keep_every=9'], 'more than 25 steps'), (['synthesize.py', '--bn_loss=l1'], "'kl'"),
+    (['synthesize.py', '--keep=4', '--keep_every=9'], 'more than 25 steps'), (['synthesize.py', '--edit=x'], "'paper'"),
+    (['synthesize.py', '--prior=none', '--guidance=2.0'], 'has none'), (['synthesize.py', '--sampler=dpm'], "'renoise'"),
+    (['distill_classifier.py', '--method=test'], 'needs images'), (['distill_classifier.py', '--method=test', '--test=images.npz:7-9'], 'no images of the classes'),
+    (['distill_classifier.py', '--data=images.npz', '--init_from=missing.safetensors'], 'there is none'), (['distill_classifier.py', '--data=missing.txt'], 'missing.txt'), (['synthesize.py', '--bn_loss=l1'], "'kl'"),
     (['synthesize.py', '--student=vgg.safetensors'], '10 classes'), (['synthesize.py', '--guidance=2.0'], 'no condition'),
     (['synthesize.py', '--teacher=vae:lvae.safetensors', '--student=classifier.safetensors'], 'no L_adv'),
     (['distill_vae.py', '--method=both'], "'prior'"), (['distill_vae.py', '--method=synthetic'], 'needs images'),
