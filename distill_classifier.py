@@ -32,7 +32,7 @@ width = 8                    # channels of the first stage of a ResNet; 0 is its
 # losses, Eq. (12)
 lam_kl = 1.0                 # weight of the divergence of the outputs
 temperature = 4.0            # of both outputs in it
-lam_msarc = 1.0              # weight of the distance of the class activation maps, L_mSARC
+lam_msarc = 0.1              # weight of the distance of the class activation maps, L_mSARC; SpaceshipNet's is 1
 label_smoothing = 0.0        # 'data'
 # optimisation
 epochs = 12
@@ -46,7 +46,7 @@ out_dir = 'out/classifier'
 init_from = 'scratch'        # 'scratch', 'resume', or the file of a student that goes on
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
@@ -97,7 +97,7 @@ def linear(net):
     with torch.no_grad():
         logits, maps = net.eval().forward_features(torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0)))
         layer = net.get_submodule(net.head_name)
-        if layer.in_features != maps[-1].shape[1] or not torch.allclose(layer(maps[-1].mean((2, 3))), logits, atol=1e-3, rtol=1e-3):
+        if layer.in_features != maps[-1].shape[1] or (layer(maps[-1].mean((2, 3))) - logits).abs().max() > 1e-3 * (1 + logits.abs().max()):
             raise ValueError(f"{net.config['name']} has no class activation maps, its last layer sees more than the mean of the last "
                              'map: --lam_msarc=0')
     return layer
@@ -181,8 +181,7 @@ images, labels = images.to(home), None if distilling else labels.to(home)
 decay = [p for p in net.parameters() if p.ndim > 1]                            # no decay of biases and BatchNorm
 groups = [{'params': decay, 'weight_decay': weight_decay},
           {'params': [p for p in net.parameters() if p.ndim <= 1], 'weight_decay': 0.}]
-# the fused kernels can be told on the device to leave out a step
-opt = torch.optim.SGD(groups, lr, momentum=0.9, fused=True) if optimizer == 'sgd' else torch.optim.AdamW(groups, lr, fused=True)
+opt = torch.optim.SGD(groups, lr, momentum=0.9) if optimizer == 'sgd' else torch.optim.AdamW(groups, lr)
 
 
 class WithMaps(torch.nn.Module):
@@ -292,7 +291,7 @@ while epoch < epochs:
     net.train()
     order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + epoch))]  # the same on all ranks
     order = order[:steps_per_epoch * batch_size].view(steps_per_epoch, world, -1)[:, rank].to(home)
-    sums, bad = 0., 0.
+    sums = 0.
     for i, idx in enumerate(tqdm(order, desc=f'epoch {epoch + 1}/{epochs}', disable=rank > 0, leave=False, mininterval=1)):
         done = epoch + i / steps_per_epoch
         scale = min(1., (done + 1 / steps_per_epoch) / warmup_epochs) if warmup_epochs else 1.
@@ -301,18 +300,16 @@ while epoch < epochs:
         x = augment(images[idx].to(device, non_blocking=True))
         terms = losses(x, None if distilling else labels[idx].to(device, non_blocking=True))
         sum(terms.values()).backward()                                         # Eq. (12)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), float('inf'))  # the same on all ranks
-        opt.found_inf = (~norm.isfinite()).float()                             # then the step is left out
         opt.step()
         opt.zero_grad(set_to_none=True)
-        sums, bad = sums + torch.stack(list(terms.values())).detach(), bad + opt.found_inf
+        sums = sums + torch.stack(list(terms.values())).detach()
         leaving = i % 20 == 0 and M.on_all(dist.ReduceOp.MAX, len(stop)) > 0
         if leaving:
             break
     if leaving:
         break                                                                  # the checkpoint of the last epoch stands
-    if bad:                                                                    # from here on the host has waited
-        M.die(f'{bad.item():.0f} gradients of epoch {epoch + 1} are not finite: a smaller --lr; the last checkpoint is untouched')
+    if not torch.stack([p.sum() for p in net.parameters()]).isfinite().all():  # from here on the host has waited
+        M.die(f'the weights are not finite in epoch {epoch + 1}: a smaller --lr; the last checkpoint is untouched')
     epoch += 1
     means = dict(zip(terms, (sums / steps_per_epoch).tolist()))
     row = dict(step=epoch, loss=sum(means.values()), **means)

@@ -14,7 +14,9 @@ reconstructs well.
 
 Then distil: python distill_classifier.py, or distill_vae.py --method=synthetic. A run that was stopped goes on where it was.
 
-MEMORY
+Memory: Stable Diffusion 1.5 at batch_size 16 in bfloat16 has 1.9 GB of weights, and at the largest moment of --edit=paper, the
+gradient through U-Net and decoder, 13.0 GB beside them with grad_batch=4 (6.8 with 2, 3.7 with 1); the U-Net alone, unguided,
+2.7 GB. Computed by adding up the tensors alive at every operation, not measured on a GPU.
 """
 import os
 import time
@@ -65,7 +67,7 @@ batch_size = 100             # walks at once, per rank; they share the BatchNorm
 grad_batch = 100             # walks at once in the decoder, and in the denoiser where the gradient goes through it
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
 

@@ -849,7 +849,7 @@ def test_distilled_classifier(tiny, tmp_path):
     run('distill_classifier.py', '--method=data', '--data=images.npz', '--student=resnet8', '--width=8', '--holdout=0', '--epochs=10',
         '--batch_size=16', f'--out_dir={tmp_path}/teacher', cwd=tiny)
     args = ['distill_classifier.py', '--data=images.npz', f'--teacher={tmp_path}/teacher/student.safetensors', '--width=4', '--holdout=16',
-            '--epochs=10', '--batch_size=16', f'--out_dir={tmp_path}/student']
+            '--epochs=20', '--batch_size=16', f'--out_dir={tmp_path}/student']
     out = run(*args, '--test=images.npz', cwd=tiny, ranks=2)
     assert 'teacher: test accuracy' in out
     log = np.genfromtxt(tmp_path / 'student/log.csv', delimiter=',', names=True)

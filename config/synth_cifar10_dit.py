@@ -17,5 +17,5 @@ num_images = 3000
 keep = 4
 keep_every = 2
 batch_size = 16
-grad_batch = 1
+grad_batch = 4
 out_dir = 'out/synth_cifar10_dit'

@@ -21,5 +21,5 @@ num_images = 15000
 keep = 4
 keep_every = 2
 batch_size = 16
-grad_batch = 1
+grad_batch = 4
 out_dir = 'out/synth_cifar10_r34'

@@ -19,5 +19,5 @@ num_images = 30000
 keep = 4
 keep_every = 2
 batch_size = 16
-grad_batch = 1
+grad_batch = 4
 out_dir = 'out/synth_tinyimagenet_r34'
