@@ -1,0 +1,190 @@
+"""
+How fast one training step of dkdm.py is, and how far that is from what the machine can do: teacher, student forward and
+backward, optimiser with EMA, and the walk, on random images and with random weights.
+
+    python bench.py                                                    # a CIFAR-10 U-Net of 11 M teaches one of 2.8 M
+    python bench.py config/dkdm_cifar10.py --compile=True              # the settings of an experiment
+    torchrun --nproc_per_node=8 bench.py config/dkdm_cifar10.py        # the same, the figures of each rank
+    python bench.py --what=sample                                      # ms per image of each sampler
+
+All settings of dkdm.py are settings here too. The teacher is random, of the student's architecture but for its width. The
+peak is measured in the same run and dtype: the better of a large matrix product and a 3x3 convolution. An operation is a
+multiplication or an addition, in matrix products, convolutions and attention.
+"""
+import os
+
+_settings = {}
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'dkdm.py'), encoding='utf-8') as _f:
+    exec(_f.read().split('exec(open(')[0], _settings)                          # dkdm.py's settings as they stand there
+globals().update({k: v for k, v in _settings.items() if not k.startswith('_')})
+# what is timed
+what = 'step'                # 'step', or 'sample'
+repeats = 10                 # steps or batches that are timed, after two that are not
+# networks, the default's
+image_size = 32
+channels = 3                 # of the images
+classes = 0                  # of teacher and student; above 0 the teacher is guided
+model_channels = 32          # of the student (unet)
+teacher_width = 0            # model_channels (unet) or hidden_size (dit) of the teacher; 0 is twice the student's
+num_res_blocks = 2
+channel_mult = (1, 2, 2, 2)
+attention_resolutions = (16, 8)
+patch_size = 1
+stride = 1
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+
+import copy
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import models as M
+
+if what not in ('step', 'sample') or student not in ('unet', 'dit') or repeats < 1:
+    M.die(f"what={what!r}: 'step' or 'sample'; student={student!r}: 'unet' or 'dit'; repeats={repeats}: at least 1")
+device, autocast, rank, world = M.start(device, dtype, seed)
+if batch_size % (world * grad_accum):
+    M.die(f'batch_size={batch_size} is shared by {world} ranks x {grad_accum} accumulation steps: a multiple of {world * grad_accum}')
+B = batch_size // world // grad_accum                                          # images of one forward pass
+dtype = M.pick_dtype(device, dtype)
+dtype = torch.float32 if dtype == torch.float16 else dtype                     # which is for frozen pipelines alone
+
+
+# ---- networks ----
+def network(width):
+    if student == 'dit':
+        return M.DiT(image_size, patch_size, channels, width, depth, num_heads, num_classes=classes, learn_sigma=learn_sigma)
+    return M.UNet(image_size, channels, channels * (1 + learn_sigma), width, num_res_blocks, channel_mult, attention_resolutions,
+                  num_head_channels=num_head_channels, dropout=dropout, num_classes=classes, patch_size=patch_size,
+                  use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
+                  use_new_attention_order=use_new_attention_order)
+
+
+width = hidden_size if student == 'dit' else model_channels
+try:
+    net_T, net = (network(w).to(device, memory_format=M.memory_format(device)) for w in (teacher_width or 2 * width, width))
+except (ValueError, ZeroDivisionError) as e:
+    M.die(M.first_line(e))
+net_T = M.cast_frozen(net_T.eval().requires_grad_(False), dtype)
+net_ema = copy.deepcopy(net).eval().requires_grad_(False)
+diffusion_T, diffusion = M.Diffusion(), M.Diffusion(prediction='eps' if student_prediction == 'teacher' else student_prediction)
+opt = torch.optim.AdamW(net.parameters(), lr, (0.9, beta2), weight_decay=weight_decay, fused=True)
+run_T, model = (torch.compile(n, dynamic=False) if compile else n for n in (net_T, net))
+if world > 1:
+    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+scale = (guidance or 2.) if classes else 1.
+pool_x = torch.randn(max(1, round(rho * T / stride)) * B * grad_accum, channels, image_size, image_size, device=device)
+pool_t = torch.randint(T, (len(pool_x),), device=device)
+pool_y = torch.randint(classes, (len(pool_x),), device=device) if classes else None
+
+
+def step(done):
+    """One step of dkdm.py; `done(name)` is called after each of its parts."""
+    order = torch.randperm(len(pool_x), device=device)
+    for i in range(grad_accum):
+        idx = order[i * B:(i + 1) * B]
+        x_t, t, y = pool_x[idx], pool_t[idx], pool_y[idx] if classes else None
+        with torch.no_grad(), autocast:
+            out_T = M.guided(run_T, x_t, t, y, scale).float()
+        done('teacher')
+        with autocast:
+            out = model(x_t, t, y)
+        done('student forward')
+        target = diffusion_T.convert(out_T, x_t, t, diffusion.prediction)
+        (diffusion.distill_loss(out, target, x_t, t, lam)['loss'].mean() / grad_accum).backward()
+        done('losses and backward')
+        s = (t - torch.randint((stride + 1) // 2, stride + stride // 2 + 1, t.shape, device=device)).clamp(min=-1)
+        x_s = diffusion_T.ddpm_step(out_T, x_t, t, s)
+        pool_x[idx] = torch.where((s < 0).view(-1, 1, 1, 1), torch.randn_like(x_s), x_s)
+        pool_t[idx] = torch.where(s < 0, T - 1, s)
+        done('walk')
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
+    opt.found_inf = (~norm.isfinite()).float()
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    M.update_ema(net_ema, net, ema, 1)
+    done('optimiser, EMA')
+
+
+# ---- measuring ----
+def now():
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(f):
+    """The median time of a call, after two that are not counted."""
+    times = []
+    for _ in range(repeats + 2):
+        t0 = now()
+        f()
+        times.append(now() - t0)
+    return sorted(times[2:])[repeats // 2]
+
+
+def gigaflop(f):
+    """Of one call, in 10^9 operations. Attention is counted as its matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        f()
+    return counter.get_total_flops() / 1e9
+
+
+@torch.no_grad()
+def peak():
+    """The machine's GFLOP/s in `dtype`: the better of a matrix product and a convolution."""
+    n, c = (8192, 512) if device.type == 'cuda' else (2048, 128)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    x = torch.randn(64, c, 32, 32, device=device, dtype=dtype).to(memory_format=M.memory_format(device))
+    w = torch.randn(c, c, 3, 3, device=device, dtype=dtype).to(memory_format=M.memory_format(device))
+    return max(gigaflop(f) / seconds(f) for f in (lambda: a @ b, lambda: F.conv2d(x, w, padding=1)))
+
+
+def run_networks():
+    """The two networks alone, without compiling, for counting."""
+    x, t, y = pool_x[:B], pool_t[:B], pool_y[:B] if classes else None
+    with torch.no_grad(), autocast:
+        M.guided(net_T, x, t, y, scale)
+    with autocast:
+        out = net(x, t, y)
+    out.float().mean().backward()
+    opt.zero_grad(set_to_none=True)
+
+
+top = peak()
+millions = [sum(p.numel() for p in n.parameters()) / 1e6 for n in (net_T, net)]
+print(f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]:.2f} M, student {millions[1]:.2f} M parameters; '
+      f'{B} images of {channels}x{image_size}x{image_size}, {torch.get_num_threads()} threads; peak {top:,.0f} GFLOP/s')
+if what == 'step':
+    work = grad_accum * gigaflop(run_networks)
+    whole = seconds(lambda: step(lambda name: None))
+    parts, last = {}, [0.]
+
+    def done(name):
+        parts.setdefault(name, []).append(now() - last[0])
+        last[0] = now()
+    for _ in range(repeats + 2):
+        last[0] = now()
+        step(done)
+    ms = {k: 1000 * grad_accum ** (k != 'optimiser, EMA') * sorted(v)[len(v) // 2] for k, v in parts.items()}
+    networks = sum(v for k, v in ms.items() if k not in ('walk', 'optimiser, EMA')) / 1000
+    print(f'one step: {whole:.4g} s, {B * grad_accum / whole:,.1f} images/s; {work:,.0f} GFLOP, {work / whole:,.0f} GFLOP/s, '
+          f'{100 * work / whole / top:.0f} % of the peak')
+    print('parts, ms: ' + ', '.join(f'{k} {v:.1f}' for k, v in ms.items()) + f'; the networks alone: {networks:.4g} s, '
+          f'{100 * work / networks / top:.0f} % of the peak')
+else:
+    for name, n in (('teacher', net_T), ('student', net_ema)):
+        for sampler in ('ddpm', 'ddim', 'dpm++'):
+            row = []
+            for steps in (1, 2, 4, 8, 16, 50):
+                with autocast:
+                    shape = B, channels, image_size, image_size
+                    row.append(1000 * seconds(lambda: M.sample(n, diffusion, shape, steps, sampler, None if pool_y is None else pool_y[:B], scale)) / B)
+            print(f'{name} {sampler:6} ms per image: ' + ', '.join(f'{v:.3g} ({s} steps)' for v, s in zip(row, (1, 2, 4, 8, 16, 50))))
+if device.type == 'cuda':
+    print(f'peak memory: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MB')
+if world > 1:
+    dist.destroy_process_group()
