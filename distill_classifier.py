@@ -308,7 +308,7 @@ while epoch < epochs:
             break
     if leaving:
         break                                                                  # the checkpoint of the last epoch stands
-    if not torch.stack([p.sum() for p in net.parameters()]).isfinite().all():  # from here on the host has waited
+    if (~torch.stack([p.sum() for p in net.parameters()]).isfinite()).any():   # from here on the host has waited
         M.die(f'the weights are not finite in epoch {epoch + 1}: a smaller --lr; the last checkpoint is untouched')
     epoch += 1
     means = dict(zip(terms, (sums / steps_per_epoch).tolist()))
