@@ -163,8 +163,11 @@ class Losses(torch.nn.Module):
         with torch.no_grad():
             out_T, q_T, p_T = net_T.decode(noise, seen_T)
         out, q, p = self.net.decode(noise, seen)                               # both decoders, from the same noise
-        terms = {'z': lam_z * sum(map(M.wasserstein, p, p_T))}
+        p, p_T = ([(mean[:n], std[:n]) for mean, std in gaussians] for gaussians in (p, p_T))   # the prior's rows ...
+        q, q_T = ([(mean[n:], std[n:]) for mean, std in gaussians] for gaussians in (q, q_T))   # ... and the images'
+        terms = {}
         if n:
+            terms['z'] = lam_z * sum(map(M.wasserstein, p, p_T))
             terms['out'] = M.output_kl(out[:n], out_T[:n], channels, beta)
         if x is not None:
             terms['z_x'] = lam_z * sum(map(M.wasserstein, q, q_T))

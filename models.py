@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -457,6 +458,7 @@ class Torchvision(nn.Module):
         if in_channels != 3:
             raise ValueError('colour images only')
         self.net = torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
+        self.head_name = [f'net.{k}' for k, m in self.net.named_modules() if isinstance(m, nn.Linear)][-1]
 
     def forward_features(self, x):
         maps, body = {}, getattr(self.net, 'features', self.net)
@@ -503,11 +505,12 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
 
 def preprocess(net, images):
     """What a classifier of ours expects of images (B, C, H, W) in [-1, 1]: its size, its mean and standard deviation."""
-    size, mean, std = (net.config[k] for k in ('image_size', 'mean', 'std'))
+    size = net.config['image_size']
     if images.shape[-1] != size:
         images = F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
-    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(1, -1, 1, 1) for v in (mean, std))
-    return ((images + 1) / 2 - mean) / std
+    if getattr(net, 'mean', None) is None or net.mean.device != images.device:   # sent to the device once
+        net.mean, net.std = (torch.tensor(net.config[k], device=images.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
+    return ((images + 1) / 2 - net.mean.to(images)) / net.std.to(images)
 
 
 class LadderBlock(nn.Module):
@@ -1063,9 +1066,11 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def embed(self, texts):
         """{'prompts': (N, L, D)} of N texts, with 'pooled' (N, D) where the network takes that too; on the CPU."""
-        parts, device, sd3 = [], self.net.device, hasattr(self.pipe, 'tokenizer_3')
+        parts, device, kind = [], self.net.device, type(self.pipe).__name__
         for i in range(0, len(texts), 256):
-            if sd3:
+            if kind == 'IFPipeline':
+                out = self.pipe.encode_prompt(texts[i:i + 256], False, 1, device)[:1]
+            elif kind == 'StableDiffusion3Pipeline':
                 out = self.pipe.encode_prompt(texts[i:i + 256], None, None, device, do_classifier_free_guidance=False)[::2]
             else:
                 out = self.pipe.encode_prompt(texts[i:i + 256], device, 1, False)[:1]
@@ -1127,7 +1132,7 @@ def load_pipeline(spec, dtype):
     Raises ValueError with one line."""
     _, parts = read_pipeline(spec)
     from diffusers import DiffusionPipeline
-    skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in parts}
+    skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker') if k in parts}
     if 'text_encoder' in parts and importlib.util.find_spec('transformers') is None:
         raise ValueError(f'{spec} has a text encoder, which needs the package transformers: pip install transformers')
     try:
@@ -1146,7 +1151,8 @@ def load_pipeline(spec, dtype):
     network, process = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None), pipe.scheduler.config
     kind, c = type(network).__name__, getattr(network, 'config', {})
     if kind not in ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel') or any(
-            c.get(k) for k in ('num_class_embeds', 'class_embed_type', 'addition_embed_type', 'encoder_hid_dim_type')):
+            c.get(k) not in (None, known) for k, known in (('num_class_embeds', None), ('class_embed_type', None),
+                                                           ('addition_embed_type', 'text'), ('encoder_hid_dim_type', 'text_proj'))):
         raise ValueError(f'{spec}: a {type(pipe).__name__} with this {kind} is not supported; UNet2DModel, UNet2DConditionModel '
                          '(with a text encoder), DiTTransformer2DModel and SD3Transformer2DModel are')
     net = Pipeline(network, pipe if 'text_encoder' in parts else None)
@@ -1158,10 +1164,11 @@ def load_pipeline(spec, dtype):
         net.times = (diffusion.b[:-1] * diffusion.T).float()                   # what SD3 calls t
     else:
         prediction = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}.get(process.get('prediction_type'))
-        if prediction is None or not hasattr(scheduler, 'betas') or process.get('thresholding'):
+        thresholding = process.get('thresholding')                             # DeepFloyd IF's: a clamp that scales x_0 first
+        if prediction is None or not hasattr(scheduler, 'betas') or thresholding and type(pipe).__name__ != 'IFPipeline':
             raise ValueError(f'{spec}: its {name} is not a process x_t = a x_0 + b eps with a list of betas and a stated '
                              'prediction_type, without thresholding, nor flow matching with a fixed shift')
-        diffusion = Diffusion(scheduler.betas.tolist(), prediction=prediction, clip=bool(process.get('clip_sample')),
+        diffusion = Diffusion(scheduler.betas.tolist(), prediction=prediction, clip=bool(process.get('clip_sample') or thresholding),
                               learn_sigma=net.config['out_channels'] == 2 * net.config['in_channels'])
     set_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
     return net.eval().requires_grad_(False), diffusion
@@ -1280,6 +1287,8 @@ def load_classifier(spec, **known):
         state = {f'net.{k}': v for k, v in state.items()}
     elif net.head_name == 'fc':
         state = {k.replace('linear.', 'fc.'): v for k, v in state.items()}
+    elif net.head_name == 'linear':                                            # timm's names
+        state = {re.sub('^fc[.]', 'linear.', k).replace('.downsample.', '.shortcut.'): v for k, v in state.items()}
     return load_state(net, state, spec).eval().requires_grad_(False)
 
 
@@ -1468,18 +1477,35 @@ def export(path, folder):
                          f"of {'latents' if has_vae(net) else 'pixels'}; to_diffusers gives the network alone")
 
 
-def load_images(spec, train=True):
+def load_images(spec, train=True, image_size=0):
     """(images uint8 (N, C, H, W), labels int64 (N,) or None) from one string.
 
     An ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards, or of such folders; a folder of images, in one
-    subfolder per class or none; or the name of a torchvision dataset (mnist, fashionmnist, cifar10, cifar100, svhn,
-    celeba, ...), downloaded to ./data; `train` picks its split. Raises ValueError with one line.
+    subfolder per class or none, or Tiny-ImageNet's `val`; a .txt of lines `file label`, the files relative to its folder (the lists of
+    DomainNet); or the name of a torchvision dataset (mnist, fashionmnist, cifar10, cifar100, svhn,
+    celeba, ...), downloaded to ./data; `train` picks its split. With `:a-b` at its end, only the classes a to b. image_size: the
+    middle of every image is resized to it. Raises ValueError with one line.
     """
+    match = re.fullmatch(r'(.+):(\d+)-(\d+)', spec)
+    if match:
+        spec, classes = match[1], range(int(match[2]), int(match[3]) + 1)
+    images, labels = load_any(spec, train, image_size, classes if match else None)
+    if match and labels is None:
+        raise ValueError(f'{spec} has no labels to choose classes {classes[0]} to {classes[-1]} by')
+    if match:
+        chosen = (labels >= classes[0]) & (labels <= classes[-1])
+        if not chosen.any():
+            raise ValueError(f'{spec} has no images of the classes {classes[0]} to {classes[-1]}')
+        images, labels = images[chosen], labels[chosen]
+    return torch.cat([resize_images(i, image_size) for i in images.split(500)]) if image_size else images, labels
+
+
+def load_any(spec, train, image_size, classes):
     if spec.endswith('.npz'):
         return load_npz(spec)
-    if os.path.isdir(spec):
+    if os.path.isdir(spec) or spec.endswith('.txt'):
         shards = sorted(glob.glob(os.path.join(glob.escape(spec), '**', '*.npz'), recursive=True))
-        parts = [load_npz(f) for f in shards] or [load_image_folder(spec)]
+        parts = [load_npz(f) for f in shards] or [load_image_files(spec, image_size, classes)]
         if len({p[0].shape[1:] for p in parts}) > 1 or len({p[1] is None for p in parts}) > 1:
             raise ValueError(f'{spec}: its shards differ in image size, channels or labels')
         return torch.cat([p[0] for p in parts]), None if parts[0][1] is None else torch.cat([p[1] for p in parts])
@@ -1496,7 +1522,7 @@ def load_images(spec, train=True):
                 data = make(root, split='train' if train else 'test', download=True)
     except Exception as e:
         raise ValueError(f'{spec} could not be downloaded to {root}/: {first_line(e)}') from None
-    return stack_images(data, spec)
+    return stack_images(data, spec, image_size)
 
 
 def read_npz(path):
@@ -1521,27 +1547,54 @@ def load_npz(path):
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
-def load_image_folder(spec):
+def load_image_files(spec, image_size, classes):
     from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, default_loader
+    folder, notes = spec, os.path.join(spec, 'val_annotations.txt')            # Tiny-ImageNet's: file, class and box
+    if spec.endswith('.txt'):
+        folder, files = os.path.dirname(spec), [line.rsplit(' ', 1) for line in read_lines(spec, f'{spec}: a list of images')]
+        if any(len(f) < 2 or not f[1].isdigit() for f in files):
+            raise ValueError(f'{spec}: every line must be a file and a label')
+        files = [(f, int(y)) for f, y in files]
+    elif os.path.exists(notes):
+        rows = [line.split('\t') for line in read_lines(notes, notes)]
+        names = sorted({r[1] for r in rows})                                   # as the folders of `train` are numbered
+        files = [(os.path.join('images', r[0]), names.index(r[1])) for r in rows]
+    else:
+        try:
+            files = ImageFolder(spec).samples
+        except FileNotFoundError:                                              # no subfolders: images without labels
+            files = [(f, None) for f in sorted(os.listdir(spec)) if f.lower().endswith(IMG_EXTENSIONS)]
+        folder = folder if files and files[0][1] is None else ''
+    files = [(os.path.join(folder, f), y) for f, y in files if classes is None or y in classes]
     try:
-        return stack_images(ImageFolder(spec), spec)
-    except FileNotFoundError:                                                  # no subfolders: images without labels
-        files = [f for f in sorted(os.listdir(spec)) if f.lower().endswith(IMG_EXTENSIONS)]
-        return stack_images([(default_loader(os.path.join(spec, f)), None) for f in files], spec)
+        return stack_images(((default_loader(f), y) for f, y in files), spec, image_size)
+    except OSError as e:
+        raise ValueError(f'{spec}: {first_line(e)}') from None
 
 
-def stack_images(data, spec):
-    """A list of (PIL image, label) pairs as tensors. Grey images that were stored as RGB stay RGB."""
+def resize_images(images, size):
+    """uint8 images (N, C, H, W): the square in their middle, `size` a side; as they are where size is 0."""
+    H, W = images.shape[2:]
+    if size == 0 or size == H == W:
+        return images
+    side = min(H, W)
+    images = to_float(images[:, :, (H - side) // 2:, (W - side) // 2:][:, :, :side, :side])
+    return to_uint8(F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False))
+
+
+def stack_images(data, spec, image_size=0):
+    """Pairs (PIL image, label) as tensors. Grey images that were stored as RGB stay RGB."""
     images, labels = [], []
     for image, label in data:
-        images.append(np.asarray(image))
+        pixels = torch.from_numpy(np.array(image))
+        images.append(resize_images(pixels.view(1, *pixels.shape[:2], -1).permute(0, 3, 1, 2), image_size))
         labels.append(label)
     if not images:
         raise ValueError(f'no images in {spec}')
     if len({i.shape for i in images}) > 1:
-        raise ValueError(f'{spec}: its images differ in size ({images[0].shape[:2]} and others); resize them first')
-    images = torch.from_numpy(np.stack(images).reshape(len(images), *images[0].shape[:2], -1)).permute(0, 3, 1, 2)
-    return images.contiguous(), torch.tensor(labels) if isinstance(labels[0], int) else None
+        raise ValueError(f'{spec}: its images differ in size ({tuple(images[0].shape[2:])} and others); resize them first, where there is '
+                         'a key image_size by it')
+    return torch.cat(images), torch.tensor(labels) if isinstance(labels[0], int) else None
 
 
 def to_float(images):

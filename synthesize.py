@@ -8,14 +8,15 @@ reconstructs well.
     python synthesize.py config/synth_cifar10_sd15.py                  # the paper's CIFAR-10 setting, Stable Diffusion 1.5
     torchrun --nproc_per_node=8 synthesize.py config/synth_cifar10_sd15.py
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 synthesize.py ...
-    python synthesize.py config/synth_cifar10_sd15.py --class_names=cifar10 --alpha=0 --beta=0      # DM-KD
+    python synthesize.py config/synth_cifar10_sd15.py --eta=0 --lca=none    # DM-KD, with the same prompts (Table I)
+    python synthesize.py config/synth_mnist_deepinversion.py           # DeepInversion: no prior at all
     python synthesize.py config/synth_mnist_vae.py                     # for a VAE, the bundled one
 
 Then distil: python distill_classifier.py, or distill_vae.py --method=synthetic. A run that was stopped goes on where it was.
 
-Memory: Stable Diffusion 1.5 at batch_size 16 in half precision needs 1.8 GB for weights and, with decode_batch=1, 3.0 GB
-for the largest moment, the gradient through the decoder (the U-Net with guidance: 2.5 GB); 47 GB with all 16 decoded at
-once. Computed by adding up the tensors alive at every operation, not measured on a GPU.
+Memory: Stable Diffusion 1.5 at batch_size 16 in bfloat16 has 1.9 GB of weights, and at the largest moment of --edit=paper, the
+gradient through U-Net and decoder, 13.0 GB beside them with grad_batch=4 (6.8 with 2, 3.7 with 1); the U-Net alone, unguided,
+2.7 GB. Computed by adding up the tensors alive at every operation, not measured on a GPU.
 """
 import os
 import time
@@ -27,24 +28,34 @@ teacher_source = ''          # where a missing teacher is to be had, for the mes
 teacher_config = {}          # what a state dict does not say: image_size, mean, std (models.load_classifier)
 student = ''                 # a distilled student: from then on L_adv counts
 # prior
-prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original checkpoint, a diffusers folder or hub id
+prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original checkpoint, a diffusers folder or hub id; 'none'
+                             # is DeepInversion
 prior_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 guidance = 1.0               # scale s of classifier-free guidance, Eq. (3); 1 is none
 prompt = 'a realistic photo' # text priors: followed by a random subject and style
 class_names = ''             # text priors: 'cifar10', 'cifar100', 'domainnet10', 'faces' or a file of names, one per line,
                              # instead of the random subjects
-sampler = 'ddpm'             # 'ddpm' or 'ddim'
-steps = 25                   # denoising steps
+sampler = 'ddpm'             # 'ddpm' (ancestral), 'ddim', 'renoise' (Eq. (5) as printed)
+ddim_eta = 0.0               # noise of 'ddim'; 1 has the variance of 'ddpm'
+steps = 25                   # denoising steps; of DeepInversion, steps of Adam
 # guidance by the teacher
 alpha = 0.3                  # weight of L_bn, Eq. (6); of a VAE's KL of posterior and prior, in nats per pixel
 beta = 1.0                   # weight of L_cls, Eq. (7); of a VAE's mean squared error of the reconstruction
 gamma = 1.0                  # weight of L_adv, Eq. (8); without a student there is none
 tau = 4.0                    # temperature of Eq. (8)
-eta = 3.0                    # step size of Eq. (10), for the gradient of one image's loss
+edit = 'x0'                  # 'paper' is Eq. (10): z_t moves by eta grad_{z_t} L. 'x0': x_0 moves by eta b_t^2 grad_{x_0} L of
+                             # its own loss, less and less as the noise goes, and the denoiser needs no gradient; 'x_t': as
+                             # 'x0', with grad_{x_t}, through the denoiser
+eta = 3.0                    # its step size; 0 is unguided
 bn_loss = 'l2'               # 'l2' (distance of means and of variances), 'kl' (of the Gaussians, as Eq. (6) names it)
-grad_through_prior = False   # the gradient of Eq. (10) goes through the denoiser too
-lca = 'cutmix'               # latent augmentation, Eq. (11): 'cutmix', 'mixup' or 'none'
+lca = 'cutmix'               # latent augmentation, Eq. (11): 'cutmix', 'mixup', 'traditional' (flips and shifts) or 'none'
 lca_every = 8                # steps between two of them, and after the last
+# DeepInversion (Yin et al. 2020), prior = 'none': pixels, optimised by Adam
+lr = 0.1                     # its step size
+tv = 0.0                     # weight of the total variation: mean squared difference of neighbours, both ways
+l2 = 0.0                     # weight of the mean square of the pixels, which are in [-1, 1]
+jitter = 2                   # the teacher sees them shifted by up to so many pixels
+flip = False                 # ... and flipped half of the time
 # what is kept
 num_images = 6000            # over all ranks
 keep = 4                     # images kept of each walk: its predicted x_0 at the last so many steps ...
@@ -53,15 +64,16 @@ image_size = 0               # side of the kept images; 0 is what the teacher ta
 # system
 out_dir = 'out/synth'
 batch_size = 100             # walks at once, per rank; they share the BatchNorm statistics and the CutMix
-decode_batch = 1             # latents decoded at once where the gradient is wanted
+grad_batch = 100             # walks at once in the decoder, and in the denoiser where the gradient goes through it
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -95,38 +107,45 @@ NAMES = {
 # ---- check everything before any work starts ----
 for wrong, message in [
         (bn_loss not in ('l2', 'kl'), f"bn_loss={bn_loss!r}: 'l2' or 'kl'"),
-        (lca not in ('cutmix', 'mixup', 'none'), f"lca={lca!r}: 'cutmix', 'mixup' or 'none'"),
-        (sampler not in ('ddpm', 'ddim'), f"sampler={sampler!r}: 'ddpm' or 'ddim'"),
-        (min(num_images, keep, keep_every, lca_every, batch_size, decode_batch, steps) < 1,
-         'num_images, steps, keep, keep_every, lca_every, batch_size and decode_batch: at least 1'),
+        (edit not in ('paper', 'x0', 'x_t'), f"edit={edit!r}: 'paper', 'x0' or 'x_t'"),
+        (lca not in ('cutmix', 'mixup', 'traditional', 'none'), f"lca={lca!r}: 'cutmix', 'mixup', 'traditional' or 'none'"),
+        (sampler not in ('ddpm', 'ddim', 'renoise'), f"sampler={sampler!r}: 'ddpm', 'ddim' or 'renoise'"),
+        (min(num_images, keep, keep_every, lca_every, batch_size, grad_batch, steps) < 1,
+         'num_images, steps, keep, keep_every, lca_every, batch_size and grad_batch: at least 1'),
         ((keep - 1) * keep_every >= steps, f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'),
-        (min(alpha, beta, gamma, eta, image_size) < 0 or tau <= 0, 'alpha, beta, gamma, eta and image_size: 0 or more; tau: above 0'),
-        (lca != 'none' and batch_size < 2, "batch_size=1: latent augmentation mixes two walks; 2 or more, or --lca=none")]:
+        (min(alpha, beta, gamma, eta, ddim_eta, tv, l2, jitter, image_size) < 0 or min(tau, lr) <= 0,
+         'alpha, beta, gamma, eta, ddim_eta, tv, l2, jitter and image_size: 0 or more; tau and lr: above 0'),
+        (prior == 'none' and (class_names != '' or guidance != 1), 'class_names and guidance are for a prior, --prior=none has none'),
+        (prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
+         f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none')]:
     if wrong:
         M.die(message)
 device, autocast, rank, world = M.start(device, dtype, seed)
 
 
-def resize(images):
-    """Images of the prior as they are kept."""
-    if image_size in (0, images.shape[-1]):
+def as_kept(images):
+    """Images of the prior as they are kept: in [-1, 1], with the teacher's channels, image_size a side."""
+    images = images.clamp(-1, 1)
+    if images.shape[1] != channels:
+        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if images.shape[-1] == image_size:
         return images
     return F.interpolate(images, size=(image_size, image_size), mode='bilinear', antialias=True, align_corners=False)
 
 
 def as_input(images):
-    """Images of the prior, (B, C, H, W) in [-1, 1], as the teacher wants them: its channels, size and normalisation."""
-    if images.shape[1] != channels:
-        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    return (resize(images).clamp(-1, 1) + 1) / 2 if vae else M.preprocess(net_T, images)
+    """Images of the prior as the teacher wants them."""
+    return (as_kept(images) + 1) / 2 if vae else M.preprocess(net_T, as_kept(images))
 
 
 try:
     vae = teacher.startswith('vae:')
-    net_T = (M.load_vae(teacher[4:]) if vae else M.load_classifier(teacher, **teacher_config)).to(device)
-    net_S = M.load_classifier(student, **teacher_config).to(device) if student else None
+    net_T = M.load_vae(teacher[4:]) if vae else M.load_classifier(teacher, **teacher_config)
+    net_S = M.load_classifier(student, **teacher_config) if student else None
     if vae and student:
         raise ValueError(f'student={student} is for classifiers, there is no L_adv of a VAE')
+    digests = {'teacher_digest': M.digest(net_T), 'student_digest': M.digest(net_S) if student else ''}
+    net_T, net_S = net_T.to(device), net_S.to(device) if student else None
     num_classes, channels = net_T.config.get('num_classes', 1), net_T.config.get('in_channels', 3)
     image_size = image_size or net_T.config.get('image_size', 0)
     norms = [] if vae else [m for m in net_T.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -136,9 +155,14 @@ try:
         raise ValueError(f'{teacher} has no BatchNorm, so alpha={alpha} has nothing to compare: --alpha=0')
     if student and net_S.config['num_classes'] != num_classes:
         raise ValueError(f"{student} has {net_S.config['num_classes']} classes, the teacher {num_classes}")
-    net, diffusion = M.load_denoiser(prior, **prior_config)
-    net = net.to(device, memory_format=M.memory_format(device))
-    text = getattr(net, 'condition', '') == 'text'
+    net, diffusion, text, times = None, None, False, list(range(steps))[::-1]
+    if prior != 'none':
+        net, diffusion = M.load_denoiser(prior, M.pick_dtype(device, dtype), **prior_config)
+        net = net.to(device, memory_format=M.memory_format(device))
+        text = getattr(net, 'condition', '') == 'text'
+        times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
+        if guidance != 1 and not (text or net.num_classes):
+            raise ValueError(f'guidance={guidance}: {prior} has no condition to be guided to')
     if class_names and not text:
         raise ValueError(f'class_names={class_names}: {prior} takes no text')
     if text:
@@ -150,22 +174,21 @@ try:
             raise ValueError(f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes')
         subjects = [f"a {n.replace('_', ' ')}" for n in names] or SUBJECTS
         net.set_prompts([f'{prompt} of {subject}, {style}' for subject in subjects for style in STYLES])
-    if guidance != 1 and not net.num_classes:
-        raise ValueError(f'guidance={guidance}: {prior} has no condition to be guided to')
-    times = M.sampling_steps(diffusion.T, steps, 'even' if sampler == 'ddpm' else 'trailing')
-    shape = batch_size, net.config['in_channels'], net.config['image_size'], net.config['image_size']
+    side = net.config['image_size'] if net else image_size or 32
+    shape = batch_size, net.config['in_channels'] if net else channels, side, side
 
     with torch.no_grad():
         try:
-            x = as_input(M.decode(net, torch.zeros(1, *shape[1:], device=device)))
+            x = M.decode(net, torch.zeros(1, *shape[1:], device=device))
+            image_size = image_size or x.shape[-1]
+            x = as_input(x)
             net_T.encode(x) if vae else net_T(x)
         except RuntimeError as e:
             raise ValueError(f"{teacher} cannot take the images of {prior} at its image_size={net_T.config['image_size']} "
                              f'(teacher_config has an image_size): {M.first_line(e)}') from None
-    image_size = image_size or x.shape[-1]
     shards = -(-num_images // (batch_size * keep))
-    settings = json.dumps({k: v for k, v in config.items() if k not in ('num_images', 'out_dir', 'device', 'decode_batch')}
-                          | {'world': world}, sort_keys=True)
+    settings = json.dumps({k: v for k, v in config.items() if k not in ('num_images', 'out_dir', 'device', 'grad_batch')}
+                          | digests | {'world': world}, sort_keys=True)
     todo = []
     for shard in range(rank, shards, world):
         path = os.path.join(out_dir, f'images_{rank:04d}_{shard // world:05d}.npz')
@@ -184,7 +207,7 @@ for m in norms:
 
 def bn_distance():
     """L_bn, Eq. (6): how far the batch's statistics are from those of the teacher's training, summed over layers."""
-    total = 0.
+    total = torch.zeros((), device=device)
     for m, x in seen.items():
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         if bn_loss == 'l2':
@@ -193,109 +216,159 @@ def bn_distance():
             ratio = (var + m.eps) / (m.running_var + m.eps)
             total += 0.5 * (ratio + (mean - m.running_mean) ** 2 / (m.running_var + m.eps) - 1 - ratio.log()).sum()
     seen.clear()
-    return torch.as_tensor(total)
+    return total
 
 
 def inversion_losses(images, y):
-    """L_bn, L_cls and L_adv, Eqs. (6)-(8), of a batch of images in [-1, 1] that are to have the labels y; of a VAE the KL of
-    its posterior and the error of its reconstruction."""
+    """L_inv, Eq. (9), of a batch of images that are to have the labels y, and a dict of its terms: L_bn, L_cls and L_adv, Eqs.
+    (6)-(8); of a VAE the KL of its posterior and the error of its reconstruction."""
     x = as_input(images)
     if vae:
         seen = net_T.encode(x)
         out, q, p = net_T.decode([torch.zeros_like(mean) for mean, _ in seen], seen)
         kl = sum(M.gaussian_kl(a, b).mean() for a, b in zip(q, p)) / x[0].numel() if alpha else torch.zeros((), device=device)
-        return {'kl': kl, 'mse': F.mse_loss(out[:, :channels], x)}
-    logits = net_T(x)
-    adv = torch.zeros((), device=device)
-    if net_S:
-        logits_S = net_S(x)
-        kl = F.kl_div(F.log_softmax(logits_S / tau, 1), F.log_softmax(logits / tau, 1), log_target=True, reduction='none').sum(1)
-        adv = -(kl * (logits.argmax(1) == logits_S.argmax(1))).mean()          # only where the two still agree
-    return {'bn': bn_distance(), 'cls': F.cross_entropy(logits, y), 'adv': adv}
-
-
-def decode_slices(x0):
-    """decode, a few latents at a time; their activations are made again for the gradient instead of being kept."""
-    if not M.has_vae(net):
-        return x0
-    return torch.cat([checkpoint(M.decode, net, z, use_reentrant=False) for z in x0.split(decode_batch)])
-
-
-def augment(x_t, out, g):
-    """Latent CutMix, Eq. (11): a box of every walk, at most half as high and wide, comes from another walk.
-
-    The network's output is mixed like x_t, so that the step that follows needs no further evaluation.
-    """
-    B, _, H, W = x_t.shape
-    other = torch.randperm(B, generator=g)
-    if lca == 'mixup':
-        mask = torch.rand(B, 1, 1, 1, generator=g) / 2
+        terms = {'kl': kl, 'mse': F.mse_loss(out[:, :channels], x)}
     else:
-        size, corner = torch.rand(2, B, 2, generator=g)
-        low = corner * (1 - size / 2)                                          # inside the image
-        high = low + size / 2
-        rows, cols = (torch.arange(n) / n for n in (H, W))
-        mask = (((rows >= low[:, :1]) & (rows < high[:, :1]))[:, None, :, None]
-                & ((cols >= low[:, 1:]) & (cols < high[:, 1:]))[:, None, None, :]).float()
-    mask = mask.to(device)
+        logits = net_T(x)
+        terms = {'bn': bn_distance(), 'cls': F.cross_entropy(logits, y)}
+        if net_S:
+            terms['adv'] = -F.kl_div(F.log_softmax(net_S(x) / tau, 1), F.log_softmax(logits / tau, 1), log_target=True,
+                                     reduction='batchmean')
+    loss = sum(weight * term for weight, term in zip((alpha, beta, gamma), terms.values()))
+    return loss, {'loss': loss.detach()} | {k: v.detach() for k, v in terms.items()}
+
+
+def in_slices(fn, *rows):
+    """fn of a few walks at a time; where a gradient is wanted, what it needs is made again instead of being kept."""
+    if grad_batch >= batch_size:
+        return fn(*rows)
+    run = partial(checkpoint, fn, use_reentrant=False) if torch.is_grad_enabled() else fn
+    return torch.cat([run(*part) for part in zip(*(r.split(grad_batch) for r in rows))])
+
+
+def denoise(x_t, t, y=None):
+    return M.guided(net, x_t, t, y, guidance).float()                          # Eqs. (2), (3)
+
+
+def decode(x0):
+    return as_kept(M.decode(net, x0))
+
+
+def augment(x_t, out, other, r):
+    """Latent augmentation, Eq. (11), with four random numbers r (4, B, 1) a walk. CutMix: a box of every walk, at most half as
+    high and wide, comes from another walk.
+
+    The network's output is treated like x_t, so that the step that follows needs no further evaluation.
+    """
+    H, W = x_t.shape[2:]
+    if lca == 'traditional':                                                   # up to an eighth of the side each way; mirrored or not
+        rows, cols = ((torch.arange(n, device=device) + ((2 * u - 1) * n / 8).round().long()).clamp(0, n - 1)
+                      for n, u in zip((H, W), r))
+        cols = torch.where(r[2] < 0.5, cols.flip(1), cols)
+        place = torch.arange(batch_size, device=device)[:, None, None], slice(None), rows[:, :, None], cols[:, None]
+        return tuple(v[place].permute(0, 3, 1, 2) for v in (x_t, out))
+    if lca == 'mixup':
+        mask = r[0].view(-1, 1, 1, 1) / 2
+    else:
+        low = r[2:] * (1 - r[:2] / 2)                                          # corners and sizes: inside the image
+        rows, cols = ((at >= a) & (at < a + size / 2) for at, a, size in
+                      zip([torch.arange(n, device=device) / n for n in (H, W)], low, r))
+        mask = (rows[:, None, :, None] & cols[:, None, None, :]).float()
     return torch.lerp(x_t, x_t[other], mask), torch.lerp(out, out[other], mask)
 
 
-def synthesize(shard, log):
-    """One shard: batch_size walks from noise, (images uint8, labels, the t of each)."""
-    g = torch.Generator().manual_seed(seed * 1_000_000 + shard)                # on the CPU: the same on every device
-    x_t = torch.randn(shape, generator=g).to(device)
-    y = ((shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes).to(device)
-    cond = None
+def labels(shard, g):
+    return (shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes
+
+
+def is_kept(i):
+    return (steps - 1 - i) % keep_every == 0 and (steps - 1 - i) // keep_every < keep
+
+
+def synthesize(shard):
+    """One shard: batch_size walks from noise. The kept images in [-1, 1], the labels, the losses at some t (t, dict)."""
+    # all draws are made on the CPU, so that they are the same on every device, and sent there at once
+    g = torch.Generator().manual_seed(seed * 1_000_000 + shard)
+    x_t, noise = torch.randn(shape, generator=g).to(device), torch.randn(steps, *shape, generator=g).to(device)
+    others = torch.stack([torch.randperm(batch_size, generator=g) for _ in times]).to(device)
+    boxes = torch.rand(steps, 4, batch_size, 1, generator=g).to(device)
+    y, cond = labels(shard, g), []
     if text and class_names:
-        cond = y * len(STYLES) + torch.randint(len(STYLES), (batch_size,), generator=g).to(device)
+        cond = [y * len(STYLES) + torch.randint(len(STYLES), (batch_size,), generator=g)]
     elif net.num_classes:                                                      # the prior's own classes, or any prompt
-        cond = y if net.num_classes == num_classes else torch.randint(net.num_classes, (batch_size,), generator=g).to(device)
+        cond = [y if net.num_classes == num_classes else torch.randint(net.num_classes, (batch_size,), generator=g)]
+    y, cond = y.to(device), [c.to(device) for c in cond]
     guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
-    kept = []
+    kept, rows = [], []
     for i, (t, s) in enumerate(zip(times, [*times[1:], -1])):
         tt = torch.full((batch_size,), t, device=device)
-        x_t.requires_grad_(guiding and grad_through_prior)
+        x_t.requires_grad_(guiding and edit != 'x0')
         with torch.set_grad_enabled(x_t.requires_grad), autocast:
-            out = M.guided(net, x_t, tt, cond, guidance)                       # Eqs. (2), (3)
-        x0 = diffusion.predict_x0(out, x_t, tt)                                # Eq. (4)
+            out = in_slices(denoise, x_t, tt, *cond) if x_t.requires_grad else denoise(x_t, tt, *cond)
+        x0 = diffusion.predict_x0(out, x_t, t)                                 # Eq. (4)
 
-        # Eqs. (6)-(9). The gradient goes through the classifier and the decoder down to x_0; with grad_through_prior
-        # it goes on through the denoiser down to x_t.
-        point = x_t if x_t.requires_grad else x0.requires_grad_(guiding)
-        with torch.set_grad_enabled(guiding):
-            with autocast:
-                images = decode_slices(x0)
-            terms = inversion_losses(images, y)
-            loss = sum(weight * term for weight, term in zip((alpha, beta, gamma), terms.values()))
-        x_t, x0, out = x_t.detach(), x0.detach(), out.detach().float()
         if guiding:
-            grad, = torch.autograd.grad(batch_size * loss, point)              # of each image, whatever the batch size
-            # Eq. (10). As in classifier guidance the step shrinks with the noise, so that the prior repairs what it breaks;
-            # a move of x_0, and a_t times that of x_t, leave the predicted eps what it was
-            a_t, b_t = diffusion.ab(tt, x_t)
-            move = (eta * b_t ** 2).to(x_t) * grad
-            x0, x_t = x0 - move, x_t - a_t.to(x_t) * move
+            point = x0.requires_grad_() if edit == 'x0' else x_t
+            with autocast:
+                images = in_slices(decode, x0)
+            loss, terms = inversion_losses(images, y)                          # Eqs. (6)-(9)
+            rows.append((t, terms))
+            grad, = torch.autograd.grad(loss, point)
+            a_t, b_t = (v.to(x_t) for v in diffusion.ab(t, x_t))
+            x_t, out = x_t.detach(), out.detach()
+            if edit == 'paper':
+                # the network is asked once, so Eq. (4) gives the x_0 of the new z_t with the eps of the old one
+                x0 = diffusion.predict_x0(out, x_t, t, clip=False) - eta / a_t * grad
+                x_t = x_t - eta * grad                                         # Eq. (10)
+            else:
+                # as in classifier guidance the step shrinks with the noise, so that the prior repairs what it breaks; a move
+                # of x_0, and a_t times that of x_t, leave the predicted eps what it was
+                move = eta * b_t ** 2 * batch_size * grad                      # batch_size: of each image's own loss
+                x0, x_t = x0.detach() - move, x_t - a_t * move
             x0 = x0.clamp(-1, 1) if diffusion.clip else x0
-            out = torch.cat([diffusion.target(x0, x_t, tt, diffusion.prediction), out[:, shape[1]:]], dim=1)
+            out = torch.cat([diffusion.target(x0, x_t, t, diffusion.prediction), out[:, shape[1]:]], dim=1)
 
-        to_end = steps - 1 - i
-        if to_end % keep_every == 0 and to_end // keep_every < keep:
-            with torch.no_grad(), autocast:
-                kept.append(torch.cat([resize(M.decode(net, z)) for z in x0.split(decode_batch)]))
-        if lca != 'none' and (i + 1) % lca_every == 0 and to_end >= lca_every:  # time for repair is left
-            x_t, out = augment(x_t, out, g)                                    # Eq. (11)
+        if is_kept(i):
+            with torch.no_grad():
+                with autocast:
+                    kept.append(in_slices(decode, x0))
+                if not guiding:
+                    rows.append((t, inversion_losses(kept[-1], y)[1]))
+        if lca != 'none' and (i + 1) % lca_every == 0 and steps - 1 - i >= lca_every:   # time for repair is left
+            x_t, out = augment(x_t, out, others[i], boxes[i])                  # Eq. (11)
         if sampler == 'ddpm':
-            x_t = diffusion.ddpm_step(out, x_t, tt, s, torch.randn(shape, generator=g).to(device))
+            x_t = diffusion.ddpm_step(out, x_t, t, s, noise[i])                # where Eq. (5) stands: ancestral sampling
+        elif sampler == 'ddim':
+            x_t = diffusion.ddim_step(out, x_t, t, s, ddim_eta, noise[i])
         else:
-            x_t = diffusion.ddim_step(out, x_t, tt, s)                         # Eq. (5)
-        log(step=shard * steps + i + 1, t=t, loss=loss.item(), **{k: v.item() for k, v in terms.items()})
-    return kept, y
+            x_t = diffusion.q_sample(diffusion.predict_x0(out, x_t, t), s, noise[i])   # Eq. (5)
+    return kept, y, rows
+
+
+def deep_inversion(shard):
+    """The same without a prior: pixels that start as noise (Yin et al. 2020)."""
+    g = torch.Generator().manual_seed(seed * 1_000_000 + shard)
+    x, y = torch.randn(shape, generator=g).clamp(-1, 1).to(device).requires_grad_(), labels(shard, g).to(device)
+    opt = torch.optim.Adam([x], lr)
+    kept, rows = [], []
+    for i, t in enumerate(times):
+        shift = torch.randint(-jitter, jitter + 1, (2,), generator=g).tolist()
+        mirrored = x.flip(3) if flip and torch.rand((), generator=g) < 0.5 else x
+        loss, terms = inversion_losses(torch.roll(mirrored, shift, (2, 3)), y)
+        rows.append((t, terms))
+        x.grad, = torch.autograd.grad(loss + tv * (x.diff(dim=2).square().mean() + x.diff(dim=3).square().mean())
+                                      + l2 * x.square().mean(), x)
+        opt.step()
+        with torch.no_grad():
+            x.clamp_(-1, 1)
+        if is_kept(i):
+            kept.append(x.detach().clone())
+    return kept, y, rows
 
 
 # ---- the loop ----
 os.makedirs(out_dir, exist_ok=True)
-log = M.Log(os.path.join(out_dir, 'log.csv'), todo[0][0] * steps if todo else shards * steps) if rank == 0 else lambda **row: None
+log = M.Log(os.path.join(out_dir, 'log.csv'), todo[0][0] * steps if todo else shards * steps) if rank == 0 else None
 if rank == 0:
     print(f'teacher {teacher}, prior {prior}; {shards * batch_size * keep:,} images of {image_size}x{image_size} from '
           f'{shards * batch_size:,} walks of {steps} steps, in {shards} shards on {world} x {device.type}'
@@ -303,19 +376,23 @@ if rank == 0:
 t0 = time.time()
 try:
     for shard, path in tqdm(todo, disable=rank > 0, unit='shard'):
-        images, y = synthesize(shard, log)
-        arrays = {'arr_0': torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu().numpy(),
-                  'settings': np.array(settings)}
+        images, y, rows = (synthesize if net else deep_inversion)(shard)
+        images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()      # from here on the host has waited
+        values, y = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist(), y.cpu()
+        for (t, terms), v in zip(rows, values if log else []):
+            log(step=shard * steps + times.index(t) + 1, t=t, **dict(zip(terms, v)))
+        arrays = {'arr_0': images.numpy(), 'settings': np.array(settings)}
         if not vae:
-            arrays['arr_1'] = y.repeat(len(images)).cpu().numpy()
+            arrays['arr_1'] = y.repeat(keep).numpy()
         arrays['t'] = np.repeat(times[-1 - (keep - 1) * keep_every::keep_every], batch_size)
         M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
         if shard == 0:
             count = torch.bincount(y)
-            rows = count.nonzero()[:20, 0]
-            columns = min(10, count[rows].min().item())
+            classes = count.nonzero()[:20, 0]
+            columns = min(10, count[classes].min().item())
+            last = M.to_float(images[-batch_size:].permute(0, 3, 1, 2))
             M.save_grid(os.path.join(out_dir, 'preview.png'),
-                        torch.cat([images[-1][y == c][:100 if vae else columns] for c in rows]), columns)
+                        torch.cat([last[y == c][:100 if vae else columns] for c in classes]), columns)
 except KeyboardInterrupt:
     print(f'\nstopped; the same command goes on from the last whole shard in {out_dir}')
     sys.exit(130)

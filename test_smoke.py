@@ -340,6 +340,32 @@ def test_images_of_every_kind(tmp_path):
     for i in range(2):
         np.savez(tmp_path / 'shards' / f'images_0000_{i:05d}.npz', arr_0=pixels[i::2])
     assert M.load_images(str(tmp_path / 'shards'))[0].shape == (6, 3, 8, 8)
+    chosen, labels = M.load_images(f'{tmp_path}/a.npz:2-4')                    # classes keep their numbers
+    assert torch.equal(chosen, images[2:5]) and labels.tolist() == [2, 3, 4]
+    assert M.load_images(f'{tmp_path}/classes:1-1')[1].tolist() == [1] * 3
+    with pytest.raises(ValueError, match='no labels'):
+        M.load_images(f'{tmp_path}/shards:0-1')
+
+
+def test_images_of_any_size(tmp_path):
+    """DomainNet's lists of files, and Tiny-ImageNet's val, whose classes are numbered as the folders of train."""
+    from PIL import Image
+    os.makedirs(tmp_path / 'clipart/arm')
+    for i, (w, h) in enumerate(((20, 12), (12, 30), (9, 9))):
+        picture = np.zeros((h, w, 3), np.uint8)
+        picture[(h - min(w, h)) // 2:, (w - min(w, h)) // 2:][:min(w, h), :min(w, h)] = 200     # the square in the middle is what is kept
+        Image.fromarray(picture).save(tmp_path / f'clipart/arm/{i}.png')
+    (tmp_path / 'clipart_train.txt').write_text(''.join(f'clipart/arm/{i}.png {9 + i}\n' for i in range(3)))
+    images, labels = M.load_images(f'{tmp_path}/clipart_train.txt:0-10', image_size=8)
+    assert images.shape == (2, 3, 8, 8) and (images == 200).all() and labels.tolist() == [9, 10]
+    with pytest.raises(ValueError, match='differ in size'):
+        M.load_images(f'{tmp_path}/clipart_train.txt')
+    os.makedirs(tmp_path / 'val/images')
+    for i in range(3):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f'val/images/val_{i}.png')
+    (tmp_path / 'val/val_annotations.txt').write_text(''.join(f'val_{i}.png\tn{9 - i // 2}\t0\t0\t7\t7\n' for i in range(3)))
+    images, labels = M.load_images(f'{tmp_path}/val')
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2] and labels.tolist() == [1, 1, 0]
 
 
 # ---- the scripts, as a user starts them ----
@@ -603,8 +629,8 @@ TEACHERS = [('ddpm', 'unet'), ('ldm', 'unet'), ('dit', 'transformer'), ('sd', 'u
 @pytest.fixture(scope='session')
 def pipelines(tmp_path_factory):
     """Every kind of diffusers pipeline, tiny and random, saved as its users save theirs."""
-    from diffusers import (AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMPipeline, DiTPipeline, DiTTransformer2DModel,
-                           FlowMatchEulerDiscreteScheduler, LDMPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline,
+    from diffusers import (AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel,
+                           FlowMatchEulerDiscreteScheduler, IFPipeline, LDMPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline,
                            StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel)
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
     folder = tmp_path_factory.mktemp('pipelines')
@@ -629,6 +655,10 @@ def pipelines(tmp_path_factory):
                  down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2)
     conditional = UNet2DConditionModel(**unet, cross_attention_dim=16, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
                                        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))
+    cascade = UNet2DConditionModel(**{**unet, 'sample_size': 16, 'in_channels': 3, 'out_channels': 6}, cross_attention_dim=16,
+                                   encoder_hid_dim=32, encoder_hid_dim_type='text_proj', addition_embed_type='text',
+                                   addition_embed_type_num_heads=2, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+                                   up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'))
     dit = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
                                 sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_elementwise_affine=False)
     sd3 = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
@@ -641,6 +671,8 @@ def pipelines(tmp_path_factory):
     scheduler = DDIMScheduler(clip_sample=False, beta_schedule='scaled_linear')
     StableDiffusion3Pipeline(sd3, FlowMatchEulerDiscreteScheduler(shift=3.0), shifted, CLIPTextModelWithProjection(clip), tokenizer,
                              CLIPTextModelWithProjection(clip), tokenizer, T5EncoderModel(t5), tokenizer).save_pretrained(folder / 'sd3')
+    IFPipeline(tokenizer, T5EncoderModel(t5), cascade, DDPMScheduler(beta_schedule='squaredcos_cap_v2', variance_type='learned_range',
+               thresholding=True), None, None, None, requires_safety_checker=False).save_pretrained(folder / 'if')
     DDPMPipeline(pixels, DDIMScheduler(beta_schedule='squaredcos_cap_v2')).save_pretrained(folder / 'ddpm')
     LDMPipeline(vq, latents, scheduler).save_pretrained(folder / 'ldm')
     DiTPipeline(dit, kl, scheduler).save_pretrained(folder / 'dit')
@@ -656,8 +688,10 @@ def pipelines(tmp_path_factory):
 
 
 PRIORS = [['--prior=ddpm'], ['--prior=ldm', '--sampler=ddim'], ['--prior=dit', '--guidance=2.0', '--lca=mixup'],
-          ['--prior=sd', '--guidance=3.0', '--sampler=ddim', '--decode_batch=3'],
-          ['--prior=sd', '--guidance=3.0', '--class_names=names.txt', '--alpha=0', '--beta=0'], ['--prior=ldm', '--grad_through_prior=True']]
+          ['--prior=sd', '--guidance=3.0', '--sampler=ddim', '--grad_batch=3'],
+          ['--prior=sd', '--guidance=3.0', '--class_names=names.txt', '--alpha=0', '--beta=0'], ['--prior=ldm', '--edit=paper', '--grad_batch=3', '--sampler=renoise'],
+          ['--prior=if', '--edit=x_t', '--guidance=2.0', '--lca=traditional', '--sampler=ddim', '--ddim_eta=0.5'],
+          ['--prior=none', '--flip=True', '--tv=0.1', '--l2=0.1']]
 
 
 def test_every_kind_of_prior(pipelines, tmp_path):
@@ -666,10 +700,38 @@ def test_every_kind_of_prior(pipelines, tmp_path):
         assert 'distill_classifier.py' in out
         images, labels = M.load_images(str(tmp_path / str(i)))
         assert images.shape == (32, 3, 16, 16) and torch.bincount(labels).tolist() == [8] * 4
-        assert np.isfinite(losses(tmp_path / str(i))).all() and len(losses(tmp_path / str(i))) == 8
+        rows = 4 if '--beta=0' in PRIORS[i] else 8                             # unguided: where images are kept
+        assert np.isfinite(losses(tmp_path / str(i))).all() and len(losses(tmp_path / str(i))) == rows
     at_once(one, range(len(PRIORS)))
     err = run(*SYNTH, '--prior=sd', '--class_names=cifar10', '--teacher=classifier.safetensors', cwd=pipelines, ok=False)
     assert '10 names' in err and '4 classes' in err
+
+
+SYNTH_CONFIGS = ['cifar10_sd15', 'cifar100_sd15', 'tinyimagenet_sd15', 'domainnet_sd15', 'cifar10_dit', 'cifar10_if', 'cifar10_vae_sd15',
+                 'celebahq_vae_sd15']
+
+
+def test_the_configs_of_the_paper_run(pipelines, tmp_path):
+    """Every command of a config, with tiny models of the same classes, smaller batches and two shards of them."""
+    def one(name):
+        teacher, n = ('vae:sd', 4) if 'vae' in name else ('classifier.safetensors', 16)
+        prior = {'dit': 'dit', 'if': 'if'}.get(name.split('_')[1], 'sd')
+        out = run('synthesize.py', os.path.join(ROOT, f'config/synth_{name}.py'), f'--prior={prior}', f'--teacher={teacher}', '--steps=7',
+                  '--batch_size=2', f'--num_images={n}', f'--out_dir={tmp_path}/{name}', cwd=pipelines)
+        assert 'in 2 shards' in out and len(M.load_images(f'{tmp_path}/{name}')[0]) == n
+    at_once(one, SYNTH_CONFIGS)
+
+
+def test_deepfloyd_if_sees_its_texts(pipelines):
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(pipelines / 'if')
+    net, diffusion = M.load_denoiser(str(pipelines / 'if'))
+    net.set_prompts(['a dog', 'a cat'])
+    x, t = wave(2, 3, 16, 16), torch.tensor([500, 20])
+    with torch.no_grad():
+        theirs = pipe.unet(x, t, pipe.encode_prompt(['a cat', ''], do_classifier_free_guidance=False)[0]).sample
+        assert torch.allclose(net(x, t, torch.tensor([1, -1])), theirs, atol=1e-5)
+    assert diffusion.learn_sigma and diffusion.clip and net.config['image_size'] == 16
 
 
 @pytest.mark.parametrize('name', ['ddpm', 'ldm', 'dit', 'sd', 'sd3'])
@@ -839,7 +901,7 @@ def test_distilled_classifier(tiny, tmp_path):
     run('distill_classifier.py', '--method=data', '--data=images.npz', '--student=resnet8', '--width=8', '--holdout=0', '--epochs=10',
         '--batch_size=16', f'--out_dir={tmp_path}/teacher', cwd=tiny)
     args = ['distill_classifier.py', '--data=images.npz', f'--teacher={tmp_path}/teacher/student.safetensors', '--width=4', '--holdout=16',
-            '--epochs=10', '--batch_size=16', f'--out_dir={tmp_path}/student']
+            '--epochs=20', '--batch_size=16', f'--out_dir={tmp_path}/student']
     out = run(*args, '--test=images.npz', cwd=tiny, ranks=2)
     assert 'teacher: test accuracy' in out
     log = np.genfromtxt(tmp_path / 'student/log.csv', delimiter=',', names=True)
@@ -850,14 +912,109 @@ def test_distilled_classifier(tiny, tmp_path):
     assert (np.genfromtxt(tmp_path / 'adv/log.csv', delimiter=',', names=True)['adv'] <= 0).all()
 
 
-def test_activation_regions_are_grad_cam():
-    """With one linear layer on the last map's mean, Grad-CAM is the class activation map: the layer's weights on the map."""
-    net = fill(M.classifier('resnet8', width=4))
-    logits, maps = net.forward_features(wave(2, 3, 32, 32))
-    c = logits.argmax(1)
-    grads = torch.autograd.grad(logits.gather(1, c[:, None]).sum(), maps)
-    cam = (grads[-1].mean((2, 3), keepdim=True) * maps[-1]).sum(1) * maps[-1][0, 0].numel()
-    assert torch.allclose(cam, torch.einsum('bc,bchw->bhw', net.fc.weight[c], maps[-1]), atol=1e-5)
+def test_the_step_of_the_paper(tiny, tmp_path):
+    """Eqs. (4)-(10) by hand: every loss that the script logs over three steps, and the images it keeps."""
+    torch.manual_seed(0)
+    kw = dict(image_size=16, in_channels=1, out_channels=1, model_channels=16, num_res_blocks=1, channel_mult=(1, 2), num_head_channels=16)
+    net, F = M.UNet(**kw, attention_resolutions=(4,)).eval(), torch.nn.functional
+    torch.nn.init.normal_(net.out[2].weight, std=0.02)
+    M.save_model(net, f'{tmp_path}/prior.safetensors', M.Diffusion('linear', 100, 'eps', learn_sigma=False, clip=False))
+    M.save_model(M.classifier('resnet8', 4, image_size=16, in_channels=1, width=4), f'{tmp_path}/student.safetensors')
+    run('synthesize.py', f'--prior={tmp_path}/prior.safetensors', '--teacher=classifier.safetensors', f'--student={tmp_path}/student.safetensors',
+        '--edit=paper', '--eta=4.0', '--alpha=0.1', '--beta=1.0', '--gamma=0.5', '--tau=2.0', '--sampler=renoise', '--lca=none', '--steps=3',
+        '--keep=3', '--keep_every=1', '--batch_size=8', '--grad_batch=3', '--num_images=24', '--dtype=float32', f'--out_dir={tmp_path}/o', cwd=tiny)
+    log = np.genfromtxt(tmp_path / 'o/log.csv', delimiter=',', names=True)
+    images, labels = M.load_images(f'{tmp_path}/o')
+
+    f_t, f_s = M.load_classifier(str(tiny / 'classifier.safetensors')), M.load_classifier(f'{tmp_path}/student.safetensors')
+    g = torch.Generator().manual_seed(0)
+    z, noise = torch.randn(8, 1, 16, 16, generator=g), torch.randn(3, 8, 1, 16, 16, generator=g)
+    [torch.randperm(8, generator=g) for _ in range(3)], torch.rand(3, 4, 8, 1, generator=g)
+    y, alpha_bar = torch.randperm(8, generator=g) % 4, torch.cumprod(1 - torch.linspace(0.001, 0.2, 100, dtype=torch.float64), 0).float()
+    assert torch.equal(labels, y.repeat(3))
+    seen = []
+    for m in f_t.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.register_forward_pre_hook(lambda m, args: seen.append((args[0].mean((0, 2, 3)) - m.running_mean).norm()
+                                                                    + (args[0].var((0, 2, 3), correction=0) - m.running_var).norm()))
+    for i, (t, s) in enumerate(((99, 50), (50, 0), (0, None))):
+        z, a, b = z.detach().requires_grad_(), alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
+        eps = net(z, torch.full((8,), t))
+        x = ((z - b * eps) / a).clamp(-1, 1) / 2                               # Eq. (4); mean 0.5, deviation 0.5 of [0, 1]: [-1, 1]
+        seen.clear()
+        p_t, p_s = f_t(2 * x), f_s(2 * x)
+        L_bn, L_cls = sum(seen), -p_t.log_softmax(1)[range(8), y].mean()       # Eqs. (6), (7)
+        L_adv = -((p_t / 2).softmax(1) * ((p_t / 2).log_softmax(1) - (p_s / 2).log_softmax(1))).sum(1).mean()   # Eq. (8)
+        L = 0.1 * L_bn + L_cls + 0.5 * L_adv                                   # Eq. (9)
+        for name, value in (('bn', L_bn), ('cls', L_cls), ('adv', L_adv), ('loss', L)):
+            assert log[name][i] == pytest.approx(value.item(), rel=2e-4, abs=1e-6), (name, i)
+        z = z - 4.0 * torch.autograd.grad(L, z)[0]                             # Eq. (10)
+        x0 = (z - b * eps) / a
+        assert (images[8 * i:8 * i + 8].int() - M.to_uint8(x0).int()).abs().max() <= 1
+        if s is not None:
+            z = alpha_bar[s].sqrt() * x0 + (1 - alpha_bar[s]).sqrt() * noise[i]    # Eq. (5)
+
+
+def msarc(net_S, net_T, x):
+    """L_mSARC as SpaceshipNet describes it: (the last stage's, [the earlier ones'])."""
+    (p_S, maps_S), (p_T, maps_T) = net_S.forward_features(x), net_T.forward_features(x)
+    c, found = p_T.argmax(1), []
+    for net, p, maps in ((net_S, p_S, maps_S), (net_T, p_T, maps_T)):
+        W = net.get_submodule(net.head_name).weight
+        grads = torch.autograd.grad(p[range(len(x)), c].sum(), maps, retain_graph=True)
+        found.append((torch.einsum('kc,bchw->bkhw', W, maps[-1]),
+                      {f.shape[2:]: torch.einsum('bc,bchw->bhw', w.mean((2, 3)), f) for w, f in zip(grads[:-1], maps[:-1])}))
+    (cam_S, early_S), (cam_T, early_T) = found
+    if cam_S.shape != cam_T.shape:
+        cam_T = torch.nn.functional.interpolate(cam_T, cam_S.shape[2:], mode='bilinear', antialias=True)
+    return (cam_S - cam_T).square().mean(), [(early_S[k] - early_T[k]).square().mean() for k in early_S if k in early_T]
+
+
+@pytest.mark.parametrize('teacher, student, cam, early', [
+    ('resnet34', 'resnet18', 0.00024125850177370012, [7.138987317967249e-12, 1.8216648675628555e-11, 5.860898877330101e-09]),
+    ('resnet20', 'resnet8', 0.0036491036880761385, [5.705889649654239e-10, 2.0249897758617408e-08])])
+def test_msarc_has_the_numbers_of_its_source(teacher, student, cam, early):
+    last, earlier = msarc(fill(M.classifier(student)), fill(M.classifier(teacher)), wave(4, 3, 32, 32))
+    assert last.item() == pytest.approx(cam, rel=1e-4) and [e.item() for e in earlier] == pytest.approx(early, rel=1e-3)
+
+
+@pytest.mark.parametrize('teacher, student, side, pairs', [('vgg11', 'resnet18', 32, 3), ('wrn16_2', 'wrn16_1', 32, 2),
+                                                           ('torchvision:resnet18', 'resnet20', 64, 0)])
+def test_msarc_of_the_script(teacher, student, side, pairs, tmp_path):
+    """One step on one batch logs the loss of the reference. Stages are paired by resolution, where both networks have it."""
+    torch.manual_seed(0)
+    kw = {'width': 8} if student.startswith('resnet') else {}
+    nets = [M.classifier(name, 5, image_size=side, **kw).eval() for name, kw in ((student, kw), (teacher, {}))]
+    for net, name in zip(nets, 'ST'):
+        torch.nn.init.normal_(net.get_submodule(net.head_name).weight, std=0.3)
+        M.save_model(net, f'{tmp_path}/{name}.safetensors')
+    pixels = np.random.default_rng(0).integers(0, 256, (12, side, side, 3), dtype=np.uint8)
+    np.savez(tmp_path / 'x.npz', arr_0=pixels)
+    run('distill_classifier.py', '--data=x.npz', '--teacher=T.safetensors', f'--student={student}', '--width=8', '--init_from=S.safetensors',
+        '--holdout=0', '--epochs=1', '--batch_size=12', '--augment_crop=0', '--lam_msarc=2.0', '--dtype=float32', '--out_dir=o', cwd=tmp_path)
+    last, earlier = msarc(nets[0].train(), nets[1], torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 * 2 - 1)
+    logged = np.genfromtxt(tmp_path / 'o/log.csv', delimiter=',', names=True)['msarc']
+    assert len(earlier) == pairs and logged == pytest.approx(2 * (last + sum(earlier)).item(), rel=1e-3)
+
+
+def test_a_student_goes_on_and_is_tested(tiny, tmp_path):
+    """Images of another teacher are refused, the student of one round starts the next, and a saved one is tested on some classes."""
+    run(*SYNTH, '--prior=teacher.safetensors', '--teacher=classifier.safetensors', f'--out_dir={tmp_path}/s', cwd=tiny)
+    M.save_model(M.classifier('resnet8', 4, image_size=16, in_channels=1, width=4), f'{tmp_path}/other.safetensors')
+    args = ['distill_classifier.py', f'--data={tmp_path}/s', '--width=4', '--holdout=0', '--batch_size=16', '--epochs=1', '--lam_kl=0',
+            '--lam_msarc=0.1', f'--out_dir={tmp_path}/c']
+    err = run(*args, f'--teacher={tmp_path}/other.safetensors', cwd=tiny, ok=False)
+    assert 'was made for the teacher classifier.safetensors' in err
+    run(*args, f'--teacher={tmp_path}/other.safetensors', '--any_teacher=True', '--augment_flip=True', cwd=tiny, ranks=2)
+    first = load_file(tmp_path / 'c/student.safetensors')
+    out = run(*args, '--teacher=classifier.safetensors', f'--init_from={tmp_path}/c/student.safetensors', '--lr=0.0', '--test=images.npz',
+              cwd=tiny)
+    second = load_file(tmp_path / 'c/student.safetensors')
+    assert all(torch.equal(first[k], second[k]) for k in first if 'running' not in k and 'num_batches' not in k)
+    accuracy = out.splitlines()[-1].split(' of the student ')[1].split()[0]
+    test = ['distill_classifier.py', '--method=test', f'--teacher={tmp_path}/c/student.safetensors', f'--out_dir={tmp_path}/t']
+    assert f'test accuracy {accuracy} % of 64 images' in run(*test, '--test=images.npz', cwd=tiny)
+    assert ' of 32 images' in run(*test, '--test=images.npz:1-2', cwd=tiny) and not os.path.exists(tmp_path / 't')
 
 
 @pytest.mark.parametrize('name, head', [('resnet34', 'linear'), ('wrn40_2', 'fc'), ('vgg16', 'classifier'), ('resnet50', 'linear')])
@@ -867,6 +1024,13 @@ def test_published_classifiers_load_by_their_shapes(name, head, tmp_path):
     loaded = M.load_classifier(str(tmp_path / 'c.pth'), image_size=64)
     assert loaded.config['name'] == name and loaded.config['image_size'] == 64 and loaded.config['mean'][0] == 0.4914
     assert torch.equal(loaded(wave(2, 3, 32, 32)), net(wave(2, 3, 32, 32)))
+
+
+def test_names_of_timm(tmp_path):
+    net = M.classifier('resnet34', 7).eval()
+    state = {k.replace('.shortcut.', '.downsample.').replace('linear.', 'fc.'): v for k, v in net.state_dict().items()}
+    torch.save(state, tmp_path / 'c.pth')
+    assert torch.equal(M.load_classifier(str(tmp_path / 'c.pth'))(wave(2, 3, 32, 32)), net(wave(2, 3, 32, 32)))
 
 
 def test_torchvision_classifiers(tmp_path):
@@ -926,7 +1090,10 @@ BAD_OTHERS = [
     (['distill_classifier.py', '--data=images.npz', '--teacher=teacher.safetensors'], 'no classifier'),
     (['synthesize.py', '--teacher=norm_free.safetensors'], 'no BatchNorm'),
     (['synthesize.py', '--class_names=cifar10'], 'takes no text'), (['synthesize.py', '--prior=nobody/nothing'], 'no diffusers pipeline'),
-    (['synthesize.py', '--keep=4', '--keep_every=9'], 'more than 25 steps'), (['synthesize.py', '--bn_loss=l1'], "'kl'"),
+    (['synthesize.py', '--keep=4', '--keep_every=9'], 'more than 25 steps'), (['synthesize.py', '--edit=x'], "'paper'"),
+    (['synthesize.py', '--prior=none', '--guidance=2.0'], 'has none'), (['synthesize.py', '--sampler=dpm'], "'renoise'"),
+    (['distill_classifier.py', '--method=test'], 'needs images'), (['distill_classifier.py', '--method=test', '--test=images.npz:7-9'], 'no images of the classes'),
+    (['distill_classifier.py', '--data=images.npz', '--init_from=missing.safetensors'], 'there is none'), (['distill_classifier.py', '--data=missing.txt'], 'missing.txt'), (['synthesize.py', '--bn_loss=l1'], "'kl'"),
     (['synthesize.py', '--student=vgg.safetensors'], '10 classes'), (['synthesize.py', '--guidance=2.0'], 'no condition'),
     (['synthesize.py', '--teacher=vae:lvae.safetensors', '--student=classifier.safetensors'], 'no L_adv'),
     (['distill_vae.py', '--method=both'], "'prior'"), (['distill_vae.py', '--method=synthetic'], 'needs images'),
@@ -1046,7 +1213,7 @@ def test_images_for_a_vae(tiny, pipelines, tmp_path):
         out = run(*SYNTH, *args, f'--out_dir={tmp_path}/{name}', cwd=cwd)
         images, labels = M.load_images(str(tmp_path / name))
         assert 'distill_vae.py' in out and labels is None and len(images) == 32
-        return np.genfromtxt(tmp_path / name / 'log.csv', delimiter=',', names=True)['mse'][3::4].mean()
+        return np.genfromtxt(tmp_path / name / 'log.csv', delimiter=',', names=True)['mse'].reshape(2, -1)[:, -1].mean()
     ours = ['--prior=teacher.safetensors', '--teacher=vae:lvae.safetensors', '--alpha=0.1', '--lca=none']
     plain, guided, _ = at_once(one, [('plain', tiny, [*ours, '--eta=0']), ('guided', tiny, [*ours, '--eta=300']),
                                      ('sd', pipelines, ['--prior=sd', '--teacher=vae:sd', '--guidance=2.0'])])

@@ -1,0 +1,10 @@
+# Digits without a prior: DeepInversion (Yin et al. 2020) of the bundled classifier. No flips: a mirrored digit is none.
+prior = 'none'
+steps = 100
+alpha = 0.3
+beta = 1.0
+lr = 0.2
+tv = 1.0
+keep = 1
+num_images = 6000
+out_dir = 'out/synth_deepinversion'
