@@ -51,6 +51,15 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
+def upsample(x):
+    """Every pixel of (B, C, H, W) four times; on CPUs by two copies, which are several times faster than F.interpolate."""
+    if not x.is_cpu:
+        return F.interpolate(x, scale_factor=2.)
+    B, C, H, W = x.shape
+    x = torch.stack([x, x], dim=-1).flatten(3)
+    return torch.cat([x, x], dim=-1).view(B, C, 2 * H, 2 * W)
+
+
 class ResBlock(nn.Module):
     """ADM's residual block; `resample` is None, 'down' or 'up' (BigGAN style: on both branches, without weights)."""
 
@@ -69,7 +78,7 @@ class ResBlock(nn.Module):
         if self.resample == 'down':
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resample == 'up':
-            h, x = F.interpolate(h, scale_factor=2.), F.interpolate(x, scale_factor=2.)
+            h, x = upsample(h), upsample(x)
         h = conv1(h)
         emb = self.emb_layers(emb)[:, :, None, None]
         if self.scale_shift:
@@ -119,7 +128,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, emb):
-        return self.conv(F.interpolate(x, scale_factor=2.))
+        return self.conv(upsample(x))
 
 
 class Stack(nn.ModuleList):
