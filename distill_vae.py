@@ -39,7 +39,8 @@ log_every = 20               # steps between rows of log.csv
 save_every = 600             # steps between checkpoints (with pictures)
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
+compile = False              # torch.compile, for GPUs
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 import math
@@ -90,10 +91,13 @@ try:
     net_T, images = None, None
     if distilling:
         net_T = M.load_vae(teacher).to(device, memory_format=M.memory_format(device))
+        net_T = M.cast_frozen(net_T, M.pick_dtype(device, dtype))
         if method == 'prior' and net_T.config['class'] != 'LVAE':
             raise ValueError(f"{teacher} is an {net_T.config['class']}, whose prior makes no images: --method=synthetic")
     if method != 'prior':
         images, _ = M.load_images(data)
+        fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
+        images = images.to(device if fits else 'cpu')                          # uint8
     channels = images.shape[1] if net_T is None else net_T.config['in_channels']
     base = dict(image_size=images.shape[-1], in_channels=channels) | {'class': 'LVAE'} if net_T is None else net_T.config
     net = build_vae(base | student_config, base).to(device, memory_format=M.memory_format(device))
@@ -102,7 +106,7 @@ try:
     if images is None:
         shapes = [n.sides for n in both]
     else:
-        with torch.no_grad():
+        with autocast, torch.no_grad():
             x = images[:1].to(device).float() / 255
             seen = [n.eval().encode(x) for n in both]
             shapes = [[tuple(mean.shape[1:]) for mean, _ in s] for s in seen]
@@ -122,7 +126,7 @@ except ValueError as e:
 if method == 'prior':                                                          # the encoder stays as it is
     for name, p in net.named_parameters():
         p.requires_grad_(name.startswith('d'))
-opt = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr, weight_decay=weight_decay)
+opt = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr, weight_decay=weight_decay, fused=True)
 torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its own luck
 
 
@@ -144,10 +148,10 @@ class Losses(torch.nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x, kl_weight):
+    def forward(self, x):
         if not distilling:                                                     # the negative ELBO, in nats per image
             nll, kl = self.net.elbo(x, self.net.noise(len(x)), beta)
-            return {'nll': nll.mean(), 'kl': kl_weight * sum(kl).mean()}
+            return {'nll': nll.mean(), 'kl': sum(kl).mean()}
         n = batch_size // world if net_T.config['class'] == 'LVAE' else 0      # rows from the prior, and below them the images
         if x is None:
             noise, seen, seen_T = net_T.noise(n), None, None
@@ -171,13 +175,15 @@ class Losses(torch.nn.Module):
         return terms
 
 
-model = Losses()
+model = torch.compile(Losses(), dynamic=False) if compile else Losses()
 if world > 1:
-    model = torch.nn.parallel.DistributedDataParallel(model)
+    # no BatchNorm of a network in training reads the statistics that it keeps, and only those of rank 0 are saved
+    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 # ---- results on disk ----
 @torch.no_grad()
+@autocast
 def save_result():
     """The student, and pictures of it below the teacher's: from the same noise at every level, and of the same images."""
     net.eval()
@@ -186,13 +192,14 @@ def save_result():
         M.save_model(net, path + '.safetensors')
     else:
         net.net.save_pretrained(path)
-    g, n = torch.Generator().manual_seed(seed), 36
+    g, n = torch.Generator(device).manual_seed(seed), 36
     if net.config['class'] == 'LVAE':
         noise = net.noise(n, g)
         rows = [v.generate(noise)[0][:, :channels].split(12) for v in both]
         M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat([r for rs in zip(*rows) for r in rs]) * 2 - 1, 12)
     if images is not None:
-        x = images[torch.randperm(len(images), generator=g)[:n]].to(device).float() / 255
+        picked = torch.randperm(len(images), generator=g, device=device)[:n]
+        x = images[picked.to(images.device)].to(device).float() / 255
         rows = [x.split(12)]
         for v in both:
             seen = v.encode(x)
@@ -219,40 +226,45 @@ stop = M.stop_flag()
 net.train()
 t0, first = time.time(), step
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
-sums, count = {}, 0
+sums, count = 0., 0                                                            # on the device: no wait between two rows
 while step < max_steps:
     opt.param_groups[0]['lr'] = lr * 0.5 * (1 + math.cos(math.pi * step / max_steps)) if lr_decay else lr
     x = None
     if images is not None:
-        x = images[torch.randint(len(images), (batch_size // world,))].to(device).float() / 255
+        idx = torch.randint(len(images), (batch_size // world,), device=images.device)
+        x = images[idx].to(device, non_blocking=True).float() / 255
         if flip:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
     with autocast:
-        terms = model(x, min(1., (step + 1) / kl_warmup) if kl_warmup else 1.)
+        terms = model(x)
+    if not distilling and kl_warmup:
+        terms['kl'] = terms['kl'] * min(1., (step + 1) / kl_warmup)
     sum(terms.values()).backward()
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf')).item()
-    if not math.isfinite(norm):                                                  # the same on all ranks: gradients are shared
-        bar.close()
-        M.die(f'step {step}: the loss or its gradient is not finite; nothing of it reached the weights. Try a smaller --lr, or '
-              '--grad_clip; --init_from=resume goes on from the last checkpoint')
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
+    opt.found_inf = (~norm.isfinite()).float()                                 # the fused step then changes nothing
     opt.step()
     opt.zero_grad(set_to_none=True)
-    for k, v in terms.items():
-        sums[k] = sums.get(k, 0.) + v.item()
-    step, count = step + 1, count + 1
+    sums, count = sums + torch.stack([*terms.values(), norm]).detach(), count + 1
+    step += 1
     bar.update()
-    leaving = M.on_all(dist.ReduceOp.MAX, len(stop)) > 0
-    if step % log_every == 0 or step == max_steps:
+    leaving = bool(stop) if world == 1 else step % 5 == 0 and M.on_all(dist.ReduceOp.MAX, len(stop)) > 0
+    saving = step % save_every == 0 or step == max_steps or leaving
+    if step % log_every == 0 or saving:                                        # also: BatchNorm has no found_inf
+        *means, norm = (sums / count).tolist()
+        if not math.isfinite(norm):                                            # the same on all ranks
+            bar.close()
+            M.die(f'step {step}: the loss or its gradient was not finite in the last {count} steps; nothing of that '
+                  'reached the weights. Try a smaller --lr, or --grad_clip; --init_from=resume goes on from the last '
+                  'checkpoint')
         if rank == 0:
-            means = {k: v / count for k, v in sums.items()}
-            bar.set_postfix(loss=f'{sum(means.values()):.4g}')
-            log(step=step, loss=sum(means.values()), **means, grad_norm=norm,
+            bar.set_postfix(loss=f'{sum(means):.4g}')
+            log(step=step, loss=sum(means), **dict(zip(terms, means)), grad_norm=norm,
                 images_per_s=(step - first) * batch_size / (time.time() - t0), seconds=time.time() - t0)
-        sums, count = {}, 0
-    if step % save_every == 0 or step == max_steps or leaving:
-        if rank == 0:
-            save_result()
+        sums, count = 0., 0
+    if saving:
         M.save_checkpoint(out_dir, step, {'net': net.state_dict(), 'opt': opt.state_dict()}, M.random_state(device), rank)
+        if rank == 0:
+            save_result()                                                      # last: who stops us may not wait
     if leaving:
         break
 bar.close()

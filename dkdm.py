@@ -70,7 +70,8 @@ out_dir = 'out/dkdm'
 init_from = 'scratch'        # 'scratch' or 'resume'
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
-sample_steps = 50            # DDPM steps of samples.png
+sampler = 'ddim'             # of samples.png: 'ddpm', 'ddim' or 'dpm++'
+sample_steps = 8             # evaluations of each of its images; the paper has 50 of ddpm for pixels, 200 of ddim for latents
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
@@ -102,6 +103,7 @@ for wrong, message in [
         (method == 'data' and guidance > 1, f"guidance={guidance}: method='data' has no teacher to guide; eval_fid.py guides what it samples"),
         (stride < 1, f'stride={stride}: from 1 (the paper) to T'),
         (warmup_steps < 0, f'warmup_steps={warmup_steps}: from 1 to T, or 0 for T / stride'),
+        (sampler not in ('ddpm', 'ddim', 'dpm++'), f"sampler={sampler!r}: 'ddpm', 'ddim' or 'dpm++'"),
         (pool_dtype not in ('float32', 'float16', 'bfloat16'), f"pool_dtype={pool_dtype!r}: 'float32', 'float16' or 'bfloat16'"),
         (not 0 <= real_fraction <= 1, f'real_fraction={real_fraction}: from 0 to 1'),
         (not 0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob}: from 0 to 1'),
@@ -402,7 +404,7 @@ def save_result():
     for n, d, g in both + [(net_ema, diffusion, 1.)]:
         noise = torch.Generator(device).manual_seed(seed)                      # the same at every step for both
         with autocast:
-            x = M.sample(n, d, (36, C, H, H), sample_steps, 'ddpm', y, g, noise)
+            x = M.sample(n, d, (36, C, H, H), sample_steps, sampler, y, g, noise)
             rows.append(M.decode(net_T, x).split(12))
     M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat([r for pair in zip(*rows) for r in pair]), 12)
 
@@ -484,6 +486,7 @@ if rank == 0:
     path = out_dir if isinstance(net, M.Pipeline) else f'{out_dir}/student.safetensors'
     print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {path}, pictures: {out_dir}/samples.png')
     print(f'evaluate: python eval_fid.py --models={path}' + (f',{teacher}' if method != 'data' else '')
-          + (f' --guidance={guidance}' if guidance > 1 else '') + (f' --prompts={prompts}' if prompts else ''))
+          + (f' --guidance={guidance}' if guidance > 1 else '') + (f' --prompts={prompts}' if prompts else '')
+          + (f' --sampler={sampler} --steps={sample_steps}' if (sampler, sample_steps) != ('ddim', 8) else ''))
 if world > 1:
     dist.destroy_process_group()

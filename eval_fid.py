@@ -30,22 +30,21 @@ n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images 
 num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for all
 sampler = 'ddpm'             # 'ddpm', 'ddim' or 'dpm++'
 steps = 50                   # the DKDM paper has 50 of ddpm for pixels, 200 of ddim for latents
+spacing = 'trailing'         # of the steps: 'trailing', 'even' (Improved DDPM's) or 'leading' (DDIM's)
 guidance = 1.0               # of checkpoints with classes or texts, but for those distilled with guidance
 prompts = ''                 # checkpoints with texts: a file of them, one per line
-batch_size = 100             # per rank; also of the feature network
+batch_size = 100             # per rank; also of the feature network. The samples depend on it: a batch has one seed
 # system
 out_dir = 'out/eval'         # metrics.jsonl, and a grid of images per model
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float32': of the models, not of the features
+dtype = 'auto'               # of the models: 'auto' (bfloat16 where the device has it), 'bfloat16', 'float32'
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 import hashlib
 import json
 
 import numpy as np
-import scipy.linalg
-import scipy.special
 import torch
 import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
@@ -59,52 +58,52 @@ KEEP = 10_000, 50_000        # features kept of the reference and of a model, fo
 SPLIT = 5000                 # images per split of the Inception Score, ADM's
 
 
-# ---- the metrics, of features (N, D) in float64 ----
+# ---- the metrics, of features (N, D) in float64, on the device ----
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)), and whether the product
-    is near singular.
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)), and whether the
+    product is near singular.
 
     sigma1 sigma2 has the eigenvalues of sigma1^(1/2) sigma2 sigma1^(1/2), which is symmetric: real and safe.
     """
-    values, vectors = scipy.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    product = scipy.linalg.eigvalsh(root @ sigma2 @ root)
-    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * np.sqrt(product.clip(min=0)).sum()
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = torch.linalg.eigvalsh(root @ sigma2 @ root)
+    distance = ((mu1 - mu2) ** 2).sum() + (sigma1 + sigma2).trace() - 2 * product.clamp(min=0).sqrt().sum()
     return float(distance), bool(product[0] < 1e-14 * product[-1])
 
 
 def inception_score(logits):
     """exp of the mean divergence of p(y|x) from p(y), averaged over splits (Salimans et al. 2016)."""
     scores = []
-    for split in np.split(logits, range(SPLIT, len(logits), SPLIT)):
-        log_p = scipy.special.log_softmax(split, axis=1)
-        p = np.exp(log_p)
-        scores.append(np.exp((p * (log_p - np.log(p.mean(0)))).sum(1).mean()))
-    return float(np.mean(scores))
+    for log_p in (split.log_softmax(1) for split in logits.split(SPLIT)):
+        p = log_p.exp()
+        scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp())
+    return float(sum(scores) / len(scores))
 
 
 def distances(a, b):
     """Blocks of rows of the Euclidean distances (len(a), len(b)), which never stand in memory as a whole.
 
-    A block has 64 MB: what is below 32 MB comes from the heap, and there what a block leaves between others adds up to GB.
+    A block has 64 MB: what is below 32 MB comes from the heap, and there what a block leaves between others adds up
+    to GB. torch.cdist would copy all of b for each of them.
     """
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
-    for rows in a.split(max(1, 2 ** 23 // len(b))):
-        yield torch.cdist(rows, b)
+    size, (a2, b2) = max(1, 2 ** 23 // len(b)), (torch.linalg.vector_norm(x, dim=1) ** 2 for x in (a, b))
+    for rows, rows2 in zip(a.split(size), a2.split(size)):
+        yield torch.addmm(b2, rows, b.T, alpha=-2).add_(rows2[:, None]).clamp_(min=0).sqrt_()
 
 
 def precision_recall(real, fake):
     """The share of fakes within the manifold of the reals, and of reals within that of the fakes: balls to the third
     neighbour (Kynkaanniemi et al. 2019)."""
     radii = [torch.cat([d.kthvalue(NEIGHBOURS + 1).values for d in distances(x, x)]) for x in (real, fake)]
-    inside = [torch.cat([(d <= r).any(1) for d in distances(x, y)]) for x, y, r in ((fake, real, radii[0]), (real, fake, radii[1]))]
-    return [float(i.double().mean()) for i in inside]
+    return [float(torch.cat([(d <= r).any(1) for d in distances(x, y)]).double().mean())
+            for x, y, r in ((fake, real, radii[0]), (real, fake, radii[1]))]
 
 
 def kid(real, fake):
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), over all pairs instead of subsets."""
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), over all pairs, not subsets."""
     def total(a, b):
-        return sum(((rows @ b.T / a.shape[1] + 1) ** 3).sum() for rows in np.split(a, range(1000, len(a), 1000)))
+        return sum(((rows @ b.T / a.shape[1] + 1) ** 3).sum() for rows in a.split(1000))
     def without_diagonal(a):
         n = len(a)
         return (total(a, a) - (((a * a).sum(1) / a.shape[1] + 1) ** 3).sum()) / (n * (n - 1))
@@ -112,18 +111,17 @@ def kid(real, fake):
 
 
 def two_sample(real, fake):
-    """EMD: mean distance of the best assignment. MMD: Gaussian kernel exp(-d^2 / (2 m)), m the mean squared distance within
-    the reference; the root of the biased estimate. 1-NN: leave-one-out accuracy of telling the two apart, 0.5 is best
-    (Xu et al. 2018). Both sets have the same size."""
-    n, both = len(real), np.concatenate([real, fake])
-    d = torch.cat(list(distances(both, both))).numpy()
-    rows, columns = linear_sum_assignment(d[:n, n:])
-    k = np.exp(-d ** 2 / (2 * (d[:n, :n] ** 2).mean()))
+    """EMD: mean distance of the best assignment. MMD: Gaussian kernel exp(-d^2 / (2 m)), m the mean squared distance
+    within the reference; the root of the biased estimate. 1-NN: leave-one-out accuracy of telling the two apart, 0.5 is
+    best (Xu et al. 2018). Both sets have the same size."""
+    n, both = len(real), torch.cat([real, fake])
+    d = torch.cat(list(distances(both, both)))
+    across = d[:n, n:].cpu().numpy()
+    k = (-d ** 2 / (2 * (d[:n, :n] ** 2).mean())).exp()
     mmd = k[:n, :n].mean() + k[n:, n:].mean() - 2 * k[:n, n:].mean()
-    np.fill_diagonal(d, np.inf)
-    is_real = np.arange(2 * n) < n
-    return {'EMD': float(d[rows, n + columns].mean()), 'MMD': float(np.sqrt(max(0., mmd))),
-            '1-NN': float((is_real[d.argmin(1)] == is_real).mean())}
+    nearest_is_real = d.fill_diagonal_(float('inf')).argmin(1) < n
+    return {'EMD': float(across[linear_sum_assignment(across)].mean()), 'MMD': float(mmd.clamp(min=0).sqrt()),
+            '1-NN': float((nearest_is_real == (torch.arange(2 * n, device=d.device) < n)).double().mean())}
 
 
 # ---- check everything before any work starts ----
@@ -131,10 +129,12 @@ specs = [s for s in models.split(',') if s]
 inception = features == 'inception'
 if not specs and not save_stats:
     M.die('nothing to measure: --models=student.safetensors, an .npz, a folder of images, or several of them with commas')
-if min(num_samples, n_two_sample) < 0 or batch_size < 1 or sampler not in ('ddpm', 'ddim', 'dpm++'):
+if (min(num_samples, n_two_sample) < 0 or batch_size < 1 or sampler not in ('ddpm', 'ddim', 'dpm++')
+        or spacing not in ('trailing', 'even', 'leading')):
     M.die(f"num_samples={num_samples} and n_two_sample={n_two_sample} (0 or more), batch_size={batch_size} (1 or more), "
-          f"sampler={sampler!r} ('ddpm', 'ddim' or 'dpm++')")
+          f"sampler={sampler!r} ('ddpm', 'ddim' or 'dpm++'), spacing={spacing!r} ('trailing', 'even' or 'leading')")
 device, autocast, rank, world = M.start(device, dtype, seed)
+exact = torch.device('cpu') if device.type == 'mps' else device                # where float64 is computed: mps has none
 
 
 def is_images(spec):
@@ -148,7 +148,9 @@ def load_inception():
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     file = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(URL_INCEPTION_V3))
     try:
-        net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'], inception_weights or None)
+        with M.one_first():
+            net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'],
+                                              inception_weights or None)
     except Exception as e:
         raise ValueError(f'the weights of Inception are not to be had ({M.first_line(e)}): put '
                          f'{os.path.basename(file)} from {os.path.dirname(URL_INCEPTION_V3)} to {file}, or name the file with '
@@ -185,18 +187,20 @@ try:
         if M.class_in(spec) == 'LVAE':
             net, diffusion = M.load_vae(spec), None
         else:
-            net, diffusion = M.load_denoiser(spec, **model_config)
-            M.sampling_steps(diffusion.T, steps)
-        if getattr(net, 'condition', '') == 'text':
-            net.to(device).set_prompts(M.read_lines(prompts, f'{spec} takes texts: --prompts=file.txt'))
+            net, diffusion = M.load_denoiser(spec, M.pick_dtype(device, dtype), **model_config)
+            M.sampling_steps(diffusion.T, steps, spacing)
         made = 3 if M.has_vae(net) else net.config['in_channels']
         if made != channels and not (inception and made == 1):
             raise ValueError(f'{spec} makes {made} channels, {features} takes {channels}')
         if not num_samples:
             raise ValueError('num_samples=0 takes all images of a set; a checkpoint needs a number')
+        net = M.cast_frozen(net.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
+        if getattr(net, 'condition', '') == 'text':
+            net.set_prompts(M.read_lines(prompts, f'{spec} takes texts: --prompts=file.txt'),
+                            os.path.join(out_dir, 'prompts.safetensors'))
         if guidance != 1 and diffusion and not net.num_classes:
             raise ValueError(f'guidance={guidance}: {spec} has no classes to be guided to')
-        inputs.append((net.to(device, memory_format=M.memory_format(device)), diffusion))
+        inputs.append((net, diffusion))
     stored = None
     if reference.endswith('.npz') and not save_stats:
         arrays = M.read_npz(reference)
@@ -214,51 +218,52 @@ except ValueError as e:
 
 # ---- features ----
 def summed(x):
-    """The sum of a CPU tensor over all ranks."""
+    """The sum of a tensor over all ranks."""
     if world > 1:
-        x = x.to(device)
         dist.all_reduce(x)
-    return x.cpu()
+    return x
 
 
 class Moments:
     """Mean and covariance of a stream of features over all ranks, accumulated in float64."""
 
     def __init__(self, size):
-        self.size, self.packed = size, torch.zeros(size + size ** 2 + 1, dtype=torch.float64)
+        self.packed = torch.zeros(size + size ** 2 + 1, dtype=torch.float64, device=exact)
+        self.s, self.ss, self.n = self.packed[:size], self.packed[size:-1].view(size, size), self.packed[-1]
 
     def add(self, f):
-        self.packed += torch.cat([f.sum(0), (f.T @ f).flatten(), torch.tensor([float(len(f))], dtype=torch.float64)])
+        self.s += f.sum(0)
+        self.ss.addmm_(f.T, f)
+        self.n += len(f)
 
     def result(self):
-        D, packed = self.size, summed(self.packed)
-        s, ss, n = packed[:D], packed[D:-1].view(D, D), packed[-1].item()
-        mu = s / n
-        return mu.numpy(), ((ss - n * torch.outer(mu, mu)) / max(1, n - 1)).numpy()
+        summed(self.packed)
+        mu = self.s / self.n
+        return mu, (self.ss - self.n * torch.outer(mu, mu)) / (self.n - 1).clamp(min=1)
 
 
 @torch.inference_mode()
 def extract(batches, total, keep):
     """What is known of a set of images, uint8 (B, C, H, W) per batch with their places in the set: count, mu and sigma (of
-    the spatial features too), and the first `keep` features and logits, in the order of the set."""
+    the spatial features too), and the first `keep` features and logits, in the order of the set; all on the device."""
     moments, moments_s = Moments(D), Moments(2023) if inception else None
-    kept = torch.zeros(min(keep, total), D + classes)
+    kept = torch.zeros(min(keep, total), D + classes, device=exact)
     for places, x in tqdm(batches, total=-(-total // batch_size // world), disable=rank > 0, leave=False):
         if inception:
             f, logits = net_F(x.to(device).expand(-1, 3, -1, -1))
-            moments_s.add(spatial.pop().double().cpu())
+            moments_s.add(spatial.pop().to(exact).double())
         else:
             # the mean of the last feature map is what the classifier's linear layer sees
             logits, maps = net_F.forward_features(M.preprocess(net_F, M.to_float(x.to(device))))
             f = maps[-1].mean((2, 3))
-        moments.add(f.double().cpu())
+        moments.add(f.to(exact).double())
         mine = kept[places.start:places.stop]
         mine.copy_(torch.cat([f, logits], dim=1)[:len(mine)])
     out = dict(zip(('mu', 'sigma'), moments.result()), n=total)
     if inception:
         out |= dict(zip(('mu_s', 'sigma_s'), moments_s.result()))
     kept = summed(kept)                                                        # every rank has filled its own rows
-    return out | dict(features=kept[:, :D].double().numpy(), logits=kept[:, D:].double().numpy())
+    return out | dict(features=kept[:, :D].double(), logits=kept[:, D:].double())
 
 
 def image_batches(images):
@@ -267,35 +272,35 @@ def image_batches(images):
         yield range(i, min(i + batch_size, len(images))), images[i:i + batch_size]
 
 
-def generators(places):
-    return [torch.Generator().manual_seed(seed * 1_000_000_007 + k) for k in places]
+def generator(i):
+    """Of all that is random in the batch that begins with sample i."""
+    return torch.Generator(device).manual_seed(seed * 1_000_000_007 + i)
 
 
 def scale_of(net):
     return 1. if getattr(net, 'guided', False) else guidance
 
 
-def draw_labels(net, gs):
-    """What is asked of each image: the first number that its generator draws."""
-    return torch.cat([torch.randint(net.num_classes, (1,), generator=g) for g in gs])
+def draw_labels(net, i, g):
+    """What is asked of the batch that begins with sample i: the first that its generator draws."""
+    return torch.randint(net.num_classes, (min(batch_size, num_samples - i),), generator=g, device=device)
 
 
 def sample_batches(net, diffusion, seconds):
-    """This rank's share of the samples, of a denoiser or a VAE. Every image has a seed of its own, so the set is the same for
-    any number of ranks."""
+    """This rank's share of the samples, of a denoiser or a VAE. Every batch has a seed of its own, so the set is the
+    same for any number of ranks; it is another one for another batch_size, and on another kind of device."""
     C, H = (net.config[k] for k in ('in_channels', 'image_size'))
     for i in range(rank * batch_size, num_samples, world * batch_size):
-        places = range(i, min(i + batch_size, num_samples))
-        g = generators(places)
+        places, g = range(i, min(i + batch_size, num_samples)), generator(i)
         t0 = time.time()
         with autocast, torch.no_grad():
             if diffusion:
-                y = draw_labels(net, g).to(device) if net.num_classes else None
-                x = M.sample(net, diffusion, (len(places), C, H, H), steps, sampler, y, scale_of(net), g)
-                x = M.decode(net, x)
+                y = draw_labels(net, i, g) if net.num_classes else None
+                x = M.decode(net, M.sample(net, diffusion, (len(places), C, H, H), steps, sampler, y, scale_of(net), g,
+                                           spacing=spacing))
             else:
-                x = net.generate(net.noise(len(places), g))[0][:, :C].float() * 2 - 1
-            x = M.to_uint8(x).cpu()
+                x = net.generate(net.noise(len(places), g))[0][:, :C] * 2 - 1
+            x = M.to_uint8(x).cpu()                                            # the clock waits for the device
         seconds.append((time.time() - t0) / len(places))
         yield places, x
 
@@ -310,8 +315,10 @@ def first(batches, kept):
 
 # ---- the reference ----
 ref = stored or extract(image_batches(reference_images), len(reference_images), KEEP[0])
+moments = {k: torch.as_tensor(v, dtype=torch.float64, device=exact) for k, v in ref.items()
+           if k in ('mu', 'sigma', 'mu_s', 'sigma_s')}
 if save_stats and rank == 0:
-    arrays = {k: v for k, v in ref.items() if k not in ('features', 'logits')} | {'space': space}
+    arrays = {k: v.cpu().numpy() for k, v in moments.items()} | {'n': ref['n'], 'space': space}
     M.write_atomically(save_stats, lambda tmp: np.savez(tmp, **arrays))
     print(f"{save_stats}: statistics of {ref['n']:,} images of {reference} in the space of {space}")
 
@@ -330,19 +337,22 @@ for spec, source in zip(specs, inputs):
     if seconds:
         net, diffusion = source
         x = torch.zeros(1, *[net.config[k] for k in ('in_channels', 'image_size', 'image_size')], device=device)
-        with FlopCounterMode(display=False) as flops, torch.no_grad():
+        seconds = seconds[1:] or seconds                                       # the first batch warms up
+        with FlopCounterMode(display=False) as flops, autocast, torch.no_grad():
             net(x, torch.zeros(1, dtype=torch.long, device=device)) if diffusion else net.generate(net.noise(1))
         row |= {'parameters': sum(p.numel() for p in net.parameters()),
                 'MB': os.path.getsize(spec) / 2 ** 20 if os.path.isfile(spec) else None,
                 'MFLOPs': flops.get_total_flops() / 1e6, 'ms/image': 1000 * np.mean(seconds), '+-': 1000 * np.std(seconds)}
     row['images'] = total
-    row['FID' if inception else 'Frechet'], singular = frechet_distance(found['mu'], found['sigma'], ref['mu'], ref['sigma'])
+    row['FID' if inception else 'Frechet'], singular = frechet_distance(
+        found['mu'], found['sigma'], moments['mu'], moments['sigma'])
     if inception and 'mu_s' in ref:
-        row['sFID'], _ = frechet_distance(found['mu_s'], found['sigma_s'], ref['mu_s'], ref['sigma_s'])
+        row['sFID'], _ = frechet_distance(found['mu_s'], found['sigma_s'], moments['mu_s'], moments['sigma_s'])
     row['IS' if inception else 'score'] = inception_score(found['logits'])
-    if seconds and source[1] and source[0].num_classes == classes:             # the classifier's classes: does it agree?
-        asked = draw_labels(source[0], generators(range(len(found['logits'])))).numpy()
-        row['agreement'] = float((found['logits'].argmax(1) == asked).mean())
+    if seconds and diffusion and net.num_classes == classes:                  # does the classifier agree?
+        seen = found['logits'].argmax(1)
+        asked = [draw_labels(net, i, generator(i)) for i in range(0, len(seen), batch_size)]
+        row['agreement'] = float((seen == torch.cat(asked)[:len(seen)].to(exact)).double().mean())
     if 'features' in ref:
         real, fake = ref['features'], found['features']
         row['precision'], row['recall'] = precision_recall(real, fake)
@@ -355,7 +365,9 @@ for spec, source in zip(specs, inputs):
                  ': the product of the covariances is near singular, its root uncertain'))
     table.append(row)
     how = dict(features=space, reference=reference, reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
-               n_two_sample=n_two_sample, device=device.type) | (dict(sampler=sampler, steps=steps, guidance=scale_of(source[0])) if seconds and diffusion else {})
+               n_two_sample=n_two_sample, device=device.type, batch_size=batch_size)
+    if seconds and diffusion:
+        how |= dict(sampler=sampler, steps=steps, spacing=spacing, guidance=scale_of(net))
     os.makedirs(out_dir, exist_ok=True)
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
         f.write(json.dumps(row | how) + '\n')
@@ -367,9 +379,8 @@ if table:
                           for k in columns] for row in table]
     widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
     print(f"features of {space}; reference {reference}" + (f" ({int(ref['n']):,} images)" if 'n' in ref else '')
-          + f'; denoisers: {sampler}, {steps} steps; seed {seed}')
+          + f'; denoisers: {sampler}, {steps} steps, {spacing}; seed {seed}')
     for r in cells:
         print('  '.join([r[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(r[1:], widths[1:])]))
 if world > 1:
-    dist.barrier()
     dist.destroy_process_group()

@@ -567,10 +567,9 @@ class LVAE(nn.Module):
             self.add_module(f'd{i}', LadderLevel(16, width, 32 if i else 2 * in_channels, 'upsample', self.sides[i]))
 
     def noise(self, n, generator=None):
-        """Standard normal noise for n images, on the CPU's generator or a list of one per image."""
-        from diffusers.utils.torch_utils import randn_tensor
+        """Standard normal noise for n images, of a generator on the network's device."""
         device = self.d0.out.weight.device
-        return [randn_tensor((n, 16, side, side), generator, device) for side in self.sides[1:]]
+        return [torch.randn(n, 16, side, side, generator=generator, device=device) for side in self.sides[1:]]
 
     def encode(self, x):
         """What the image alone says of each level: a list of (mean, std), bottom-up. Raises ValueError outside [0, 1]."""
@@ -617,9 +616,10 @@ class LVAE(nn.Module):
 
 
 def check_images(x, config):
-    """A VAE's images: its channels and, where it has one, its size, in [0, 1]."""
+    """A VAE's images: its channels and, where it has one, its size, in [0, 1]. For a look at values the host would
+    wait for a GPU: there the scripts' uint8 / 255 has to do."""
     side = config['image_size'] if config['class'] == 'LVAE' else x.shape[2]
-    if x.shape[1:] != (config['in_channels'], side, side) or x.min() < 0 or x.max() > 1:
+    if x.shape[1:] != (config['in_channels'], side, side) or x.is_cpu and (x.min() < 0 or x.max() > 1):
         raise ValueError(f"images {tuple(x.shape[1:])} in [{x.min().item():.2f}, {x.max().item():.2f}]: this {config['class']} takes "
                          f"{(config['in_channels'], side, side)} in [0, 1]")
 
@@ -1325,8 +1325,9 @@ def load_part(spec, *names):
     root, parts = read_pipeline(spec)
     name = next((n for n in names if parts.get(n, [None])[0]), None)
     try:
-        return getattr(diffusers, parts[name][1]).from_pretrained(root if os.path.isdir(spec) else spec, subfolder=name,
-                                                                  low_cpu_mem_usage=False)
+        with one_first():
+            return getattr(diffusers, parts[name][1]).from_pretrained(root if os.path.isdir(spec) else spec,
+                                                                      subfolder=name, low_cpu_mem_usage=False)
     except Exception as e:
         raise ValueError(f"{spec}: its {name or ' or '.join(names)} cannot be loaded: {first_line(e)}") from None
 
@@ -1345,7 +1346,7 @@ def load_vae(spec):
         net = load_part(spec, 'vae')
     except ValueError as e:                                                    # no pipeline: a VAE of its own
         try:
-            with warnings.catch_warnings():
+            with one_first(), warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 kind = diffusers.AutoencoderKL.load_config(spec)['_class_name']
                 net = getattr(diffusers, kind).from_pretrained(spec, low_cpu_mem_usage=False)

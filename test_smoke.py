@@ -5,6 +5,7 @@ Everything on tiny sizes: the numbers of the original code, the algebra of one s
 would start it, resuming, two ranks, bad input. The golden numbers below are what the original networks give when every
 weight is set by a formula (`fill`).
 """
+import copy
 import json
 import multiprocessing
 import os
@@ -224,6 +225,28 @@ def test_kl_of_the_original():
     p, q = torch.distributions.Normal(m1, (l1 / 2).exp()), torch.distributions.Normal(m2, (l2 / 2).exp())
     kl = torch.distributions.kl_divergence(p, q).item() / np.log(2)
     assert abs(d.distill_loss(student, teacher, x, t, lam=0.001)['vb'].item() / kl - 1) < 1e-4
+
+
+@torch.no_grad()
+def test_frozen_weights_are_cast_once():
+    for net, first in ((M.UNet(16, 1, 2, 16, 1, (1, 2), (8,), num_classes=3), 'input_blocks.0.0.weight'),
+                       (M.DiT(16, 2, 1, 32, 2, 2, num_classes=3), 'x_embedder.proj.weight')):
+        net = fill(net)
+        args = torch.randn(2, 1, 16, 16), torch.tensor([3, 70]), torch.tensor([1, -1])
+        with torch.autocast('cpu', torch.bfloat16):
+            want = net(*args)
+            M.cast_frozen(net, torch.bfloat16)
+            assert torch.equal(net(*args), want)
+        kinds = {k: v.dtype for k, v in net.state_dict().items()}
+        assert kinds[first] == torch.float32 and torch.bfloat16 in kinds.values()
+
+
+def test_a_step_takes_ints_and_tensors():
+    d, x, out = M.Diffusion('cosine', 100), torch.randn(3, 1, 4, 4), torch.randn(3, 2, 4, 4)
+    for t, s in ((99, 40), (1, 0), (0, -1)):
+        tt, ss = torch.full((3,), t), torch.full((3,), s)
+        assert torch.equal(d.ddpm_step(out, x, t, s, x), d.ddpm_step(out, x, tt, ss, x))
+        assert torch.equal(d.ddim_step(out, x, t, s, 0.5, x), d.ddim_step(out, x, tt, ss, 0.5, x))
 
 
 @pytest.mark.parametrize('sampler', ['ddpm', 'ddim', 'dpm++'])
@@ -537,7 +560,7 @@ def metrics(folder):
 
 def test_a_number_does_not_depend_on_the_ranks(tiny, tmp_path):
     args = ['eval_fid.py', '--features=classifier.safetensors', '--reference=images.npz', '--models=images.npz,classes.safetensors',
-            '--num_samples=52', '--steps=3', '--batch_size=8', '--n_two_sample=32']
+            '--num_samples=52', '--steps=3', '--batch_size=8', '--n_two_sample=32', '--spacing=even']
     run(*args, f'--out_dir={tmp_path}/1', cwd=tiny)
     run(*args, f'--out_dir={tmp_path}/2', cwd=tiny, ranks=2)
     for one, two in zip(metrics(tmp_path / '1'), metrics(tmp_path / '2')):
@@ -545,6 +568,7 @@ def test_a_number_does_not_depend_on_the_ranks(tiny, tmp_path):
             assert one[k] == pytest.approx(two[k], rel=1e-6, abs=1e-9), k
     assert metrics(tmp_path / '1')[1]['agreement'] == metrics(tmp_path / '2')[1]['agreement']
     same, sampled = metrics(tmp_path / '1')
+    assert sampled['spacing'] == 'even' and sampled['batch_size'] == same['batch_size'] == 8 and 'spacing' not in same
     assert same['precision'] == 1 and max(same['EMD'], same['MMD']) < 1e-6 < sampled['EMD']
 
 
@@ -553,20 +577,24 @@ def test_metrics_have_their_definitions():
     names = {}
     exec('\n'.join(line for line in source.splitlines() if line.startswith(('import ', 'from ')) and 'models' not in line), names)
     exec(source[source.index('NEIGHBOURS ='):source.index('# ---- check everything')], names)
+    def measured(name, *arrays):
+        return names[name](*map(torch.tensor, arrays))
     g = np.random.default_rng(0)
     a, b = g.normal(size=(300, 5)), g.normal(size=(200, 5)) * [1, 2, 3, 1, 1] + [0, 0, 0, 2, 0]
     s1, s2 = np.diag([1., 4., 9.]), np.diag([4., 1., 1.])
-    assert names['frechet_distance'](np.zeros(3), s1, np.ones(3), s2)[0] == pytest.approx(3 + 1 + 1 + 4)   # (sd1 - sd2)^2 summed
-    assert names['frechet_distance'](np.zeros(3), s1, np.zeros(3), np.diag([1., 1., 0.]))[1]               # singular
-    assert names['inception_score'](np.eye(4).repeat(5, 0) * 100) == pytest.approx(4)
+    distance, _ = measured('frechet_distance', np.zeros(3), s1, np.ones(3), s2)
+    assert distance == pytest.approx(3 + 1 + 1 + 4)                            # (sd1 - sd2)^2 summed
+    assert measured('frechet_distance', np.zeros(3), s1, np.zeros(3), np.diag([1., 1., 0.]))[1]               # singular
+    assert measured('inception_score', np.eye(4).repeat(5, 0) * 100) == pytest.approx(4)
     d = np.linalg.norm(a[:, None] - b[None], axis=2)
     ball_a, ball_b = (np.sort(np.linalg.norm(x[:, None] - x[None], axis=2), 1)[:, 3] for x in (a, b))
-    assert names['precision_recall'](a, b) == [(d.T <= ball_a).any(1).mean(), (d <= ball_b).any(1).mean()]
+    assert np.allclose(torch.cat(list(names['distances'](*map(torch.tensor, (a, b))))), d, rtol=1e-12)
+    assert measured('precision_recall', a, b) == [(d.T <= ball_a).any(1).mean(), (d <= ball_b).any(1).mean()]
     k = lambda x, y: (x @ y.T / 5 + 1) ** 3                                    # noqa: E731
     off = ~np.eye(300, dtype=bool)
     expected = k(a, a)[off].mean() + k(b, b)[off[:200, :200]].mean() - 2 * k(a, b).mean()
-    assert names['kid'](a, b) == pytest.approx(expected)
-    far = names['two_sample'](a[:200], a[:200] + 100)
+    assert measured('kid', a, b) == pytest.approx(expected)
+    far = measured('two_sample', a[:200], a[:200] + 100)
     assert far['1-NN'] == 1 and far['EMD'] == pytest.approx(100 * 5 ** 0.5) and 0 < far['MMD'] <= 2 ** 0.5
 
 
@@ -733,6 +761,30 @@ def test_pipelines_sample_what_diffusers_samples(name, pipelines):
     ours = M.decode(net, M.sample(net, diffusion, noise, 5, 'ddim', y, guidance, spacing='leading'))
     ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert np.abs(ours - theirs).max() < 1e-4 and ours.std() > 0
+
+
+def test_texts_are_embedded_once_and_belong_to_all_copies(pipelines, tmp_path, monkeypatch):
+    cache, texts = str(tmp_path / 'prompts.safetensors'), [f'dog {i}' for i in range(300)]  # more than one batch of 256
+    net, _ = M.load_denoiser(str(pipelines / 'sd'), torch.bfloat16)
+    net.set_prompts(texts, cache)
+    assert net.pipe is None and net.shared['prompts'].shape[0] == 301 and net.shared['prompts'].dtype == torch.bfloat16
+    assert not list(net.buffers()) and copy.deepcopy(net).shared is net.shared
+    again, _ = M.load_denoiser(str(pipelines / 'sd'), torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(M.Pipeline, 'embed', lambda *args: pytest.fail('embedded twice'))
+        again.set_prompts(texts, cache)
+    assert torch.equal(again.shared['prompts'], net.shared['prompts'])
+    other, _ = M.load_denoiser(str(pipelines / 'sd'))
+    other.set_prompts(texts[1:], cache)                                        # other texts are not taken from the file
+    assert other.shared['prompts'].shape[0] == 300 and other.shared['prompts'].dtype == torch.float32
+
+
+def test_dits_of_diffusers_keep_their_labels_in_train_mode(pipelines):
+    import diffusers
+    net = M.Pipeline(diffusers.DiTTransformer2DModel.from_config(json.loads((pipelines / 'dit.json').read_text()))).train()
+    x, t = torch.randn(64, 4, 8, 8), torch.zeros(64, dtype=torch.long)
+    y = torch.arange(64)
+    assert torch.equal(net(x, t, y), net(x, t, y))
 
 
 QUICK = ['--stride=250', '--batch_size=4', '--max_steps=2', '--sample_steps=2']
@@ -1030,6 +1082,7 @@ BAD_OTHERS = [
     (['eval_fid.py'], 'nothing to measure'), (['eval_fid.py', '--models=images.npz', '--reference=adm.npz'], 'space of inception'),
     (['eval_fid.py', '--models=images.npz', '--reference=short.npz'], 'statistics of 2 features'),
     (['eval_fid.py', '--models=images.npz', '--features=inception', '--inception_weights=missing.pth'], '--inception_weights'), (['eval_fid.py', '--models=teacher.safetensors', '--steps=500'], 'from 1 to 100'),
+    (['eval_fid.py', '--models=teacher.safetensors', '--spacing=odd'], "'leading'"),
     (['distill_classifier.py', '--method=data', '--data=big.npz', '--holdout=0', '--batch_size=2'], 'no labels'),
     (['distill_classifier.py', '--method=data', '--data=images.npz', '--batch_size=16', '--holdout=0', '--student=resnet7'], 'resnet7'),
     (['distill_classifier.py', '--data=empty'], 'no images'), (['distill_classifier.py', '--data=cut'], 'images_0000_00001.npz cannot be read'),
@@ -1129,6 +1182,10 @@ def test_vae_distillation(tiny, tmp_path):
         out, out_T = student.generate(noise)[0][:, :1], teacher.generate(noise)[0][:, :1]
     last = np.genfromtxt(tmp_path / '0/log.csv', delimiter=',', names=True)['out'][-10:].mean()
     assert M.output_kl(out, out_T, 1) == pytest.approx(last, rel=0.3)          # BatchNorm in training and out of it
+    err = run(*VAE, '--lr=1e30', '--max_steps=50', '--save_every=1', '--log_every=50',
+              f'--out_dir={tmp_path}/bad', cwd=tiny, ok=False)
+    assert 'not finite' in err                                                 # the last checkpoint is, BatchNorm too
+    assert all(v.isfinite().all() for v in M.load_checkpoint(f'{tmp_path}/bad', 0)[0]['net'].values())
     out = run('eval_fid.py', f'--models={tiny}/lvae.safetensors,{tmp_path}/0/student.safetensors', '--reference=images.npz', '--num_samples=32',
               '--features=classifier.safetensors', f'--out_dir={tmp_path}/e', cwd=tiny)
     one, two = metrics(tmp_path / 'e')
@@ -1164,6 +1221,17 @@ def test_images_for_a_vae(tiny, pipelines, tmp_path):
 
 
 # ---- what the repository ships ----
+def test_bench(tmp_path):
+    tiny_net = ['bench.py', '--model_channels=16', '--num_res_blocks=1', '--channel_mult=(1, 2)', '--num_head_channels=16',
+                '--batch_size=4', '--repeats=1', '--image_size=16', '--attention_resolutions=(8,)']
+    out = run(*tiny_net, '--classes=3', cwd=tmp_path)
+    assert '% of the peak' in out and 'walk' in out and 'GFLOP/s' in out
+    assert run(*tiny_net, '--student=dit', '--depth=1', '--hidden_size=16', '--num_heads=2', cwd=tmp_path, ranks=2).count('one step') == 2
+    assert run(*tiny_net, '--what=sample', cwd=tmp_path).count('ms per image') == 6
+    assert 'what' in run('bench.py', '--what=nothing', cwd=tmp_path, ok=False)
+    assert '--teacher_width' in run('bench.py', '--help', cwd=tmp_path)
+
+
 @pytest.mark.parametrize('script', ['dkdm.py', 'synthesize.py', 'distill_classifier.py', 'distill_vae.py', 'eval_fid.py'])
 def test_help(script, tmp_path):
     out = run(script, '--help', cwd=tmp_path)

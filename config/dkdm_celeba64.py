@@ -26,4 +26,7 @@ grad_clip = 0.0
 ema = 0.9999
 log_every = 100
 save_every = 10000
+sampler = 'ddpm'
+sample_steps = 50
+compile = True
 out_dir = 'out/dkdm_celeba64'

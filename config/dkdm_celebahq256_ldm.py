@@ -29,4 +29,5 @@ ema = 0.9999
 log_every = 100
 save_every = 10000
 sample_steps = 200
+compile = True
 out_dir = 'out/dkdm_celebahq256_ldm'

@@ -16,4 +16,5 @@ beta2 = 0.999
 ema = 0.9999
 log_every = 100
 save_every = 5000
+sample_steps = 50
 out_dir = 'out/dkdm_sd15'
