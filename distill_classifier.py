@@ -1,7 +1,7 @@
 """
-DiffDFKD, second stage: distils a classifier into a smaller one on synthetic images (Qi et al. 2025, arXiv 2504.00870). The
-student learns the teacher's outputs and where it looks; labels are not needed. With `method='data'` it trains a classifier
-on labelled images instead, which is how teachers are made; `method='test'` prints the accuracy of one.
+DiffDFKD, second stage: distils a classifier into a smaller one on synthetic images (Qi et al. 2025, arXiv 2504.00870).
+The student learns the teacher's outputs and where it looks; labels are not needed. With `method='data'` it trains a
+classifier on labelled images instead, which is how teachers are made; `method='test'` prints the accuracy of one.
 
     python synthesize.py && python distill_classifier.py --test=mnist   # the bundled teacher, on a laptop
     python distill_classifier.py config/distill_cifar10_r34_r18.py      # a pair of the paper's Table I
@@ -86,20 +86,21 @@ def check_origin(data, digest):
     for f in sorted(glob.glob(os.path.join(glob.escape(data), '**', '*.npz'), recursive=True)):
         settings = json.loads(str(M.read_npz(f).get('settings', '{}')))
         if settings.get('teacher_digest', digest) != digest:
-            raise ValueError(f"{f} was made for the teacher {settings['teacher']}, which is not {teacher}: its own images, or "
-                             '--any_teacher=True')
+            raise ValueError(f"{f} was made for the teacher {settings['teacher']}, which is not {teacher}: its own images, "
+                             'or --any_teacher=True')
 
 
 def linear(net):
-    """The last linear layer of a classifier, where all it sees is the mean of the last map: its weights make the class activation
-    maps. Raises ValueError."""
-    channels, size = net.config.get('in_channels', 3), net.config['image_size']
+    """The last linear layer of a classifier, where all that it sees is the mean of the last map: its weights make the class
+    activation maps. Raises ValueError."""
+    shape = 2, net.config.get('in_channels', 3), net.config['image_size'], net.config['image_size']
     with torch.no_grad():
-        logits, maps = net.eval().forward_features(torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0)))
+        logits, maps = net.eval().forward_features(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
         layer = net.get_submodule(net.head_name)
-        if layer.in_features != maps[-1].shape[1] or (layer(maps[-1].mean((2, 3))) - logits).abs().max() > 1e-3 * (1 + logits.abs().max()):
-            raise ValueError(f"{net.config['name']} has no class activation maps, its last layer sees more than the mean of the last "
-                             'map: --lam_msarc=0')
+        if layer.in_features != maps[-1].shape[1] or (
+                (layer(maps[-1].mean((2, 3))) - logits).abs().max() > 1e-3 * (1 + logits.abs().max())):
+            raise ValueError(f"{net.config['name']} has no class activation maps, its last layer sees more than the mean of "
+                             'the last map: --lam_msarc=0')
     return layer
 
 
@@ -110,7 +111,9 @@ try:
     images, labels = M.load_images(data, image_size=image_size) if method != 'test' else (None, None)
     path = data.split(':')[0]
     is_name = method != 'test' and not (path.endswith(('.npz', '.txt')) or os.path.isdir(path))
-    test_images, test_labels = M.load_images(test or data, train=False, image_size=image_size) if test or is_name else (None, None)
+    test_images = test_labels = None
+    if test or is_name:
+        test_images, test_labels = M.load_images(test or data, train=False, image_size=image_size)
     images = test_images if images is None else images
     if labels is None and method == 'data':
         raise ValueError(f"{data} has no labels ('arr_1', or a subfolder per class)")
@@ -164,16 +167,17 @@ def agreement(a, b):
     return (a == b).float().mean().item()
 
 
-accuracy_T = agreement(predictions(net_T, test_images), test_labels) if net_T is not None and test_images is not None else None
-if rank == 0 and accuracy_T is not None:
-    print(f"{'teacher' if distilling else teacher}: test accuracy {100 * accuracy_T:.2f} % of {len(test_images):,} images")
+if net_T is not None and test_images is not None:
+    accuracy_T = agreement(predictions(net_T, test_images), test_labels)
+    if rank == 0:
+        print(f"{'teacher' if distilling else teacher}: test accuracy {100 * accuracy_T:.2f} % of {len(test_images):,} images")
 if method == 'test':
     sys.exit()
 
 # the same images on all ranks, whatever their number: kept out, so that the best epoch is not chosen on test images
 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-held_images, held_labels = images[order[:holdout]], predictions(net_T, images[order[:holdout]]) if distilling else labels[order[:holdout]]
-train = order[holdout:]
+held_images, train = images[order[:holdout]], order[holdout:]
+held_labels = predictions(net_T, held_images) if distilling else labels[order[:holdout]]
 fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info()[0] / 2
 home = device if fits else 'cpu'                                               # where the images live
 images, labels = images.to(home), None if distilling else labels.to(home)
@@ -197,6 +201,7 @@ class WithMaps(torch.nn.Module):
 
 if compile:                                                                    # stage by stage: Grad-CAM needs the maps between them
     torch._functorch.config.donated_buffer = False                             # ... and goes back through them twice
+    torch._dynamo.config.cache_size_limit = 64                                 # counted over all stages together
     for module in [m for n in (net, net_T) if n is not None for k, m in n.named_modules()
                    if isinstance(m, torch.nn.Sequential) and k.count('.') < 2]:
         module.compile()
@@ -234,24 +239,26 @@ def pairs_of_stages(maps_S, maps_T):
 
 
 def grad_cam(logits, maps, c):
-    """Where a network sees class c (B,): the channels of each map, summed with the mean gradient of the class's logit as weights, which
-    are constants (Selvaraju et al. 2017, without ReLU). (B, h, w) each."""
+    """Where a network sees class c (B,): the channels of each map, summed with the mean gradient of the class's logit as
+    weights, which are constants (Selvaraju et al. 2017, without ReLU). (B, h, w) each."""
     grads = torch.autograd.grad(logits.gather(1, c[:, None]).sum(), maps, retain_graph=True)
     return [(grad.mean((2, 3), keepdim=True) * a).sum(1).float() for grad, a in zip(grads, maps)]
 
 
 def msarc_loss(logits_S, maps_S, logits_T, maps_T):
-    """L_mSARC of Eq. (12) (SpaceshipNet, Yu et al. 2023): the class activation maps of all classes after the last stage, and
-    Grad-CAM of the class that the teacher sees after each earlier one."""
-    cam_S, cam_T = (F.conv2d(m[-1].float(), head.weight[:, :, None, None]) for m, head in ((maps_S, head_S), (maps_T, head_T)))
+    """L_mSARC of Eq. (12) (SpaceshipNet, Yu et al. 2023): the class activation maps of all classes after the last stage,
+    and Grad-CAM of the class that the teacher sees after each earlier one."""
+    cam_S, cam_T = (F.conv2d(maps[-1].float(), head.weight[:, :, None, None])
+                    for maps, head in ((maps_S, head_S), (maps_T, head_T)))
     if cam_T.shape != cam_S.shape:
         cam_T = F.interpolate(cam_T, size=cam_S.shape[2:], mode='bilinear', antialias=True, align_corners=False)
     total = F.mse_loss(cam_S, cam_T.detach())
     pairs = pairs_of_stages(maps_S, maps_T)
     if pairs:
         c = logits_T.argmax(1)
-        for a, b in zip(grad_cam(logits_S, [maps_S[i] for i, _ in pairs], c), grad_cam(logits_T, [maps_T[j] for _, j in pairs], c)):
-            total = total + F.mse_loss(a, b.detach())
+        seen_S, seen_T = (grad_cam(*network, c) for network in ((logits_S, [maps_S[i] for i, _ in pairs]),
+                                                                (logits_T, [maps_T[j] for _, j in pairs])))
+        total = total + sum(F.mse_loss(a, b.detach()) for a, b in zip(seen_S, seen_T))
     return total
 
 
@@ -265,7 +272,7 @@ def losses(x, y):
     x.requires_grad_(lam_msarc > 0)                                            # else a frozen teacher has no gradient
     with torch.set_grad_enabled(lam_msarc > 0), autocast:
         logits_T, maps_T = net_T.forward_features(x)
-    out = {'kl': lam_kl * kl_loss(logits_S.float(), logits_T.detach().float())}   # at lam_kl=0 too: all parameters have a gradient
+    out = {'kl': lam_kl * kl_loss(logits_S.float(), logits_T.detach().float())}   # at 0 too: all have a gradient then
     if lam_msarc:
         out['msarc'] = lam_msarc * msarc_loss(logits_S, maps_S, logits_T, maps_T)
     return out
@@ -278,7 +285,8 @@ def augment(x):
         padded = F.pad(x, [augment_crop] * 4)                                  # black
         top, left = torch.randint(0, 2 * augment_crop + 1, (2, B, 1), device=device)
         rows, cols = top + torch.arange(H, device=device), left + torch.arange(H, device=device)
-        x = padded[torch.arange(B, device=device)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+        batch = torch.arange(B, device=device)[:, None, None]
+        x = padded[batch, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
     if augment_flip:
         x = torch.where(torch.rand(B, 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
     return x.contiguous(memory_format=M.memory_format(device))

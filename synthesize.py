@@ -1,22 +1,23 @@
 """
 DiffDFKD, first stage: makes the training images for distilling a classifier, without the data it was trained on. A
 diffusion prior makes images, and at every denoising step the classifier pulls them towards what it was trained on: its
-BatchNorm statistics and its predictions (Qi et al. 2025, arXiv 2504.00870). A VAE as the teacher pulls them towards what it
-reconstructs well.
+BatchNorm statistics and its predictions (Qi et al. 2025, arXiv 2504.00870). A VAE as the teacher pulls them towards
+what it reconstructs well.
 
-    python synthesize.py                                               # MNIST digits from the bundled models, on a laptop
-    python synthesize.py config/synth_cifar10_sd15.py                  # the paper's CIFAR-10 setting, Stable Diffusion 1.5
+    python synthesize.py                                          # MNIST digits from the bundled models, on a laptop
+    python synthesize.py config/synth_cifar10_sd15.py             # the paper's CIFAR-10, Stable Diffusion 1.5
     torchrun --nproc_per_node=8 synthesize.py config/synth_cifar10_sd15.py
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 synthesize.py ...
-    python synthesize.py config/synth_cifar10_sd15.py --eta=0 --lca=none    # DM-KD, with the same prompts (Table I)
-    python synthesize.py config/synth_mnist_deepinversion.py           # DeepInversion: no prior at all
-    python synthesize.py config/synth_mnist_vae.py                     # for a VAE, the bundled one
+    python synthesize.py config/synth_cifar10_sd15.py --eta=0 --lca=none   # DM-KD, with the same prompts (Table I)
+    python synthesize.py config/synth_mnist_deepinversion.py      # DeepInversion: no prior at all
+    python synthesize.py config/synth_mnist_vae.py                # for a VAE, the bundled one
 
-Then distil: python distill_classifier.py, or distill_vae.py --method=synthetic. A run that was stopped goes on where it was.
+Then distil: python distill_classifier.py, or distill_vae.py --method=synthetic. A run that was stopped goes on where it
+was.
 
-Memory: Stable Diffusion 1.5 at batch_size 16 in bfloat16 has 1.9 GB of weights, and at the largest moment of --edit=paper, the
-gradient through U-Net and decoder, 13.0 GB beside them with grad_batch=4 (6.8 with 2, 3.7 with 1); the U-Net alone, unguided,
-2.7 GB. Computed by adding up the tensors alive at every operation, not measured on a GPU.
+Memory: Stable Diffusion 1.5 at batch_size 16 in bfloat16 has 1.9 GB of weights, and at the largest moment of
+--edit=paper, the gradient through U-Net and decoder, 13.0 GB beside them with grad_batch=4 (6.8 with 2, 3.7 with 1);
+the U-Net alone, unguided, 2.7 GB. Computed by adding up the tensors alive at every operation, not measured on a GPU.
 """
 import os
 import time
@@ -28,13 +29,13 @@ teacher_source = ''          # where a missing teacher is to be had, for the mes
 teacher_config = {}          # what a state dict does not say: image_size, mean, std (models.load_classifier)
 student = ''                 # a distilled student: from then on L_adv counts
 # prior
-prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original checkpoint, a diffusers folder or hub id; 'none'
-                             # is DeepInversion
+prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original checkpoint, a diffusers folder or hub id;
+                             # 'none' is DeepInversion
 prior_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 guidance = 1.0               # scale s of classifier-free guidance, Eq. (3); 1 is none
 prompt = 'a realistic photo' # text priors: followed by a random subject and style
-class_names = ''             # text priors: 'cifar10', 'cifar100', 'domainnet10', 'faces' or a file of names, one per line,
-                             # instead of the random subjects
+class_names = ''             # text priors, instead of the random subjects: 'cifar10', 'cifar100', 'faces' or a file of
+                             # names, one per line
 sampler = 'ddpm'             # 'ddpm' (ancestral), 'ddim', 'renoise' (Eq. (5) as printed)
 ddim_eta = 0.0               # noise of 'ddim'; 1 has the variance of 'ddpm'
 steps = 25                   # denoising steps; of DeepInversion, steps of Adam
@@ -43,12 +44,12 @@ alpha = 0.3                  # weight of L_bn, Eq. (6); of a VAE's KL of posteri
 beta = 1.0                   # weight of L_cls, Eq. (7); of a VAE's mean squared error of the reconstruction
 gamma = 1.0                  # weight of L_adv, Eq. (8); without a student there is none
 tau = 4.0                    # temperature of Eq. (8)
-edit = 'x0'                  # 'paper' is Eq. (10): z_t moves by eta grad_{z_t} L. 'x0': x_0 moves by eta b_t^2 grad_{x_0} L of
-                             # its own loss, less and less as the noise goes, and the denoiser needs no gradient; 'x_t': as
-                             # 'x0', with grad_{x_t}, through the denoiser
-eta = 3.0                    # its step size; 0 is unguided
+edit = 'x0'                  # 'paper' is Eq. (10): z_t moves by eta grad_{z_t} L. 'x0': x_0 moves by eta b_t^2 times
+                             # grad_{x_0} of its own loss, less and less as the noise goes, and the denoiser needs no
+                             # gradient; 'x_t': the same with grad_{x_t}, through the denoiser
+eta = 3.0                    # its step size; 0 is unguided. 'paper' has the batch's mean: 100 for 100 digits at once
 bn_loss = 'l2'               # 'l2' (distance of means and of variances), 'kl' (of the Gaussians, as Eq. (6) names it)
-lca = 'cutmix'               # latent augmentation, Eq. (11): 'cutmix', 'mixup', 'traditional' (flips and shifts) or 'none'
+lca = 'cutmix'               # augmentation, Eq. (11): 'cutmix', 'mixup', 'traditional' (flips and shifts) or 'none'
 lca_every = 8                # steps between two of them, and after the last
 # DeepInversion (Yin et al. 2020), prior = 'none': pixels, optimised by Adam
 lr = 0.1                     # its step size
@@ -84,38 +85,40 @@ from tqdm import tqdm
 
 import models as M
 
-SUBJECTS = """a dog, a cat, a horse, a cow, a bird in flight, a fish, a frog on a leaf, a deer, an elephant, a butterfly, a lizard,
-a spider, a rabbit, a flower, a tree, a mushroom, a fruit on a table, a meal on a plate, a mountain, a beach, a river, a forest,
-a field, a street, a bridge, a house, a castle, a tower, a car, a truck, a bus, a train, an aeroplane, a ship, a bicycle,
-a motorcycle, a chair, a lamp, a cup, a bottle, a clock, a book, a musical instrument, a tool, a toy, a shoe, a machine,
-a portrait of a person""".replace('\n', ' ').split(', ')
-STYLES = """in daylight, at sunset, at night, in fog, in snow, in the rain, close up, from afar, from above, from below, against
-a plain background, in front of a busy background, with soft focus, in bright colours, in muted colours,
+SUBJECTS = """a dog, a cat, a horse, a cow, a bird in flight, a fish, a frog on a leaf, a deer, an elephant, a
+butterfly, a lizard, a spider, a rabbit, a flower, a tree, a mushroom, a fruit on a table, a meal on a plate, a
+mountain, a beach, a river, a forest, a field, a street, a bridge, a house, a castle, a tower, a car, a truck, a bus, a
+train, an aeroplane, a ship, a bicycle, a motorcycle, a chair, a lamp, a cup, a bottle, a clock, a book, a musical
+instrument, a tool, a toy, a shoe, a machine, a portrait of a person""".replace('\n', ' ').split(', ')
+STYLES = """in daylight, at sunset, at night, in fog, in snow, in the rain, close up, from afar, from above, from
+below, against a plain background, in front of a busy background, with soft focus, in bright colours, in muted colours,
 in black and white""".replace('\n', ' ').split(', ')
 NAMES = {
     'cifar10': 'airplane automobile bird cat deer dog frog horse ship truck',
-    'cifar100': """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
-        castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
-        flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
-        motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
-        poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
-        squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
-        wardrobe whale willow_tree wolf woman worm""",
-    'faces': "woman's_face man's_face",
-    'domainnet10': 'aircraft_carrier airplane alarm_clock ambulance angel animal_migration ant anvil apple arm'}
+    'cifar100': """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+        camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+        dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+        lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+        pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+        shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+        television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""",
+    'faces': "woman's_face man's_face"}
 
 # ---- check everything before any work starts ----
 for wrong, message in [
         (bn_loss not in ('l2', 'kl'), f"bn_loss={bn_loss!r}: 'l2' or 'kl'"),
         (edit not in ('paper', 'x0', 'x_t'), f"edit={edit!r}: 'paper', 'x0' or 'x_t'"),
-        (lca not in ('cutmix', 'mixup', 'traditional', 'none'), f"lca={lca!r}: 'cutmix', 'mixup', 'traditional' or 'none'"),
+        (lca not in ('cutmix', 'mixup', 'traditional', 'none'),
+         f"lca={lca!r}: 'cutmix', 'mixup', 'traditional' or 'none'"),
         (sampler not in ('ddpm', 'ddim', 'renoise'), f"sampler={sampler!r}: 'ddpm', 'ddim' or 'renoise'"),
         (min(num_images, keep, keep_every, lca_every, batch_size, grad_batch, steps) < 1,
          'num_images, steps, keep, keep_every, lca_every, batch_size and grad_batch: at least 1'),
-        ((keep - 1) * keep_every >= steps, f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'),
+        ((keep - 1) * keep_every >= steps,
+         f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'),
         (min(alpha, beta, gamma, eta, ddim_eta, tv, l2, jitter, image_size) < 0 or min(tau, lr) <= 0,
          'alpha, beta, gamma, eta, ddim_eta, tv, l2, jitter and image_size: 0 or more; tau and lr: above 0'),
-        (prior == 'none' and (class_names != '' or guidance != 1), 'class_names and guidance are for a prior, --prior=none has none'),
+        (prior == 'none' and (class_names != '' or guidance != 1),
+         'class_names and guidance are for a prior, --prior=none has none'),
         (prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
          f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none')]:
     if wrong:
@@ -168,7 +171,7 @@ try:
     if text:
         names = NAMES[class_names].split() if class_names in NAMES else []
         if class_names and not names:
-            names = M.read_lines(class_names, f"class_names={class_names}: {', '.join(NAMES)}, or a file with a name per line")
+            names = M.read_lines(class_names, f"class_names={class_names}: {', '.join(NAMES)}, or a file of names")
         num_classes = len(names) if vae and names else num_classes
         if class_names and len(names) != num_classes:
             raise ValueError(f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes')
@@ -186,8 +189,9 @@ try:
         except RuntimeError as e:
             raise ValueError(f"{teacher} cannot take the images of {prior} at its image_size={net_T.config['image_size']} "
                              f'(teacher_config has an image_size): {M.first_line(e)}') from None
-    shards = -(-num_images // (batch_size * keep))
-    settings = json.dumps({k: v for k, v in config.items() if k not in ('num_images', 'out_dir', 'device', 'grad_batch')}
+    kept_times, shards = times[-1 - (keep - 1) * keep_every::keep_every], -(-num_images // (batch_size * keep))
+    volatile = 'num_images', 'out_dir', 'device', 'grad_batch'
+    settings = json.dumps({k: v for k, v in config.items() if k not in volatile}
                           | digests | {'world': world}, sort_keys=True)
     todo = []
     for shard in range(rank, shards, world):
@@ -220,8 +224,8 @@ def bn_distance():
 
 
 def inversion_losses(images, y):
-    """L_inv, Eq. (9), of a batch of images that are to have the labels y, and a dict of its terms: L_bn, L_cls and L_adv, Eqs.
-    (6)-(8); of a VAE the KL of its posterior and the error of its reconstruction."""
+    """L_inv, Eq. (9), of a batch of images that are to have the labels y, and a dict of its terms: L_bn, L_cls and
+    L_adv, Eqs. (6)-(8); of a VAE the KL of its posterior and the error of its reconstruction."""
     x = as_input(images)
     if vae:
         seen = net_T.encode(x)
@@ -250,18 +254,12 @@ def denoise(x_t, t, y=None):
     return M.guided(net, x_t, t, y, guidance).float()                          # Eqs. (2), (3)
 
 
-def decode(x0):
-    return as_kept(M.decode(net, x0))
-
-
 def augment(x_t, out, other, r):
-    """Latent augmentation, Eq. (11), with four random numbers r (4, B, 1) a walk. CutMix: a box of every walk, at most half as
-    high and wide, comes from another walk.
-
-    The network's output is treated like x_t, so that the step that follows needs no further evaluation.
-    """
+    """Latent augmentation, Eq. (11), with four random numbers r (4, B, 1) a walk. CutMix: a box of every walk, at most
+    half as high and wide, comes from another walk. The network's output is treated like x_t, so that the step that
+    follows needs no further evaluation."""
     H, W = x_t.shape[2:]
-    if lca == 'traditional':                                                   # up to an eighth of the side each way; mirrored or not
+    if lca == 'traditional':                                                   # by up to an eighth; mirrored or not
         rows, cols = ((torch.arange(n, device=device) + ((2 * u - 1) * n / 8).round().long()).clamp(0, n - 1)
                       for n, u in zip((H, W), r))
         cols = torch.where(r[2] < 0.5, cols.flip(1), cols)
@@ -277,22 +275,14 @@ def augment(x_t, out, other, r):
     return torch.lerp(x_t, x_t[other], mask), torch.lerp(out, out[other], mask)
 
 
-def labels(shard, g):
-    return (shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes
-
-
-def is_kept(i):
-    return (steps - 1 - i) % keep_every == 0 and (steps - 1 - i) // keep_every < keep
-
-
 def synthesize(shard):
-    """One shard: batch_size walks from noise. The kept images in [-1, 1], the labels, the losses at some t (t, dict)."""
+    """One shard: batch_size walks from noise. The kept images in [-1, 1], the labels, the losses as [(t, dict)]."""
     # all draws are made on the CPU, so that they are the same on every device, and sent there at once
     g = torch.Generator().manual_seed(seed * 1_000_000 + shard)
     x_t, noise = torch.randn(shape, generator=g).to(device), torch.randn(steps, *shape, generator=g).to(device)
     others = torch.stack([torch.randperm(batch_size, generator=g) for _ in times]).to(device)
     boxes = torch.rand(steps, 4, batch_size, 1, generator=g).to(device)
-    y, cond = labels(shard, g), []
+    y, cond = (shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes, []
     if text and class_names:
         cond = [y * len(STYLES) + torch.randint(len(STYLES), (batch_size,), generator=g)]
     elif net.num_classes:                                                      # the prior's own classes, or any prompt
@@ -310,7 +300,7 @@ def synthesize(shard):
         if guiding:
             point = x0.requires_grad_() if edit == 'x0' else x_t
             with autocast:
-                images = in_slices(decode, x0)
+                images = in_slices(lambda z: as_kept(M.decode(net, z)), x0)
             loss, terms = inversion_losses(images, y)                          # Eqs. (6)-(9)
             rows.append((t, terms))
             grad, = torch.autograd.grad(loss, point)
@@ -321,23 +311,23 @@ def synthesize(shard):
                 x0 = diffusion.predict_x0(out, x_t, t, clip=False) - eta / a_t * grad
                 x_t = x_t - eta * grad                                         # Eq. (10)
             else:
-                # as in classifier guidance the step shrinks with the noise, so that the prior repairs what it breaks; a move
-                # of x_0, and a_t times that of x_t, leave the predicted eps what it was
+                # as in classifier guidance the step shrinks with the noise, so that the prior repairs what it breaks; a
+                # move of x_0, and a_t times that of x_t, leave the predicted eps what it was
                 move = eta * b_t ** 2 * batch_size * grad                      # batch_size: of each image's own loss
                 x0, x_t = x0.detach() - move, x_t - a_t * move
             x0 = x0.clamp(-1, 1) if diffusion.clip else x0
             out = torch.cat([diffusion.target(x0, x_t, t, diffusion.prediction), out[:, shape[1]:]], dim=1)
 
-        if is_kept(i):
+        if t in kept_times:
             with torch.no_grad():
                 with autocast:
-                    kept.append(in_slices(decode, x0))
+                    kept.append(in_slices(lambda z: as_kept(M.decode(net, z)), x0))
                 if not guiding:
                     rows.append((t, inversion_losses(kept[-1], y)[1]))
         if lca != 'none' and (i + 1) % lca_every == 0 and steps - 1 - i >= lca_every:   # time for repair is left
             x_t, out = augment(x_t, out, others[i], boxes[i])                  # Eq. (11)
         if sampler == 'ddpm':
-            x_t = diffusion.ddpm_step(out, x_t, t, s, noise[i])                # where Eq. (5) stands: ancestral sampling
+            x_t = diffusion.ddpm_step(out, x_t, t, s, noise[i])                # in the place of Eq. (5): ancestral
         elif sampler == 'ddim':
             x_t = diffusion.ddim_step(out, x_t, t, s, ddim_eta, noise[i])
         else:
@@ -348,7 +338,8 @@ def synthesize(shard):
 def deep_inversion(shard):
     """The same without a prior: pixels that start as noise (Yin et al. 2020)."""
     g = torch.Generator().manual_seed(seed * 1_000_000 + shard)
-    x, y = torch.randn(shape, generator=g).clamp(-1, 1).to(device).requires_grad_(), labels(shard, g).to(device)
+    x = torch.randn(shape, generator=g).clamp(-1, 1).to(device).requires_grad_()
+    y = ((shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes).to(device)
     opt = torch.optim.Adam([x], lr)
     kept, rows = [], []
     for i, t in enumerate(times):
@@ -361,7 +352,7 @@ def deep_inversion(shard):
         opt.step()
         with torch.no_grad():
             x.clamp_(-1, 1)
-        if is_kept(i):
+        if t in kept_times:
             kept.append(x.detach().clone())
     return kept, y, rows
 
@@ -377,14 +368,14 @@ t0 = time.time()
 try:
     for shard, path in tqdm(todo, disable=rank > 0, unit='shard'):
         images, y, rows = (synthesize if net else deep_inversion)(shard)
-        images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()      # from here on the host has waited
+        images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()  # here the host waits
         values, y = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist(), y.cpu()
         for (t, terms), v in zip(rows, values if log else []):
             log(step=shard * steps + times.index(t) + 1, t=t, **dict(zip(terms, v)))
         arrays = {'arr_0': images.numpy(), 'settings': np.array(settings)}
         if not vae:
             arrays['arr_1'] = y.repeat(keep).numpy()
-        arrays['t'] = np.repeat(times[-1 - (keep - 1) * keep_every::keep_every], batch_size)
+        arrays['t'] = np.repeat(kept_times, batch_size)
         M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
         if shard == 0:
             count = torch.bincount(y)

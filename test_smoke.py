@@ -1249,6 +1249,15 @@ def test_paper_configs_say_where_the_teacher_is(tmp_path):
                   and 'mnist' not in f and 'teacher' not in f])
 
 
+def test_teacher_configs(tmp_path):
+    """Every config of a teacher of Tables I and II reads, and leaves the file that the other configs ask for."""
+    configs = [f for f in sorted(os.listdir(os.path.join(ROOT, 'config'))) if f.startswith('teacher_')]
+    asked = ' '.join(open(os.path.join(ROOT, 'config', f)).read() for f in os.listdir(os.path.join(ROOT, 'config')) if f.startswith('distill'))
+    for name in configs:
+        err = run('distill_classifier.py', os.path.join(ROOT, 'config', name), '--data=missing.npz', cwd=tmp_path, ok=False)
+        assert 'missing.npz cannot be read' in err and f'out/{name[:-3]}/student.safetensors' in asked
+
+
 def test_bundled_models(tmp_path):
     """The teacher draws digits that the bundled classifier is sure of, all ten of them."""
     net, diffusion = M.load_denoiser(os.path.join(ROOT, 'pretrained/mnist_unet.safetensors'))
