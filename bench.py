@@ -7,9 +7,9 @@ backward, optimiser with EMA, and the walk, on random images and with random wei
     torchrun --nproc_per_node=8 bench.py config/dkdm_cifar10.py        # the same, the figures of each rank
     python bench.py --what=sample                                      # ms per image of each sampler
 
-All settings of dkdm.py are settings here too. The teacher is random, of the student's architecture but for its width. The
-peak is measured in the same run and dtype: the better of a large matrix product and a 3x3 convolution. An operation is a
-multiplication or an addition, in matrix products, convolutions and attention.
+All settings of dkdm.py are settings here too. The teacher is random, of the student's architecture but for its width.
+The peak is measured in the same run and dtype, before and after: the best of a large matrix product and a 3x3
+convolution. An operation is a multiplication or an addition, in matrix products, convolutions and attention.
 """
 import os
 
@@ -47,7 +47,8 @@ if what not in ('step', 'sample') or student not in ('unet', 'dit') or repeats <
     M.die(f"what={what!r}: 'step' or 'sample'; student={student!r}: 'unet' or 'dit'; repeats={repeats}: at least 1")
 device, autocast, rank, world = M.start(device, dtype, seed)
 if batch_size % (world * grad_accum):
-    M.die(f'batch_size={batch_size} is shared by {world} ranks x {grad_accum} accumulation steps: a multiple of {world * grad_accum}')
+    M.die(f'batch_size={batch_size} is shared by {world} ranks x {grad_accum} accumulation steps: '
+          f'a multiple of {world * grad_accum}')
 B = batch_size // world // grad_accum                                          # images of one forward pass
 dtype = M.pick_dtype(device, dtype)
 dtype = torch.float32 if dtype == torch.float16 else dtype                     # which is for frozen pipelines alone
@@ -56,21 +57,24 @@ dtype = torch.float32 if dtype == torch.float16 else dtype                     #
 # ---- networks ----
 def network(width):
     if student == 'dit':
-        return M.DiT(image_size, patch_size, channels, width, depth, num_heads, num_classes=classes, learn_sigma=learn_sigma)
-    return M.UNet(image_size, channels, channels * (1 + learn_sigma), width, num_res_blocks, channel_mult, attention_resolutions,
-                  num_head_channels=num_head_channels, dropout=dropout, num_classes=classes, patch_size=patch_size,
+        return M.DiT(image_size, patch_size, channels, width, depth, num_heads, num_classes=classes,
+                     learn_sigma=learn_sigma)
+    return M.UNet(image_size, channels, channels * (1 + learn_sigma), width, num_res_blocks, channel_mult,
+                  attention_resolutions, num_head_channels=num_head_channels, dropout=dropout, num_classes=classes,
                   use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
-                  use_new_attention_order=use_new_attention_order)
+                  use_new_attention_order=use_new_attention_order, patch_size=patch_size)
 
 
 width = hidden_size if student == 'dit' else model_channels
 try:
-    net_T, net = (network(w).to(device, memory_format=M.memory_format(device)) for w in (teacher_width or 2 * width, width))
+    net_T, net = (network(w).to(device, memory_format=M.memory_format(device))
+                  for w in (teacher_width or 2 * width, width))
 except (ValueError, ZeroDivisionError) as e:
     M.die(M.first_line(e))
 net_T = M.cast_frozen(net_T.eval().requires_grad_(False), dtype)
 net_ema = copy.deepcopy(net).eval().requires_grad_(False)
-diffusion_T, diffusion = M.Diffusion(), M.Diffusion(prediction='eps' if student_prediction == 'teacher' else student_prediction)
+diffusion_T = M.Diffusion()
+diffusion = M.Diffusion(prediction='eps' if student_prediction == 'teacher' else student_prediction)
 opt = torch.optim.AdamW(net.parameters(), lr, (0.9, beta2), weight_decay=weight_decay, fused=True)
 run_T, model = (torch.compile(n, dynamic=False) if compile else n for n in (net_T, net))
 if world > 1:
@@ -155,12 +159,8 @@ def run_networks():
 
 
 top = peak()
-millions = [sum(p.numel() for p in n.parameters()) / 1e6 for n in (net_T, net)]
-print(f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]:.2f} M, student {millions[1]:.2f} M parameters; '
-      f'{B} images of {channels}x{image_size}x{image_size}, {torch.get_num_threads()} threads; peak {top:,.0f} GFLOP/s')
 if what == 'step':
-    work = grad_accum * gigaflop(run_networks)
-    whole = seconds(lambda: step(lambda name: None))
+    work, whole = grad_accum * gigaflop(run_networks), seconds(lambda: step(lambda name: None))
     parts, last = {}, [0.]
 
     def done(name):
@@ -171,20 +171,25 @@ if what == 'step':
         step(done)
     ms = {k: 1000 * grad_accum ** (k != 'optimiser, EMA') * sorted(v)[len(v) // 2] for k, v in parts.items()}
     networks = sum(v for k, v in ms.items() if k not in ('walk', 'optimiser, EMA')) / 1000
-    print(f'one step: {whole:.4g} s, {B * grad_accum / whole:,.1f} images/s; {work:,.0f} GFLOP, {work / whole:,.0f} GFLOP/s, '
-          f'{100 * work / whole / top:.0f} % of the peak')
-    print('parts, ms: ' + ', '.join(f'{k} {v:.1f}' for k, v in ms.items()) + f'; the networks alone: {networks:.4g} s, '
-          f'{100 * work / networks / top:.0f} % of the peak')
+    top = max(top, peak())
+    lines = [f'one step: {whole:.4g} s, {B * grad_accum / whole:,.1f} images/s; {work:,.0f} GFLOP, {work / whole:,.0f} '
+             f'GFLOP/s, {100 * work / whole / top:.0f} % of the peak',
+             'parts, ms: ' + ', '.join(f'{k} {v:.1f}' for k, v in ms.items()),
+             f'the networks and the loss alone: {networks:.4g} s, {100 * work / networks / top:.0f} % of the peak']
 else:
-    for name, n in (('teacher', net_T), ('student', net_ema)):
+    lines, counts, shape = [], (1, 2, 4, 8, 16, 50), (B, channels, image_size, image_size)
+    y = None if pool_y is None else pool_y[:B]
+    for name, n, g in (('teacher', net_T, scale), ('student', net_ema, 1.)):
         for sampler in ('ddpm', 'ddim', 'dpm++'):
-            row = []
-            for steps in (1, 2, 4, 8, 16, 50):
-                with autocast:
-                    shape = B, channels, image_size, image_size
-                    row.append(1000 * seconds(lambda: M.sample(n, diffusion, shape, steps, sampler, None if pool_y is None else pool_y[:B], scale)) / B)
-            print(f'{name} {sampler:6} ms per image: ' + ', '.join(f'{v:.3g} ({s} steps)' for v, s in zip(row, (1, 2, 4, 8, 16, 50))))
+            with autocast:
+                ms = [1000 * seconds(lambda: M.sample(n, diffusion, shape, k, sampler, y, g)) / B for k in counts]
+            lines.append(f'{name} {sampler:6} ms per image: ' + ', '.join(f'{v:.3g} ({k})' for v, k in zip(ms, counts)))
+    lines.append('in brackets: evaluations of an image' + ', each two passes of the guided teacher' * (scale > 1))
 if device.type == 'cuda':
-    print(f'peak memory: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MB')
+    lines.append(f'peak memory: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MB')
+millions = [f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M' for n in (net_T, net)]
+print(f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]}, student {millions[1]} parameters; '
+      f'{B} images of {channels}x{image_size}x{image_size}, {torch.get_num_threads()} threads; peak {top:,.0f} GFLOP/s',
+      *lines, sep='\n')
 if world > 1:
     dist.destroy_process_group()
