@@ -28,8 +28,8 @@ save_stats = ''              # write the reference's statistics to this .npz
 n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images of each set; 0 leaves them out
 # sampling
 num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for all
-sampler = 'ddpm'             # 'ddpm', 'ddim' or 'dpm++'
-steps = 50                   # the DKDM paper has 50 of ddpm for pixels, 200 of ddim for latents
+sampler = 'ddim'             # 'ddpm', 'ddim' or 'dpm++'
+steps = 8                    # the DKDM paper has 50 of ddpm, spaced evenly, for pixels, 200 of ddim for latents
 spacing = 'trailing'         # of the steps: 'trailing', 'even' (Improved DDPM's) or 'leading' (DDIM's)
 guidance = 1.0               # of checkpoints with classes or texts, but for those distilled with guidance
 prompts = ''                 # checkpoints with texts: a file of them, one per line

@@ -549,7 +549,7 @@ def test_classifier_and_frechet_distance(tiny, tmp_path):
     assert out.splitlines()[-2].split()[0] == 'images.npz' and 'FID' not in out
     same, sampled = metrics(tmp_path / 'e')
     assert abs(same['Frechet']) < 1e-6 < 1e-3 < sampled['Frechet'] and 'KID' not in same
-    assert sampled['parameters'] > 0 and sampled['MFLOPs'] > 0 and sampled['sampler'] == 'ddpm' and sampled['features'].startswith('classifier')
+    assert sampled['parameters'] > 0 and sampled['MFLOPs'] > 0 and sampled['sampler'] == 'ddim' and sampled['features'].startswith('classifier')
     assert sorted(os.listdir(tmp_path / 'e')) == ['images.png', 'metrics.jsonl', 'teacher.png']
 
 
