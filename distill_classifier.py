@@ -49,6 +49,10 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+settings = {k: globals()[k] for k in _defaults}
+import signal
+for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
+    signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
 
 import glob
 import json
@@ -138,8 +142,8 @@ try:
         kw |= dict(num_classes=int(labels.max()) + 1, image_size=images.shape[-1], mean=pixels.mean((0, 2, 3)).tolist(),
                    std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
     net = M.classifier(student, in_channels=images.shape[1], **kw)
-    checkpoint = M.load_checkpoint(out_dir, rank) if init_from == 'resume' else None
-    if init_from != 'scratch':
+    checkpoint = M.resume(settings, rank) if method != 'test' else None
+    if checkpoint or init_from not in ('scratch', 'resume'):
         M.load_state(net, checkpoint[0]['net'] if checkpoint else M.read_weights(init_from)[0], init_from)
     head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
 except ValueError as e:
@@ -210,13 +214,15 @@ if world > 1:
     model = torch.nn.parallel.DistributedDataParallel(model)
 if rank:
     torch.manual_seed(seed + rank)                                             # crops of its own for every rank
-epoch, best = 0, -1.
+steps_per_epoch = len(train) // batch_size
+epoch, first, sums, best = 0, 0, 0., -1.
 if checkpoint:
     shared, own = checkpoint
     opt.load_state_dict(shared['opt'])
-    epoch, best = shared['step'], shared['best']
+    epoch, first = divmod(shared['step'], steps_per_epoch)                     # a signal saves within an epoch
+    sums, best = torch.as_tensor(own['sums'], device=device), shared['best']
     M.set_random_state(own, device)
-os.makedirs(out_dir, exist_ok=True)
+M.claim(out_dir, rank, fresh=checkpoint is None)
 log = M.Log(os.path.join(out_dir, 'log.csv'), epoch) if rank == 0 else None
 stop = M.stop_flag()
 if rank == 0:
@@ -293,15 +299,21 @@ def augment(x):
 
 
 # ---- the loop ----
-steps_per_epoch, row = len(train) // batch_size, {}
-t0 = time.time()
+def save_checkpoint(done):
+    M.save_checkpoint(out_dir, done, {'net': net.state_dict(), 'opt': opt.state_dict(), 'best': best},
+                      M.random_state(device) | {'sums': sums}, rank, settings)
+
+
+t0, row, leaving = time.time(), {}, 0
 while epoch < epochs:
     net.train()
     order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + epoch))]  # the same on all ranks
     order = order[:steps_per_epoch * batch_size].view(steps_per_epoch, world, -1)[:, rank].to(home)
-    sums = 0.
-    for i, idx in enumerate(tqdm(order, desc=f'epoch {epoch + 1}/{epochs}', disable=rank > 0, leave=False, mininterval=1)):
-        done = epoch + i / steps_per_epoch
+    for i in tqdm(range(first, steps_per_epoch), f'epoch {epoch + 1}/{epochs}', disable=rank > 0, leave=False):
+        leaving = (world == 1 or i % 20 == 0) and M.on_all(dist.ReduceOp.MAX, sum(stop[:1]))
+        if leaving:
+            break
+        idx, done = order[i], epoch + i / steps_per_epoch
         scale = min(1., (done + 1 / steps_per_epoch) / warmup_epochs) if warmup_epochs else 1.
         for g in opt.param_groups:
             g['lr'] = lr * scale * 0.5 * (1 + math.cos(math.pi * done / epochs))
@@ -311,15 +323,14 @@ while epoch < epochs:
         opt.step()
         opt.zero_grad(set_to_none=True)
         sums = sums + torch.stack(list(terms.values())).detach()
-        leaving = i % 20 == 0 and M.on_all(dist.ReduceOp.MAX, len(stop)) > 0
-        if leaving:
-            break
-    if leaving:
-        break                                                                  # the checkpoint of the last epoch stands
     if (~torch.stack([p.sum() for p in net.parameters()]).isfinite()).any():   # from here on the host has waited
         M.die(f'the weights are not finite in epoch {epoch + 1}: a smaller --lr; the last checkpoint is untouched')
+    if leaving:
+        save_checkpoint(epoch * steps_per_epoch + i)
+        break
     epoch += 1
     means = dict(zip(terms, (sums / steps_per_epoch).tolist()))
+    first, sums = 0, 0.
     row = dict(step=epoch, loss=sum(means.values()), **means)
     if holdout:
         row['agreement'] = agreement(predictions(net, held_images), held_labels)
@@ -332,12 +343,10 @@ while epoch < epochs:
         if holdout and row['agreement'] > best:
             M.save_model(net, os.path.join(out_dir, 'best.safetensors'))
     best = max(best, row.get('agreement', -1.))
-    M.save_checkpoint(out_dir, epoch, {'net': net.state_dict(), 'opt': opt.state_dict(), 'best': best},
-                      M.random_state(device), rank)
+    save_checkpoint(epoch * steps_per_epoch)
 if rank == 0:
     print(f'student: {out_dir}/student.safetensors, {time.time() - t0:.0f} s' if epoch else 'stopped before the first epoch was complete')
     if 'test_accuracy' in row:
         print(f'test accuracy of the student {100 * row["test_accuracy"]:.2f} %'
               + (f', of the teacher {100 * accuracy_T:.2f} %' if distilling else ''))
-if world > 1:
-    dist.destroy_process_group()
+M.leave(leaving)

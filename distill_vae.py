@@ -42,6 +42,10 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+settings = {k: globals()[k] for k in _defaults}
+import signal
+for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
+    signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
 
 import math
 
@@ -117,7 +121,7 @@ try:
     if shapes[0] != shapes[-1] or net.config['in_channels'] != channels:
         raise ValueError(f'the levels of the teacher are {shapes[0]}, of the student {shapes[-1]}: image_size, in_channels and '
                          'the latents must be the same')
-    checkpoint = M.load_checkpoint(out_dir, rank) if init_from == 'resume' else None
+    checkpoint = M.resume(settings, rank)
     if checkpoint:
         M.load_state(net, checkpoint[0]['net'], out_dir)
 except ValueError as e:
@@ -209,13 +213,13 @@ def save_result():
 
 
 # ---- the loop ----
-step = 0
+step, sums, count = 0, 0., 0                                                   # on the device: no wait between two rows
 if checkpoint:
     shared, own = checkpoint
-    step = shared['step']
+    step, sums, count = shared['step'], torch.as_tensor(own['sums'], device=device), own['count']
     opt.load_state_dict(shared['opt'])
     M.set_random_state(own, device)
-os.makedirs(out_dir, exist_ok=True)
+M.claim(out_dir, rank, fresh=checkpoint is None)
 if rank == 0:
     def millions(n): return f"{n.config['class']}, {sum(p.numel() for p in n.parameters()) / 1e6:.3f} M parameters"
     if distilling:
@@ -224,9 +228,8 @@ if rank == 0:
     log = M.Log(os.path.join(out_dir, 'log.csv'), step)
 stop = M.stop_flag()
 net.train()
-t0, first = time.time(), step
+t0, first, leaving = time.time(), step, 0
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
-sums, count = 0., 0                                                            # on the device: no wait between two rows
 while step < max_steps:
     opt.param_groups[0]['lr'] = lr * 0.5 * (1 + math.cos(math.pi * step / max_steps)) if lr_decay else lr
     x = None
@@ -247,31 +250,33 @@ while step < max_steps:
     sums, count = sums + torch.stack([*terms.values(), norm]).detach(), count + 1
     step += 1
     bar.update()
-    leaving = bool(stop) if world == 1 else step % 5 == 0 and M.on_all(dist.ReduceOp.MAX, len(stop)) > 0
+    leaving = (world == 1 or step % 5 == 0) and M.on_all(dist.ReduceOp.MAX, sum(stop[:1]))
     saving = step % save_every == 0 or step == max_steps or leaving
     if step % log_every == 0 or saving:                                        # also: BatchNorm has no found_inf
         *means, norm = (sums / count).tolist()
         if not math.isfinite(norm):                                            # the same on all ranks
             bar.close()
             M.die(f'step {step}: the loss or its gradient was not finite in the last {count} steps; nothing of that '
-                  'reached the weights. Try a smaller --lr, or --grad_clip; --init_from=resume goes on from the last '
-                  'checkpoint')
+                  'reached the weights. Try a smaller --lr, or --grad_clip')
+    if step % log_every == 0 or step == max_steps:
         if rank == 0:
             bar.set_postfix(loss=f'{sum(means):.4g}')
             log(step=step, loss=sum(means), **dict(zip(terms, means)), grad_norm=norm,
                 images_per_s=(step - first) * batch_size / (time.time() - t0), seconds=time.time() - t0)
         sums, count = 0., 0
     if saving:
-        M.save_checkpoint(out_dir, step, {'net': net.state_dict(), 'opt': opt.state_dict()}, M.random_state(device), rank)
+        own = M.random_state(device) | {'sums': sums, 'count': count}
+        M.save_checkpoint(out_dir, step, {'net': net.state_dict(), 'opt': opt.state_dict()}, own, rank, settings)
         if rank == 0:
             save_result()                                                      # last: who stops us may not wait
     if leaving:
         break
 bar.close()
 if rank == 0:
+    if step == first:                                                          # killed between checkpoint and result
+        save_result()
     path = os.path.join(out_dir, 'student') + ('.safetensors' if net.config['class'] == 'LVAE' else '')
     print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {path}, pictures: {out_dir}/*.png')
     if net.config['class'] == 'LVAE':
         print(f'evaluate: python eval_fid.py --models={path}' + (f',{teacher}' if distilling else ''))
-if world > 1:
-    dist.destroy_process_group()
+M.leave(leaving)

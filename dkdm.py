@@ -79,6 +79,9 @@ compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
+import signal
+for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
+    signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
 
 import copy
 import json
@@ -150,7 +153,6 @@ def diffusers_student():
 
 
 try:
-    checkpoint = None
     if method != 'data':
         net_T, diffusion_T = M.load_denoiser(teacher, M.pick_dtype(device, dtype), **teacher_config)
         net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
@@ -208,14 +210,10 @@ try:
     if pool_bytes > free:
         raise ValueError(f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype} needs {pool_bytes / 2 ** 20:,.0f} MB, there are '
                          f'{free / 2 ** 20:,.0f} MB: a smaller --rho or --batch_size, a larger --stride, or --pool_dtype=float16')
-    if init_from == 'resume' and os.path.isdir(out_dir) and not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-        print(f'{out_dir} has no checkpoint yet: from the beginning')
-    elif init_from == 'resume':
-        checkpoint = shared, own = M.load_checkpoint(out_dir, rank)
+    checkpoint = M.resume(config, rank)
+    if checkpoint:
+        shared, own = checkpoint
         M.load_state(net, shared['net'], out_dir)
-        if walks and len(own['pool'][1]) != pool_size:
-            raise ValueError(f"{out_dir} holds a pool of {len(own['pool'][1])} images per rank, these settings ask for "
-                             f'{pool_size}: resume with the settings and ranks of the first run')
 except ValueError as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 if warmup_steps == 0:
@@ -228,7 +226,7 @@ run_T, model = (torch.compile(n, dynamic=False) if compile and n else n for n in
 if world > 1:
     model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its own luck
-os.makedirs(out_dir, exist_ok=True)
+M.claim(out_dir, rank, fresh=checkpoint is None)
 if rank == 0:
     def millions(n): return f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M parameters'
     if method != 'data':
@@ -411,12 +409,13 @@ def save_result():
 
 def save_checkpoint():
     shared = {'net': net.state_dict(), 'ema': net_ema.state_dict(), 'opt': opt.state_dict(), 'evaluations': evaluations}
-    own = {'pool': (pool_x, pool_t, pool_y), 'random': M.random_state(device), 'weights': M.digest(net)}
-    M.save_checkpoint(out_dir, step, shared, own, rank)
+    own = {'pool': (pool_x, pool_t, pool_y), 'random': M.random_state(device), 'weights': M.digest(net), 'sums': sums}
+    M.save_checkpoint(out_dir, step, shared, own, rank, config)
 
 
+sums = torch.zeros(5, device=device)                                           # on the device: no wait between two rows
 if checkpoint:
-    step, evaluations = shared['step'], shared['evaluations']
+    step, evaluations, sums = shared['step'], shared['evaluations'], own['sums'].to(device)
     net_ema.load_state_dict(shared['ema'])
     opt.load_state_dict(shared['opt'])
     M.set_random_state(own['random'], device)
@@ -433,9 +432,8 @@ if rank == 0:
 # ---- the loop ----
 stop = M.stop_flag()
 net.train()
-t0, first = time.time(), step
+t0, first, leaving = time.time(), step, 0
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
-sums, count = torch.zeros(4, device=device), 0                               # on the device: nothing waits between two rows
 while step < max_steps:
     scale = min(1., (step + 1) / max(1, lr_warmup))
     if lr_decay:
@@ -452,20 +450,21 @@ while step < max_steps:
         sums[:3] += torch.stack([losses[k].detach().mean() for k in ('loss', 'mse', 'vb')]) / grad_accum
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
     opt.found_inf = (~norm.isfinite()).float()                                 # the fused step then changes nothing, on any rank
-    sums[3] += norm
-    count += 1
+    sums[3:] += torch.stack([norm, torch.ones_like(norm)])                     # ... and the number of steps
     opt.step()
     opt.zero_grad(set_to_none=True)
     M.update_ema(net_ema, net, ema, step)
     step += 1
     bar.update()
-    leaving = bool(stop) if world == 1 else step % 5 == 0 and M.on_all(dist.ReduceOp.MAX, len(stop)) > 0
-    if step % log_every == 0 or step == max_steps:
-        loss, mse, vb, norm = (sums / count).tolist()
+    leaving = (world == 1 or step % 5 == 0) and M.on_all(dist.ReduceOp.MAX, sum(stop[:1]))
+    saving = step % save_every == 0 or step == max_steps or leaving
+    if step % log_every == 0 or saving:
+        loss, mse, vb, norm, _ = (sums / sums[-1]).tolist()
         if not math.isfinite(norm):                                            # the same on all ranks: gradients are shared
             bar.close()
-            M.die(f'step {step}: the loss or its gradient was not finite in the last {count} steps; nothing of that reached the '
-                  f'weights. Try a smaller --lr (now {lr * scale:.2g}); --init_from=resume goes on from the last checkpoint')
+            M.die(f'step {step}: the loss or its gradient was not finite since the last row; nothing of that reached '
+                  f'the weights. Try a smaller --lr (now {lr * scale:.2g})')
+    if step % log_every == 0 or step == max_steps:
         if rank == 0:
             bar.set_postfix(loss=f'{loss:.4f}')
             row = dict(step=step, loss=loss, mse=mse, vb=vb, grad_norm=norm, lr=lr * scale,
@@ -474,8 +473,7 @@ while step < max_steps:
             if wandb:
                 wb.log(row, step=step)
         sums.zero_()
-        count = 0
-    if step % save_every == 0 or step == max_steps or leaving:
+    if saving:
         save_checkpoint()                                                      # first: who stops us may not wait for pictures
         if rank == 0:
             save_result()
@@ -483,10 +481,11 @@ while step < max_steps:
         break
 bar.close()
 if rank == 0:
+    if step == first:                                                          # killed between checkpoint and result
+        save_result()
     path = out_dir if isinstance(net, M.Pipeline) else f'{out_dir}/student.safetensors'
     print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {path}, pictures: {out_dir}/samples.png')
     print(f'evaluate: python eval_fid.py --models={path}' + (f',{teacher}' if method != 'data' else '')
           + (f' --guidance={guidance}' if guidance > 1 else '') + (f' --prompts={prompts}' if prompts else '')
           + (f' --sampler={sampler} --steps={sample_steps}' if (sampler, sample_steps) != ('ddim', 8) else ''))
-if world > 1:
-    dist.destroy_process_group()
+M.leave(leaving)

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
+from torch.utils._pytree import tree_leaves
 
 # ----------------------------------------------------------------------------------------------------------------
 # networks
@@ -988,11 +989,12 @@ def class_in(path):
         return ''
 
 
-def digest(net):
-    """Eight hexadecimal digits that name a network's weights."""
+def digest(what):
+    """Eight hexadecimal digits that name a network's weights, or all tensors and numbers in a dict."""
     data = hashlib.sha256()
-    for v in net.state_dict().values():
-        data.update(v.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    for v in tree_leaves(what.state_dict() if isinstance(what, nn.Module) else what):
+        tensor = isinstance(v, torch.Tensor)
+        data.update(v.detach().cpu().flatten().view(torch.uint8).numpy() if tensor else repr(v).encode())
     return data.hexdigest()[:8]
 
 
@@ -1699,17 +1701,24 @@ def on_all(fn, value):
     itself where there is one rank."""
     if not dist.is_initialized():
         return value
-    value = torch.tensor(float(value))
+    value = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(value, fn)
     return value.item()
 
 
 def stop_flag():
-    """A list that is empty until Ctrl-C or SIGTERM: the loop then saves before it leaves."""
+    """A list that is empty until Ctrl-C or SIGTERM, whose number it then holds: the loop saves before it leaves."""
     flag = []
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: flag.append(True))
+        signal.signal(s, lambda number, _: flag.append(number))
     return flag
+
+
+def leave(stopped_by):
+    """The end of a training script: exit code 0, or after a signal (its number) 130 or 143."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(128 + int(stopped_by) if stopped_by else 0)
 
 
 @torch.no_grad()
@@ -1728,46 +1737,108 @@ def random_state(device):
 
 def set_random_state(state, device):
     torch.set_rng_state(state['cpu'])
-    if device.type == 'cuda':
+    if device.type == 'cuda' and 'cuda' in state:                              # else the run began on another device
         torch.cuda.set_rng_state(state['cuda'])
 
 
-def save_checkpoint(out_dir, step, shared, own, rank):
+# settings that do not change what a run computes next: the others are part of its checkpoints
+MAY_CHANGE = ('init_from', 'out_dir', 'max_steps', 'epochs', 'log_every', 'save_every', 'sampler', 'sample_steps',
+              'device', 'compile', 'wandb', 'teacher_source', 'any_teacher')
+
+
+def fixed(settings):
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return {k: v for k, v in settings.items() if k not in MAY_CHANGE} | {'ranks': ranks}
+
+
+def claim(out_dir, rank, fresh=False):
+    """Makes out_dir and keeps other runs out of it until this process ends; a fresh run removes older checkpoints."""
+    import fcntl                                                               # not on Windows
+    os.makedirs(out_dir, exist_ok=True)
+    taken, lock = False, os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT)   # a number: nothing closes it
+    if rank == 0:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(lock, 0)
+            os.write(lock, f'process {os.getpid()} on {os.uname().nodename}'.encode())
+        except OSError as e:                                                   # others: a file system without locks
+            taken = isinstance(e, BlockingIOError)
+        for name in ('ckpt.pt', 'ckpt_*_rank*.pt') if fresh and not taken else ():
+            for f in glob.glob(os.path.join(glob.escape(out_dir), name)):
+                os.remove(f)
+                print(f'{f}, of an earlier run, is removed')
+    if on_all(dist.ReduceOp.MAX, taken):
+        die(f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: another --out_dir')
+
+
+def save_checkpoint(out_dir, step, shared, own, rank, settings):
     """What all ranks share (written by rank 0) and what this rank alone has. A run that is killed at any moment finds
     the last complete set: `ckpt.pt` is renamed into place after all ranks have written, and names their step."""
     mine = os.path.join(out_dir, f'ckpt_{step}_rank{rank}.pt')
-    write_atomically(mine, lambda tmp: torch.save(own, tmp))
+    shared = shared | {'step': step, 'settings': fixed(settings)}
+    number = on_all(dist.ReduceOp.MAX, int(digest(shared), 16) if rank == 0 else 0)
+    own, shared = own | {'of': f'{int(number):08x}'}, shared | {'digest': f'{int(number):08x}'}
+    write_atomically(mine, lambda tmp: torch.save(own | {'digest': digest(own)}, tmp))
     on_all(dist.ReduceOp.MAX, 0)
     if rank == 0:
-        write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared | {'step': step}, tmp))
+        write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared, tmp))
     on_all(dist.ReduceOp.MAX, 0)
     for f in os.listdir(out_dir):
-        if f.startswith('ckpt_') and f.endswith(f'_rank{rank}.pt') and f != os.path.basename(mine):
+        if f.startswith(('ckpt_', '.tmp-ckpt_')) and f.endswith(f'_rank{rank}.pt') and f != os.path.basename(mine):
             os.remove(os.path.join(out_dir, f))
 
 
-def load_checkpoint(out_dir, rank):
-    """(shared, own) of the last complete checkpoint. Raises ValueError with one line."""
-    shared, _ = read_weights(os.path.join(out_dir, 'ckpt.pt'))
-    own, _ = read_weights(os.path.join(out_dir, f"ckpt_{shared['step']}_rank{rank}.pt"))
+def load_checkpoint(out_dir, rank, settings=None):
+    """(shared, own) of the last complete checkpoint. Raises ValueError with one line for damaged files, for those of
+    different runs, and for settings that are not the run's."""
+    def part(name):
+        found, _ = read_weights(os.path.join(out_dir, name))
+        if not isinstance(found, dict) or found.pop('digest', None) != digest(found):
+            raise ValueError(f'{out_dir}/{name} is damaged, or of an older version: --init_from=scratch starts again')
+        return found
+
+    shared = part('ckpt.pt')
+    for k, v in fixed(settings).items() if settings else ():
+        if shared['settings'].get(k) != v:
+            raise ValueError(f"{out_dir} holds a run with {k}={shared['settings'].get(k)!r}, not {v!r}: that run's "
+                             'settings, or another --out_dir')
+    own = part(f"ckpt_{shared['step']}_rank{rank}.pt")
+    if own['of'] != digest(shared):
+        raise ValueError(f'{out_dir}: ckpt.pt and the file of rank {rank} are of different runs')
     return shared, own
 
 
+def resume(settings, rank):
+    """(shared, own) of the checkpoint that a run goes on from, None at its beginning. Raises ValueError; one line."""
+    out_dir, found = settings['out_dir'], os.path.exists(os.path.join(settings['out_dir'], 'ckpt.pt'))
+    if settings['init_from'] != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+        return None                                                            # torchrun --max-restarts counts from 1
+    if found != on_all(dist.ReduceOp.MAX, found):
+        raise ValueError(f'out_dir={out_dir} must be a folder that all ranks share')
+    if not found and rank == 0:
+        print(f'{out_dir} has no checkpoint yet: from the beginning')
+    return load_checkpoint(out_dir, rank, settings) if found else None
+
+
 class Log:
-    """`log.csv`, a row per call; a resumed run continues after the checkpoint's step. Rank 0 only."""
+    """`log.csv`, a row per call, `step` first; a resumed run continues after the checkpoint's step. Rank 0 only."""
 
     def __init__(self, path, step=0):
-        rows = []
-        if step and os.path.exists(path):
-            with open(path, newline='') as f:
-                rows = [r for r in csv.DictReader(f) if int(r['step']) <= step]
-        self.path, self.writer, self.file = path, None, open(path, 'w', newline='')
-        for r in rows:
-            self(**r)
+        lines = []
+        try:
+            if step and os.path.exists(path):
+                with open(path, newline='') as f:
+                    rows = [r for r in f if r.endswith('\n')]
+                    lines = rows[:1] + [r for r in rows[1:] if int(r.split(',')[0]) <= step]
+        except ValueError as e:
+            die(f'{path} is damaged: {first_line(e)}; without it --init_from=resume goes on all the same')
+        write_atomically(path, lambda tmp: open(tmp, 'w', newline='').writelines(lines))   # a kill here loses no rows
+        self.file, self.empty = open(path, 'a', newline=''), not lines
 
     def __call__(self, **row):
-        if self.writer is None:
-            self.writer = csv.DictWriter(self.file, row)
-            self.writer.writeheader()
-        self.writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+        writer = csv.writer(self.file)
+        if self.empty:
+            writer.writerow(row)
+        writer.writerow([f'{v:.6g}' if isinstance(v, float) else v for v in row.values()])
+        self.empty = False
         self.file.flush()

@@ -71,9 +71,11 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
+import signal
+for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
+    signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
 
 import json
-import sys
 from functools import partial
 
 import numpy as np
@@ -358,35 +360,31 @@ def deep_inversion(shard):
 
 
 # ---- the loop ----
-os.makedirs(out_dir, exist_ok=True)
+M.claim(out_dir, rank)
 log = M.Log(os.path.join(out_dir, 'log.csv'), todo[0][0] * steps if todo else shards * steps) if rank == 0 else None
 if rank == 0:
     print(f'teacher {teacher}, prior {prior}; {shards * batch_size * keep:,} images of {image_size}x{image_size} from '
           f'{shards * batch_size:,} walks of {steps} steps, in {shards} shards on {world} x {device.type}'
           + (f', {shards - len(todo)} of them made before' if world == 1 and len(todo) < shards else ''))
 t0 = time.time()
-try:
-    for shard, path in tqdm(todo, disable=rank > 0, unit='shard'):
-        images, y, rows = (synthesize if net else deep_inversion)(shard)
-        images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()  # here the host waits
-        values, y = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist(), y.cpu()
-        for (t, terms), v in zip(rows, values if log else []):
-            log(step=shard * steps + times.index(t) + 1, t=t, **dict(zip(terms, v)))
-        arrays = {'arr_0': images.numpy(), 'settings': np.array(settings)}
-        if not vae:
-            arrays['arr_1'] = y.repeat(keep).numpy()
-        arrays['t'] = np.repeat(kept_times, batch_size)
-        M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
-        if shard == 0:
-            count = torch.bincount(y)
-            classes = count.nonzero()[:20, 0]
-            columns = min(10, count[classes].min().item())
-            last = M.to_float(images[-batch_size:].permute(0, 3, 1, 2))
-            M.save_grid(os.path.join(out_dir, 'preview.png'),
-                        torch.cat([last[y == c][:100 if vae else columns] for c in classes]), columns)
-except KeyboardInterrupt:
-    print(f'\nstopped; the same command goes on from the last whole shard in {out_dir}')
-    sys.exit(130)
+for shard, path in tqdm(todo, disable=rank > 0, unit='shard'):
+    images, y, rows = (synthesize if net else deep_inversion)(shard)
+    images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()  # here the host waits
+    values, y = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist(), y.cpu()
+    for (t, terms), v in zip(rows, values if log else []):
+        log(step=shard * steps + times.index(t) + 1, t=t, **dict(zip(terms, v)))
+    arrays = {'arr_0': images.numpy(), 'settings': np.array(settings)}
+    if not vae:
+        arrays['arr_1'] = y.repeat(keep).numpy()
+    arrays['t'] = np.repeat(kept_times, batch_size)
+    M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
+    if shard == 0:
+        count = torch.bincount(y)
+        classes = count.nonzero()[:20, 0]
+        columns = min(10, count[classes].min().item())
+        last = M.to_float(images[-batch_size:].permute(0, 3, 1, 2))
+        M.save_grid(os.path.join(out_dir, 'preview.png'),
+                    torch.cat([last[y == c][:100 if vae else columns] for c in classes]), columns)
 if world > 1:
     dist.barrier()
     dist.destroy_process_group()

@@ -6,11 +6,15 @@ would start it, resuming, two ranks, bad input. The golden numbers below are wha
 weight is set by a formula (`fill`).
 """
 import copy
+import csv
 import json
 import multiprocessing
 import os
+import random
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -375,8 +379,9 @@ SERVER.set_forkserver_preload(['models', 'scipy.optimize', 'tqdm', 'torchvision'
 os.environ.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1')
 
 
-def script(args, cwd, outputs):
+def script(args, cwd, outputs, env=()):
     """A child's work: the script's file run as the main program, stdout and stderr into two files."""
+    os.environ.update(env)
     for fd, path in zip((1, 2), outputs):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(cwd)
@@ -511,6 +516,118 @@ def test_killed_and_resumed_is_bit_for_bit(args, ranks, tiny, tmp_path):
     assert np.array_equal(losses(tmp_path / 'whole'), losses(tmp_path / 'cut'))
 
 
+def forked(args, cwd, folder, ranks):
+    """The ranks of a run that were forked from the server, without torchrun."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        env = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(s.getsockname()[1]), 'WORLD_SIZE': str(ranks)}
+    every = []
+    for r in range(max(1, ranks)):
+        outputs = [os.path.join(folder, f'{name}{r}') for name in ('out', 'err')]
+        for path in outputs:
+            open(path, 'w').close()
+        mine = env | {'RANK': str(r), 'LOCAL_RANK': str(r)} if ranks else {}
+        every.append(SERVER.Process(target=script, args=([*map(str, args)], cwd, outputs, mine)))
+        every[-1].start()
+    return every
+
+
+def rows(folder):
+    """log.csv without its times."""
+    with open(os.path.join(folder, 'log.csv'), newline='') as f:
+        return [{k: v for k, v in r.items() if k not in ('seconds', 'images_per_s')} for r in csv.DictReader(f)]
+
+
+KILLED = [[*DKDM_RUN, '--log_every=4', '--save_every=3'], [*CLASSIFIER_RUN, '--batch_size=8'],
+          [*VAE_RUN, '--log_every=4', '--save_every=3'],
+          ['synthesize.py', '--prior=teacher.safetensors', '--teacher=classifier.safetensors', '--batch_size=4', '--steps=4',
+           '--lca_every=2', '--keep=2', '--keep_every=1', '--num_images=96']]
+
+
+@pytest.mark.parametrize('args, ranks', [(args, ranks) for args in KILLED for ranks in (0, 2)])
+def test_ended_at_ten_moments(args, ranks, tiny, tmp_path):
+    """By SIGKILL, SIGTERM or SIGINT, the same command again each time: in the end all files are what they are without that."""
+    moments, ended = random.Random(f'{args[0]} {ranks}'), 0
+    args = args + ['--init_from=resume'] * (args[0] != 'synthesize.py')
+
+    def start_and_end(folder, after=60.):
+        every = forked([*args, f'--out_dir={tmp_path}/{folder}'], tiny, tmp_path, ranks)
+        number = moments.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        every[0].join(after)
+        for p in [p for p in every if p.is_alive()]:
+            os.kill(p.pid, number)
+        for p in every:
+            p.join(60)
+        err = open(tmp_path / 'err0').read()
+        # two ranks before their loop die of the signal, and one by the end of the other
+        assert {p.exitcode for p in every} <= {0, -9, 128 + number} | ({-number, 1} if ranks else set()), err
+        assert ranks or 'Traceback' not in err
+        return any(p.exitcode for p in every)
+
+    t0 = time.time()
+    assert not start_and_end('whole')
+    seconds, names = time.time() - t0, sorted(os.listdir(tmp_path / 'whole'))
+    while ended < 10 or os.path.exists(tmp_path / 'cut'):
+        if start_and_end('cut', moments.uniform(0.1, 1) * seconds if ended < 10 else 60):
+            ended += 1
+            continue
+        assert names == sorted(os.listdir(tmp_path / 'cut')) and rows(tmp_path / 'whole') == rows(tmp_path / 'cut')
+        for name in set(names) - {'log.csv', '.lock'}:
+            whole, cut = (str(tmp_path / d / name) for d in ('whole', 'cut'))
+            if name.endswith('.pt'):
+                assert M.read_weights(whole)[0]['digest'] == M.read_weights(cut)[0]['digest']
+            else:
+                assert open(whole, 'rb').read() == open(cut, 'rb').read(), name
+        shutil.rmtree(tmp_path / 'cut')
+
+
+def test_resuming_means_the_same_run(tiny, tmp_path):
+    args = [*DKDM_RUN, '--max_steps=4', f'--out_dir={tmp_path}/a']
+    assert 'no checkpoint yet' in run(*args, '--init_from=resume', cwd=tiny)
+    run(*args, '--init_from=resume', '--max_steps=6', '--log_every=2', cwd=tiny)
+    for setting in ('--lr=0.001', '--seed=1', '--stride=20', '--beta2=0.9'):
+        assert setting[2:].split('=')[0] + '=' in run(*args, '--init_from=resume', setting, cwd=tiny, ok=False)
+    for p in forked([*args, '--init_from=resume'], tiny, tmp_path, 2):
+        p.join()
+    assert 'ranks=1, not 2' in open(tmp_path / 'err0').read()
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+    run(*args, '--seed=1', '--max_steps=6', cwd=tiny)                          # another run, whose rank's file is put among these
+    shutil.copy(tmp_path / 'a/ckpt_6_rank0.pt', tmp_path / 'b')
+    args[-1] = f'--out_dir={tmp_path}/b'
+    assert 'different runs' in run(*args, '--init_from=resume', cwd=tiny, ok=False)
+    data = bytearray((tmp_path / 'b/ckpt.pt').read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / 'b/ckpt.pt').write_bytes(data)
+    assert 'damaged' in run(*args, '--init_from=resume', cwd=tiny, ok=False)
+    with open(tmp_path / 'a/log.csv', 'a') as f:
+        f.write('x,1\n')
+    args[-1] = f'--out_dir={tmp_path}/a'
+    assert 'log.csv is damaged' in run(*args, '--init_from=resume', '--seed=1', cwd=tiny, ok=False)
+    p, = forked([*args, '--max_steps=100000'], tiny, tmp_path, 0)              # from scratch: the old checkpoint is gone ...
+    while not (os.path.getsize(tmp_path / 'a/log.csv') and 'is removed' in open(tmp_path / 'out0').read()):
+        assert p.is_alive()
+        time.sleep(0.02)
+    assert f'process {p.pid} on' in run(*args, cwd=tiny, ok=False)             # ... and the folder has one run
+    p.kill()
+    p.join()
+
+
+def test_torchrun_restarts_a_job_that_goes_on(tiny, tmp_path):
+    for p in forked([*DKDM_RUN, f'--out_dir={tmp_path}/whole'], tiny, tmp_path, 2):
+        p.join()
+    p = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1',
+                          os.path.join(ROOT, DKDM_RUN[0]), *DKDM_RUN[1:], f'--out_dir={tmp_path}/cut'], cwd=tiny,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (os.path.exists(tmp_path / 'cut/ckpt.pt') and M.read_weights(str(tmp_path / 'cut/ckpt.pt'))[0]['step']):
+        assert p.poll() is None
+        time.sleep(0.01)
+    inode = os.stat(tmp_path / 'cut/log.csv').st_ino
+    os.kill(int(open(tmp_path / 'cut/.lock').read().split()[1]), signal.SIGKILL)           # rank 0 alone
+    assert p.wait(120) == 0 and os.stat(tmp_path / 'cut/log.csv').st_ino != inode
+    assert rows(tmp_path / 'whole') == rows(tmp_path / 'cut')
+    assert (tmp_path / 'whole/student.safetensors').read_bytes() == (tmp_path / 'cut/student.safetensors').read_bytes()
+
+
 def test_sigterm_saves_before_leaving(tiny, tmp_path):
     p = subprocess.Popen([sys.executable, os.path.join(ROOT, 'dkdm.py'), '--teacher=teacher.safetensors', *SMALL, '--max_steps=100000',
                           '--save_every=100000', f'--out_dir={tmp_path}'], cwd=tiny, stderr=subprocess.DEVNULL)
@@ -518,7 +635,7 @@ def test_sigterm_saves_before_leaving(tiny, tmp_path):
         assert p.poll() is None
         time.sleep(0.05)
     p.terminate()
-    assert p.wait(60) == 0 and os.path.exists(tmp_path / 'ckpt.pt') and os.path.exists(tmp_path / 'student.safetensors')
+    assert p.wait(60) == 143 and os.path.exists(tmp_path / 'ckpt.pt') and os.path.exists(tmp_path / 'student.safetensors')
 
 
 def test_two_ranks_share_the_pool_and_agree(tiny, tmp_path):
@@ -1075,7 +1192,7 @@ BAD = [
     (['--rho=1e12', '--stride=1'], '--pool_dtype=float16'), (['--batch_size=9', '--grad_accum=2'], 'a multiple of 2'),
     (['--method=data'], '--data'), (['--method=data', '--data=images.npz', '--guidance=2.0'], 'no teacher to guide'), (['--method=data', '--data=no_arr.npz'], "no 'arr_0'"), (['--method=data', '--data=nowhere'], 'nowhere'),
     (['--method=synthetic', '--synthetic=big.npz'], '(1, 16, 16)'), (['--guidance=2.0'], 'no classes'),
-    (['--model_channels=9', '--num_head_channels=4'], 'attention heads'), (['--patch_size=3'], 'patches of 3'), (['--init_from=resume'], 'ckpt.pt'),
+    (['--model_channels=9', '--num_head_channels=4'], 'attention heads'), (['--patch_size=3'], 'patches of 3'),
     (['--device=tpu9'], 'device'), (['--student=dit', '--hidden_size=30'], 'hidden_size'), (['--lr=1e30', '--lr_warmup=0', '--max_steps=50'], 'not finite')]
 BAD_OTHERS = [
     (['eval_fid.py', '--models=missing.safetensors'], 'no file'), (['eval_fid.py', '--models=big.npz'], '3 channels'),
