@@ -139,7 +139,7 @@ try:
         M.load_state(net, checkpoint[0]['net'] if checkpoint else M.read_weights(init_from)[0], init_from)
     M.check_folder(out_dir)
     head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
-except (ValueError, RuntimeError) as e:
+except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 if net_T is not None:
     net_T = net_T.to(device, memory_format=M.memory_format(device))

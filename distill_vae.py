@@ -118,7 +118,7 @@ try:
     checkpoint = M.load_checkpoint(out_dir, rank) if init_from == 'resume' else None
     if checkpoint:
         M.load_state(net, checkpoint[0]['net'], out_dir)
-except (ValueError, RuntimeError) as e:
+except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 
 if method == 'prior':                                                          # the encoder stays as it is

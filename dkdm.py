@@ -212,7 +212,7 @@ try:
         if walks and len(own['pool'][1]) != pool_size:
             raise ValueError(f"{out_dir} holds a pool of {len(own['pool'][1])} images per rank, these settings ask for "
                              f'{pool_size}: resume with the settings and ranks of the first run')
-except (ValueError, RuntimeError) as e:
+except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 if warmup_steps == 0:
     warmup_steps = max(1, T // stride)

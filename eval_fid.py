@@ -232,7 +232,7 @@ try:
     for folder in [out_dir] * bool(specs) + [os.path.dirname(os.path.abspath(save_stats))] * bool(save_stats):
         M.check_folder(folder)
     reference_images = open_images(reference) if stored is None else None
-except (ValueError, RuntimeError) as e:
+except (ValueError, RuntimeError, TypeError) as e:
     M.die(e)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -690,8 +691,6 @@ class Diffusion:
                  beta_range=(1e-4, 0.02), shift=1.):
         if prediction not in ('eps', 'v', 'x0', 'flow'):
             raise ValueError(f"no prediction {prediction!r}: 'eps', 'v', 'x0' or 'flow'")
-        if not 2 <= (steps if isinstance(schedule, str) else len(schedule)) <= 10 ** 6:
-            raise ValueError('a process has from 2 to 1000000 steps')
         self.config = {k: v for k, v in locals().items() if k != 'self'}
         self.prediction, self.learn_sigma, self.clip = prediction, learn_sigma, clip
         if schedule == 'flow':
@@ -704,8 +703,8 @@ class Diffusion:
         else:
             alpha_bar = alpha_bars(schedule, steps, beta_range)
             a, b = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-        if not (np.isfinite(a) & (b > 0) & (b <= 1)).all():
-            raise ValueError('its betas leave 0 ... 1')
+        if len(a) < 2 or not (np.isfinite(a) & (b > 0) & (b <= 1)).all():
+            raise ValueError('fewer than two steps, or betas outside 0 ... 1')
         self.T = len(a)
         # index -1 (the last entry) is the clean image; float64, cast where it meets images
         self.a, self.b = (torch.tensor([*v, end], dtype=torch.float64) for v, end in ((a, 1.), (b, 0.)))
@@ -900,9 +899,8 @@ def sample_dpm(net, diffusion, x, ts, y, guidance):
 # loading and saving
 # ----------------------------------------------------------------------------------------------------------------
 
-WHOLE = dict.fromkeys(('image_size', 'in_channels', 'out_channels', 'model_channels', 'num_classes', 'patch_size', 'hidden_size',
-                       'num_heads', 'width', 'steps'), (0, 2 ** 20))            # what sizes may be, of files too
-WHOLE |= {'image_size': (2, 2 ** 16), 'num_head_channels': (-1, 2 ** 20), 'num_res_blocks': (0, 200), 'depth': (0, 200)}
+SIZES = dict.fromkeys('in_channels out_channels model_channels num_classes patch_size hidden_size num_heads width steps'.split(),
+                      (0, 2 ** 20)) | {'image_size': (2, 2 ** 16), 'num_head_channels': (-1, 2 ** 20), 'num_res_blocks': (0, 200), 'depth': (0, 200)}
 WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')               # files, as against hub ids
 
 
@@ -943,7 +941,7 @@ def check_folder(path, need=0):
         with tempfile.TemporaryDirectory(dir=parent) as tmp:
             os.makedirs(os.path.join(tmp, os.path.relpath(path, parent)), exist_ok=True)     # relpath: not of ''
         free = shutil.disk_usage(parent).free
-    except (OSError, ValueError) as e:
+    except Exception as e:
         raise ValueError(f'results cannot be written to {path!r}: {first_line(e)}') from None
     if need > free:
         raise ValueError(f'{path} has room for {free / 2 ** 20:,.0f} MB, a checkpoint needs {need / 2 ** 20:,.0f} MB')
@@ -998,9 +996,9 @@ def make(kind, **kw):
     """kind(**kw), a network of ours or a Diffusion. Whatever is wrong with that, and sizes that this machine has no memory for,
     before any is taken, become a ValueError with one line that names them."""
     try:
-        for k in WHOLE & kw.keys():
-            if kw[k] is not None and (type(kw[k]) is not int or not WHOLE[k][0] <= kw[k] <= WHOLE[k][1]):
-                raise ValueError(f'{k} is a whole number from {WHOLE[k][0]} to {WHOLE[k][1]}')
+        for k in SIZES.keys() & {k for k, v in kw.items() if v is not None}:
+            if type(kw[k]) is not int or not SIZES[k][0] <= kw[k] <= SIZES[k][1]:
+                raise ValueError(f'{k} is a whole number from {SIZES[k][0]} to {SIZES[k][1]}')
         if kind is not Diffusion:
             with torch.device('meta'):
                 sizes = [p.numel() for p in kind(**kw).parameters()]
@@ -1031,8 +1029,7 @@ def read_weights(path):
         if path.endswith('.safetensors'):
             with safe_open(path, 'pt') as f:
                 header = json.loads((f.metadata() or {}).get('config', '{}'))
-                if not all(isinstance(h, t) for h, t in ((header, dict), (header.get('net', {}), dict), (header.get('vae', ''), str),
-                                                         (header.get('diffusion', {}), dict))):
+                if any(type(header.get(k, kind())) is not kind for k, kind in (('net', dict), ('diffusion', dict), ('vae', str))):
                     raise ValueError('its header is damaged')
                 return {k: f.get_tensor(k) for k in f.keys()}, header
         state = torch.load(path, map_location='cpu', weights_only=True)
@@ -1205,10 +1202,9 @@ UNUSED = 'safety_checker', 'feature_extractor', 'image_encoder', 'watermarker'  
 def read_pipeline(spec):
     """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises ValueError with one line."""
     import huggingface_hub
-    from diffusers.utils import logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    from diffusers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    logging.disable(logging.ERROR)                                             # what goes wrong is said in one line
     path = os.path.join(spec, 'model_index.json')
     try:
         with one_first():

@@ -194,7 +194,7 @@ try:
             todo.append((shard, path))
         elif str(M.read_npz(path).get('settings')) != settings:
             raise ValueError(f'{path} was made with other settings: another --out_dir, or the settings of the first run')
-except (ValueError, RuntimeError) as e:
+except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher.removeprefix('vae:')) else str(e))
 
 # the input of every BatchNorm of the teacher, noted as it passes
