@@ -133,11 +133,12 @@ try:
         pixels = images[:10000].float() / 255
         kw |= dict(num_classes=int(labels.max()) + 1, image_size=images.shape[-1], mean=pixels.mean((0, 2, 3)).tolist(),
                    std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
-    net = M.make(M.classifier, name=student, in_channels=images.shape[1], **kw)
+    net = M.make('classifier', name=student, in_channels=images.shape[1], **kw)
     checkpoint = M.load_checkpoint(out_dir, rank) if init_from == 'resume' else None
     if init_from != 'scratch':
         M.load_state(net, checkpoint[0]['net'] if checkpoint else M.read_weights(init_from)[0], init_from)
-    M.check_folder(out_dir)
+    if method != 'test':
+        M.check_folder(out_dir)
     head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
 except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))

@@ -76,7 +76,7 @@ def build_vae(config, teacher):
                          + ', '.join(['width'] if kind == 'LVAE' else [k for k in teacher if k not in ('class', 'in_channels', 'out_channels')]))
     kw = {k: v for k, v in config.items() if k not in ('class', '_class_name')}
     if kind == 'LVAE':
-        return M.make(M.LVAE, **kw)
+        return M.make('LVAE', **kw)
     try:
         import diffusers
         return M.Autoencoder(getattr(diffusers, kind).from_config(kw))

@@ -188,12 +188,12 @@ try:
             raise ValueError(f"{student}, student_prediction={student_prediction}: diffusers samples a flow only by the teacher's "
                              'class, and flow predictions only of a flow: --student_prediction=teacher')
     elif student == 'unet':
-        net = M.make(M.UNet, **{k: config[k] for k in inspect.signature(M.UNet).parameters.keys() & config.keys() - {'num_heads'}},
+        net = M.make('UNet', **{k: config[k] for k in inspect.signature(M.UNet).parameters.keys() & config.keys() - {'num_heads'}},
                      image_size=H, in_channels=C, out_channels=C * (1 + learn_sigma), num_classes=num_classes)
     else:
-        net = M.make(M.DiT, image_size=H, patch_size=patch_size, in_channels=C, hidden_size=hidden_size, depth=depth,
+        net = M.make('DiT', image_size=H, patch_size=patch_size, in_channels=C, hidden_size=hidden_size, depth=depth,
                      num_heads=num_heads, num_classes=num_classes, learn_sigma=learn_sigma)
-    diffusion = M.make(M.Diffusion, **process | dict(prediction=prediction, learn_sigma=learn_sigma))
+    diffusion = M.make('Diffusion', **process | dict(prediction=prediction, learn_sigma=learn_sigma))
     M.sampling_steps(diffusion.T, sample_steps)
     M.sampling_steps(diffusion.T, synthetic_steps if method == 'synthetic' and not synthetic else 1)
     pool_batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1

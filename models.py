@@ -488,11 +488,9 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
     """
     family, _, size = name.partition('resnet') if name.startswith('resnet') else (name[:3], '', name[3:])
     try:
-        if len(name) > 10 and not name.startswith('torchvision:'):             # a depth that nobody has
-            raise ValueError
-        if name.startswith('resnet') and (int(size) in (18, 34, 50) or int(size) % 6 == 2):
+        if name.startswith('resnet') and (int(size) in (18, 34, 50) or int(size) in range(8, 1210, 6)):
             net = ResNet(int(size), num_classes, **kw)
-        elif family == 'wrn' and int(size.split('_')[0]) % 6 == 4:
+        elif family == 'wrn' and int(size.split('_')[0]) in range(10, 1000, 6):
             net = WideResNet(*map(int, size.split('_')), num_classes, **kw)
         elif family == 'vgg' and size in ('11', '13', '16', '19'):
             net = VGG(int(size), num_classes, **kw)
@@ -899,16 +897,13 @@ def sample_dpm(net, diffusion, x, ts, y, guidance):
 # loading and saving
 # ----------------------------------------------------------------------------------------------------------------
 
-SIZES = dict.fromkeys('in_channels out_channels model_channels num_classes patch_size hidden_size num_heads width steps'.split(),
-                      (0, 2 ** 20)) | {'image_size': (2, 2 ** 16), 'num_head_channels': (-1, 2 ** 20), 'num_res_blocks': (0, 200), 'depth': (0, 200)}
 WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')               # files, as against hub ids
 
 
 def die(message):
-    """One line on stderr and exit code 2: what was wrong and what would be right. Rank 0 speaks for all; another one only where
-    it is still there a while later, because the mistake is its own."""
+    """One line on stderr and exit code 2: what was wrong and what would be right."""
     if os.environ.get('RANK', '0') != '0' and os.environ.get('WORLD_SIZE', '1') != '1':
-        time.sleep(6)
+        time.sleep(6)                                                          # rank 0 speaks for all, unless it has no such mistake
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -993,29 +988,26 @@ def free_memory(device):
 
 
 def make(kind, **kw):
-    """kind(**kw), a network of ours or a Diffusion. Whatever is wrong with that, and sizes that this machine has no memory for,
-    before any is taken, become a ValueError with one line that names them."""
+    """The network of ours, or the Diffusion, that keywords describe. Raises ValueError with one line that names them, for sizes
+    without sense or beyond this machine's memory before any is taken."""
     try:
-        for k in SIZES.keys() & {k for k, v in kw.items() if v is not None}:
-            if type(kw[k]) is not int or not SIZES[k][0] <= kw[k] <= SIZES[k][1]:
-                raise ValueError(f'{k} is a whole number from {SIZES[k][0]} to {SIZES[k][1]}')
-        if kind is not Diffusion:
+        make_it = {'UNet': UNet, 'DiT': DiT, 'LVAE': LVAE, 'classifier': classifier, 'Diffusion': Diffusion}[kind]
+        for k, v in kw.items():
+            if type(v) in (int, float) and not (1 if k == 'image_size' else -1) <= v <= (200 if k in ('depth', 'num_res_blocks') else 2 ** 20):
+                raise ValueError(f'{k}={v} is out of range')
+        if kind != 'Diffusion':
             with torch.device('meta'):
-                sizes = [p.numel() for p in kind(**kw).parameters()]
+                sizes = [p.numel() for p in make_it(**kw).parameters()]
             if min(sizes) == 0 or 4 * sum(sizes) > free_memory(torch.device('cpu')):
-                raise ValueError(f'{sum(sizes):,} parameters, ' + ('more than fit into memory' if min(sizes) else 'none in some layers'))
-        return kind(**kw)
+                raise ValueError('layers without channels' if min(sizes) == 0 else f'{sum(sizes):,} parameters do not fit into memory')
+        return make_it(**kw)
     except Exception as e:
-        said = ', '.join(f'{k}={v!r}'[:60] for k, v in kw.items())
-        raise ValueError(f'no {kind.__name__} of {said}: {first_line(e)}') from None
+        raise ValueError(f'no {kind} of {", ".join(f"{k}={v!r}"[:60] for k, v in kw.items())}: {first_line(e)}') from None
 
 
 def build(config):
-    """The network that a `net.config` describes. Raises ValueError with one line."""
-    kinds = {'UNet': UNet, 'DiT': DiT, 'LVAE': LVAE, 'classifier': classifier}
-    if config.get('class') not in kinds:
-        raise ValueError(f"its header is damaged, there is no class {config.get('class')!r}")
-    return make(kinds[config['class']], **{k: v for k, v in config.items() if k != 'class'})
+    """The network that a `net.config` describes."""
+    return make(config.get('class'), **{k: v for k, v in config.items() if k != 'class'})
 
 
 def read_weights(path):
@@ -1065,7 +1057,7 @@ def tensors_in(state, path, *names):
     state = next((state[n] for n in names if isinstance(state.get(n), dict)), state)
     odd = [k for k, v in state.items() if not isinstance(k, str) or not torch.is_tensor(v)]
     if odd or not state:
-        raise ValueError(f"{path} holds no dict of tensors" + (f', its {odd[0]!r} is none' if odd else ''))
+        raise ValueError(f'{path} holds no dict of tensors, but ' + (repr(odd[0]) if odd else 'nothing'))
     return state
 
 
@@ -1211,14 +1203,11 @@ def read_pipeline(spec):
             path = path if os.path.isdir(spec) else huggingface_hub.hf_hub_download(spec, 'model_index.json')
         with open(path) as f:
             parts = json.load(f)
-        # diffusers runs such files: its newer versions only if asked to, the older ones always
-        local = os.path.isdir(spec) and [f for f in glob.glob(os.path.join(glob.escape(spec), '*', '*.py')) + [f'{spec}/None.py']
-                                         if os.path.exists(f)]
-        if not isinstance(parts, dict) or not isinstance(parts.get('_class_name'), str):
-            raise ValueError('its model_index.json is no dict with the name of a pipeline of diffusers')
-        if odd := local or [v[0] for k, v in parts.items() if isinstance(v, list) and k not in UNUSED and v[0] not in (
-                None, 'diffusers', 'transformers')]:
-            raise ValueError(f'{odd[0]} is code of its own, which is not run')
+        # diffusers runs the code in a folder: its newer versions only if asked to, the older ones always
+        code = [f for name in ('*/*.py', 'None.py') for f in glob.glob(f'{glob.escape(spec)}/{name}')] + [
+            v[0] for k, v in parts.items() if isinstance(v, list) and k not in UNUSED and v[0] not in (None, 'diffusers', 'transformers')]
+        if code:
+            raise ValueError(f'{code[0]} is code of its own, which is not run')
         return os.path.dirname(path), parts
     except huggingface_hub.errors.GatedRepoError:
         raise ValueError(f'{spec} is gated: accept its terms on huggingface.co/{spec} and log in with `hf auth login`') from None
@@ -1293,7 +1282,7 @@ def load_denoiser(spec, dtype=torch.float32, **known):
         if 'diffusion' not in header or 'net' not in header:
             raise ValueError(f"{spec} is no denoiser, its header describes {header.get('net', {}).get('class', 'none')}")
         refuse(known, spec)
-        net, diffusion = build(header['net']), make(Diffusion, **header['diffusion'])
+        net, diffusion = build(header['net']), make('Diffusion', **header['diffusion'])
         net.guided = header.get('guided', False)                               # needs no guidance any more
         if header.get('vae'):
             set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
@@ -1315,7 +1304,7 @@ def load_denoiser(spec, dtype=torch.float32, **known):
                           mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
                           num_classes=len(state.get('y_embedder.embedding_table.weight', [0])) - 1,
                           learn_sigma=len(state['final_layer.linear.bias']) == 2 * channels * patch ** 2)
-            net = make(DiT, **config | known)
+            net = make('DiT', **config | known)
             process = dict(schedule='linear', learn_sigma=config['learn_sigma'], clip=False) | process
         elif 'input_blocks.0.0.weight' in state:
             config = unet_config(state)
@@ -1323,14 +1312,14 @@ def load_denoiser(spec, dtype=torch.float32, **known):
             config |= dict(image_size=64 if latent else 32, use_new_attention_order=not latent) | known
             config['attention_resolutions'] = tuple(config['image_size'] // ds
                                                     for ds in config.pop('downsampled_attention'))
-            net = make(UNet, **config)
+            net = make('UNet', **config)
             process = dict(schedule=betas.tolist() if latent else 'cosine', clip=not latent,
                            learn_sigma=config['out_channels'] == 2 * config['in_channels']) | process
         else:
             raise ValueError('no keys of a U-Net (input_blocks...) or DiT (x_embedder...) in it')
     except Exception as e:
         raise ValueError(f'{spec} is no denoiser that this code knows: {first_line(e)}') from None
-    return load_state(net, state, spec).eval().requires_grad_(False), make(Diffusion, **process)
+    return load_state(net, state, spec).eval().requires_grad_(False), make('Diffusion', **process)
 
 
 def classifier_config(state):
@@ -1386,7 +1375,7 @@ def load_classifier(spec, **known):
             raise ValueError(f"it holds a {header.get('net', {}).get('class', 'model')}")
         state = {k.removeprefix('module.'): v for k, v in tensors_in(state, spec, 'state_dict').items()}
         config = classifier_config(state) | known
-        net = make(classifier, **config)
+        net = make('classifier', **config)
     except Exception as e:
         raise ValueError(f'{spec} is no classifier that this code knows: {first_line(e)}') from None
     if config['name'].startswith('torchvision:'):

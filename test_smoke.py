@@ -1149,7 +1149,7 @@ VALUES = {
         uncond_prob=1.1 real_fraction=-0.1 real_fraction=2 synthetic_images=0 synthetic_steps=0 sampler=euler pool_dtype=int8
         student_prediction=z schedule=fast init_from=start student=resnet device=meta dtype=float64 wandb=project
         teacher_config={'image_size':nan} teacher_config={1:2} teacher_config={'image_size':32}~nothing rho=((( rho="1is" batch_size=None""",
-    'bench.py': """repeats=0 what=walk image_size=0 image_size=1000000 channels=0 classes=-1 teacher_width=-1 model_channels=0 rho=1e29
+    'bench.py': """repeats=0 what=walk image_size=0 image_size=1000000~memory channels=0 classes=-1 teacher_width=-1 model_channels=0 rho=1e29
         student=x.json""",
     'synthesize.py': """alpha=-1 alpha=1e999 beta=nan gamma=-0.1 tau=0.0 tau=nan eta=-3.0 eta=inf ddim_eta=1.5 guidance=-1 steps=0
         lca_every=0 lr=0.0 lr=nan tv=-1 l2=nan jitter=-1 num_images=0 keep=0 keep_every=0 image_size=-1 image_size=100000
@@ -1162,8 +1162,8 @@ VALUES = {
         teacher_config={'mean':(0.5,)}~nothing init_from=none.pt dtype=half""",
     'distill_vae.py': """beta=0.0 beta=nan beta=-1.0 lam_z=-1 lam_z=inf kl_warmup=-1 max_steps=0 batch_size=0 lr=nan lr=-1
         weight_decay=-1e-4 weight_decay=nan grad_clip=-1 save_every=0 log_every=0 seed=-1 student_config={'width':0}~LVAE
-        student_config={'width':-4}~whole student_config={'width':2.5}~whole student_config={'width':1000000}~memory
-        student_config={'image_size':0}~whole
+        student_config={'width':-4}~LVAE student_config={'width':2.5}~LVAE student_config={'width':1000000}~memory
+        student_config={'image_size':0}~LVAE
         student_config={'width':nan} init_from=x method=x data=images.npz student_config={3:4}""",
     'eval_fid.py': """num_samples=-1 num_samples=nan n_two_sample=-1 batch_size=0 steps=0 guidance=-1 guidance=nan seed=-1
         seed=100000000000000000000000 sampler=x spacing=x save_stats=stats.txt save_stats=empty features=nothing~file model_config={2:3}"""}
@@ -1173,7 +1173,7 @@ FILES = [                                                                      #
         ('odd', 'no UNet'), ('vae', 'damaged'), ('steps', 'no Diffusion'), ('schedule', 'no Diffusion'), ('nan', 'not finite'),
         ('none', 'no denoiser')]],
     *[('dkdm.py', [f'--teacher={name}.pt'], words) for name, words in [
-        ('list', 'holds a list'), ('text', "its 'weight' is none"), ('nothing', 'no dict of tensors'), ('ints', 'no dict of tensors')]],
+        ('list', 'holds a list'), ('text', "but 'weight'"), ('nothing', 'no dict of tensors'), ('ints', 'no dict of tensors')]],
     ('distill_classifier.py', ['--teacher=list.pt'], 'holds a list'), ('distill_classifier.py', ['--teacher=text.pt'], 'no dict of tensors'),
     ('distill_classifier.py', ['--teacher=damaged_mean.safetensors'], 'no classifier of'), ('distill_vae.py', ['--teacher=damaged_class.safetensors'], 'no VAE'),
     *[('dkdm.py', [f'--teacher=index_{name}'], 'model_index.json') for name in ('list', 'empty', 'text')],
