@@ -31,6 +31,7 @@ channel_mult = (1, 2, 2, 2)
 attention_resolutions = (16, 8)
 patch_size = 1
 stride = 1
+_ranges = _settings['_ranges'] | {'what': ('step', 'sample'), 'student': ('unet', 'dit')}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 import copy
@@ -43,8 +44,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models as M
 
-if what not in ('step', 'sample') or student not in ('unet', 'dit') or repeats < 1:
-    M.die(f"what={what!r}: 'step' or 'sample'; student={student!r}: 'unet' or 'dit'; repeats={repeats}: at least 1")
 device, autocast, rank, world = M.start(device, dtype, seed)
 if batch_size % (world * grad_accum):
     M.die(f'batch_size={batch_size} is shared by {world} ranks x {grad_accum} accumulation steps: '
@@ -57,20 +56,24 @@ dtype = torch.float32 if dtype == torch.float16 else dtype                     #
 # ---- networks ----
 def network(width):
     if student == 'dit':
-        return M.DiT(image_size, patch_size, channels, width, depth, num_heads, num_classes=classes,
-                     learn_sigma=learn_sigma)
-    return M.UNet(image_size, channels, channels * (1 + learn_sigma), width, num_res_blocks, channel_mult,
-                  attention_resolutions, num_head_channels=num_head_channels, dropout=dropout, num_classes=classes,
-                  use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
-                  use_new_attention_order=use_new_attention_order, patch_size=patch_size)
+        return M.make('DiT', image_size=image_size, patch_size=patch_size, in_channels=channels, hidden_size=width,
+                      depth=depth, num_heads=num_heads, num_classes=classes, learn_sigma=learn_sigma)
+    return M.make('UNet', image_size=image_size, in_channels=channels, out_channels=channels * (1 + learn_sigma),
+                  model_channels=width, num_res_blocks=num_res_blocks, channel_mult=channel_mult,
+                  attention_resolutions=attention_resolutions, num_head_channels=num_head_channels, dropout=dropout,
+                  num_classes=classes, patch_size=patch_size, use_scale_shift_norm=use_scale_shift_norm,
+                  resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order)
 
 
 width = hidden_size if student == 'dit' else model_channels
 try:
     net_T, net = (network(w).to(device, memory_format=M.memory_format(device))
                   for w in (teacher_width or 2 * width, width))
-except (ValueError, ZeroDivisionError) as e:
-    M.die(M.first_line(e))
+    pool = max(1, round(rho * T / stride)) * B * grad_accum
+    if 4 * pool * channels * image_size ** 2 > M.free_memory(device):
+        raise ValueError(f'a pool of {pool:,} images does not fit into memory: a smaller --rho or --batch_size')
+except ValueError as e:
+    M.die(e)
 net_T = M.cast_frozen(net_T.eval().requires_grad_(False), dtype)
 net_ema = copy.deepcopy(net).eval().requires_grad_(False)
 diffusion_T = M.Diffusion()
@@ -80,7 +83,7 @@ run_T, model = (torch.compile(n, dynamic=False) if compile else n for n in (net_
 if world > 1:
     model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 scale = (guidance or 2.) if classes else 1.
-pool_x = torch.randn(max(1, round(rho * T / stride)) * B * grad_accum, channels, image_size, image_size, device=device)
+pool_x = torch.randn(pool, channels, image_size, image_size, device=device)
 pool_t = torch.randint(T, (len(pool_x),), device=device)
 pool_y = torch.randint(classes, (len(pool_x),), device=device) if classes else None
 

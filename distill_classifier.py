@@ -48,11 +48,12 @@ seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
+_ranges = {                  # what configurator.py does not know of itself
+    'method': ('distill', 'data', 'test'), 'optimizer': ('sgd', 'adamw'), 'holdout': (0, 10 ** 9), 'augment_crop': (0, 1000),
+    'width': (0, 10 ** 4), 'temperature': (1e-30, 1e30), 'label_smoothing': (0, 1), 'warmup_epochs': (0, 10 ** 9),
+    'image_size': (0, 4096)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 settings = {k: globals()[k] for k in _defaults}
-import signal
-for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
-    signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
 
 import glob
 import json
@@ -68,15 +69,10 @@ import models as M
 
 # ---- check everything before any work starts ----
 for wrong, message in [
-        (method not in ('distill', 'data', 'test'), f"method={method!r}: 'distill', 'data' or 'test'"),
-        (optimizer not in ('sgd', 'adamw'), f"optimizer={optimizer!r}: 'sgd' or 'adamw'"),
         (init_from not in ('scratch', 'resume') and not os.path.isfile(init_from),
          f"init_from={init_from!r}: 'scratch', 'resume' or a file; there is none of this name"),
-        (min(lam_kl, lam_msarc, holdout, width, image_size, augment_crop, warmup_epochs) < 0 or temperature <= 0,
-         'lam_kl, lam_msarc, holdout, width, image_size, augment_crop, warmup_epochs: 0 or more; temperature: above 0'),
         (method == 'distill' and lam_kl == lam_msarc == 0, 'lam_kl=0 and lam_msarc=0 leave nothing to learn'),
-        (method == 'test' and not test, "method='test' needs images: --test=mnist, an .npz or a folder"),
-        (min(epochs, batch_size) < 1, 'epochs and batch_size: at least 1')]:
+        (method == 'test' and not test, "method='test' needs images: --test=mnist, an .npz or a folder")]:
     if wrong:
         M.die(message)
 device, autocast, rank, world = M.start(device, dtype, seed)
@@ -141,12 +137,14 @@ try:
         pixels = images[:10000].float() / 255
         kw |= dict(num_classes=int(labels.max()) + 1, image_size=images.shape[-1], mean=pixels.mean((0, 2, 3)).tolist(),
                    std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
-    net = M.classifier(student, in_channels=images.shape[1], **kw)
+    net = M.make('classifier', name=student, in_channels=images.shape[1], **kw)
     checkpoint = M.resume(settings, rank) if method != 'test' else None
     if checkpoint or init_from not in ('scratch', 'resume'):
         M.load_state(net, checkpoint[0]['net'] if checkpoint else M.read_weights(init_from)[0], init_from)
+    if method != 'test':
+        M.check_folder(out_dir)
     head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
-except ValueError as e:
+except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 if net_T is not None:
     net_T = net_T.to(device, memory_format=M.memory_format(device))

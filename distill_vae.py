@@ -41,11 +41,10 @@ seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
+_ranges = {'method': ('prior', 'synthetic', 'data'), 'init_from': ('scratch', 'resume'), 'beta': (1e-30, 1e30),
+           'kl_warmup': (0, 10 ** 9)}    # what configurator.py does not know of itself
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 settings = {k: globals()[k] for k in _defaults}
-import signal
-for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
-    signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
 
 import math
 
@@ -57,11 +56,6 @@ import models as M
 
 # ---- check everything before any work starts ----
 for wrong, message in [
-        (method not in ('prior', 'synthetic', 'data'), f"method={method!r}: 'prior', 'synthetic' or 'data'"),
-        (init_from not in ('scratch', 'resume'), f"init_from={init_from!r}: 'scratch' or 'resume'"),
-        (beta <= 0 or min(lam_z, kl_warmup, weight_decay, grad_clip) < 0,
-         'beta: above 0; lam_z, kl_warmup, weight_decay and grad_clip: 0 or more'),
-        (min(max_steps, batch_size, log_every, save_every) < 1, 'max_steps, batch_size, log_every and save_every: at least 1'),
         (method == 'prior' and data != '', f"method='prior' needs no images, --data={data} is for 'synthetic' and 'data'"),
         (method != 'prior' and not data, f"method={method!r} needs images: --data=mnist, an .npz or a folder"
          + ("; python synthesize.py config/synth_mnist_vae.py makes some" if method == 'synthetic' else ''))]:
@@ -82,12 +76,12 @@ def build_vae(config, teacher):
         raise ValueError(f"student_config: {kind} has no {(odd or ['width'])[0]!r}, but "
                          + ', '.join(['width'] if kind == 'LVAE' else [k for k in teacher if k not in ('class', 'in_channels', 'out_channels')]))
     kw = {k: v for k, v in config.items() if k not in ('class', '_class_name')}
+    if kind == 'LVAE':
+        return M.make('LVAE', **kw)
     try:
-        if kind == 'LVAE':
-            return M.LVAE(**kw)
         import diffusers
         return M.Autoencoder(getattr(diffusers, kind).from_config(kw))
-    except (ValueError, TypeError, ZeroDivisionError, IndexError, RuntimeError) as e:
+    except Exception as e:
         raise ValueError(f'student_config makes no {kind}: {M.first_line(e)}') from None
 
 
@@ -121,10 +115,11 @@ try:
     if shapes[0] != shapes[-1] or net.config['in_channels'] != channels:
         raise ValueError(f'the levels of the teacher are {shapes[0]}, of the student {shapes[-1]}: image_size, in_channels and '
                          'the latents must be the same')
+    M.check_folder(out_dir)
     checkpoint = M.resume(settings, rank)
     if checkpoint:
         M.load_state(net, checkpoint[0]['net'], out_dir)
-except ValueError as e:
+except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 
 if method == 'prior':                                                          # the encoder stays as it is

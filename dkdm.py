@@ -77,13 +77,18 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
+_ranges = {                  # what configurator.py does not know of itself
+    'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data'), 'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'),
+    'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'), 'sampler': ('ddpm', 'ddim', 'dpm++'), 'init_from': ('scratch', 'resume'),
+    'pool_dtype': ('float32', 'float16', 'bfloat16'), 'rho': (1e-30, 1e30), 'T': (2, 10 ** 6), 'channel_mult': (0.01, 100),
+    'dropout': (0, 0.99), 'uncond_prob': (0, 1), 'real_fraction': (0, 1), 'beta2': (0, 0.999999), 'ema': (0, 0.999999),
+    'lr_warmup': (0, 10 ** 9)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
-import signal
-for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
-    signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
 
 import copy
+import importlib.util
+import inspect
 import json
 import math
 import random
@@ -99,23 +104,12 @@ import models as M
 # ---- check everything before any work starts ----
 walks = method in ('dynamic', 'shuffled', 'iterative')
 for wrong, message in [
-        (not walks and method not in ('synthetic', 'data'), f"method={method!r}: 'dynamic', 'shuffled', 'iterative', 'synthetic' or 'data'"),
         (student not in ('unet', 'dit') and not student.endswith('.json'), f"student={student!r}: 'unet', 'dit', or a config.json of diffusers"),
-        (rho <= 0, f'rho={rho}: above 0; the paper has 0.4'),
-        (guidance < 0, f'guidance={guidance}: 1 is none, above 1 guides'),
         (method == 'data' and guidance > 1, f"guidance={guidance}: method='data' has no teacher to guide; eval_fid.py guides what it samples"),
-        (stride < 1, f'stride={stride}: from 1 (the paper) to T'),
-        (warmup_steps < 0, f'warmup_steps={warmup_steps}: from 1 to T, or 0 for T / stride'),
-        (sampler not in ('ddpm', 'ddim', 'dpm++'), f"sampler={sampler!r}: 'ddpm', 'ddim' or 'dpm++'"),
-        (pool_dtype not in ('float32', 'float16', 'bfloat16'), f"pool_dtype={pool_dtype!r}: 'float32', 'float16' or 'bfloat16'"),
-        (not 0 <= real_fraction <= 1, f'real_fraction={real_fraction}: from 0 to 1'),
-        (not 0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob}: from 0 to 1'),
-        (init_from not in ('scratch', 'resume'), f"init_from={init_from!r}: 'scratch' or 'resume'"),
-        (min(max_steps, batch_size, grad_accum, synthetic_images, log_every, save_every) < 1,
-         'max_steps, batch_size, grad_accum, synthetic_images, log_every and save_every: at least 1'),
         (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
         (real_fraction and (method != 'synthetic' or not data),
-         f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'")]:
+         f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'"),
+        (wandb and importlib.util.find_spec('wandb') is None, f'wandb={wandb} needs the package wandb: pip install wandb')]:
     if wrong:
         M.die(message)
 device, autocast, rank, world = M.start(device, dtype, seed)
@@ -193,28 +187,27 @@ try:
             raise ValueError(f"{student}, student_prediction={student_prediction}: diffusers samples a flow only by the teacher's "
                              'class, and flow predictions only of a flow: --student_prediction=teacher')
     elif student == 'unet':
-        net = M.UNet(H, C, C * (1 + learn_sigma), model_channels, num_res_blocks, channel_mult, attention_resolutions,
-                     num_head_channels=num_head_channels, dropout=dropout, num_classes=num_classes,
-                     use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
-                     use_new_attention_order=use_new_attention_order, patch_size=patch_size)
+        net = M.make('UNet', **{k: config[k] for k in inspect.signature(M.UNet).parameters.keys() & config.keys() - {'num_heads'}},
+                     image_size=H, in_channels=C, out_channels=C * (1 + learn_sigma), num_classes=num_classes)
     else:
-        net = M.DiT(H, patch_size, C, hidden_size, depth, num_heads, num_classes=num_classes, learn_sigma=learn_sigma)
-    diffusion = M.Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
+        net = M.make('DiT', image_size=H, patch_size=patch_size, in_channels=C, hidden_size=hidden_size, depth=depth,
+                     num_heads=num_heads, num_classes=num_classes, learn_sigma=learn_sigma)
+    diffusion = M.make('Diffusion', **process | dict(prediction=prediction, learn_sigma=learn_sigma))
+    M.sampling_steps(diffusion.T, sample_steps)
+    M.sampling_steps(diffusion.T, synthetic_steps if method == 'synthetic' and not synthetic else 1)
     pool_batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
     pool_size = pool_batches * batch_size // world if walks else 0
     pool_bytes = pool_size * C * H * H * torch.finfo(getattr(torch, pool_dtype)).bits // 8
-    if device.type == 'cuda':
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    free = M.free_memory(device)
     if pool_bytes > free:
         raise ValueError(f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype} needs {pool_bytes / 2 ** 20:,.0f} MB, there are '
                          f'{free / 2 ** 20:,.0f} MB: a smaller --rho or --batch_size, a larger --stride, or --pool_dtype=float16')
+    M.check_folder(out_dir, pool_bytes * world + 16 * sum(p.numel() for p in net.parameters()))
     checkpoint = M.resume(config, rank)
     if checkpoint:
         shared, own = checkpoint
         M.load_state(net, shared['net'], out_dir)
-except ValueError as e:
+except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 if warmup_steps == 0:
     warmup_steps = max(1, T // stride)

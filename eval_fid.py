@@ -39,10 +39,13 @@ out_dir = 'out/eval'         # metrics.jsonl, and a grid of images per model
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # of the models: 'auto' (bfloat16 where the device has it), 'bfloat16', 'float32'
+_ranges = {'sampler': ('ddpm', 'ddim', 'dpm++'), 'spacing': ('trailing', 'even', 'leading'), 'num_samples': (0, 10 ** 9),
+           'n_two_sample': (0, 10 ** 5)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 import hashlib
 import json
+import unittest.mock
 
 import numpy as np
 import torch
@@ -129,10 +132,8 @@ specs = [s for s in models.split(',') if s]
 inception = features == 'inception'
 if not specs and not save_stats:
     M.die('nothing to measure: --models=student.safetensors, an .npz, a folder of images, or several of them with commas')
-if (min(num_samples, n_two_sample) < 0 or batch_size < 1 or sampler not in ('ddpm', 'ddim', 'dpm++')
-        or spacing not in ('trailing', 'even', 'leading')):
-    M.die(f"num_samples={num_samples} and n_two_sample={n_two_sample} (0 or more), batch_size={batch_size} (1 or more), "
-          f"sampler={sampler!r} ('ddpm', 'ddim' or 'dpm++'), spacing={spacing!r} ('trailing', 'even' or 'leading')")
+if save_stats and (not save_stats.endswith('.npz') or os.path.isdir(save_stats)):
+    M.die(f'save_stats={save_stats}: a name that ends in .npz')
 device, autocast, rank, world = M.start(device, dtype, seed)
 exact = torch.device('cpu') if device.type == 'mps' else device                # where float64 is computed: mps has none
 
@@ -145,19 +146,34 @@ def is_images(spec):
 
 def load_inception():
     """torch-fidelity's Inception with TensorFlow's resize, and its name as a feature space."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    file = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(URL_INCEPTION_V3))
+    import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+    url = fidelity.URL_INCEPTION_V3
+    file = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(url))
     try:
         with M.one_first():
-            net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'],
-                                              inception_weights or None)
+            if not inception_weights and not os.path.exists(file):
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                torch.hub.download_url_to_file(url, file, '6726825d', progress=False)
+        state, _ = M.read_weights(inception_weights or file)
+        with unittest.mock.patch.object(fidelity, 'load_state_dict_from_url', lambda *args, **kw: state):   # its own runs code
+            net = fidelity.FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'])
     except Exception as e:
         raise ValueError(f'the weights of Inception are not to be had ({M.first_line(e)}): put '
-                         f'{os.path.basename(file)} from {os.path.dirname(URL_INCEPTION_V3)} to {file}, or name the file with '
+                         f'{os.path.basename(file)} from {os.path.dirname(url)} to {file}, or name the file with '
                          '--inception_weights') from None
     with open(inception_weights or file, 'rb') as f:                           # the genuine file's name ends in its hash
         name = hashlib.sha256(f.read()).hexdigest()[:8]
     return net, 'inception' if name in file else f'inception {name}'
+
+
+def check_statistics(mu, sigma, size):
+    """Raises ValueError unless they are a mean and a covariance of `size` features."""
+    if mu.shape != (size,) or sigma.shape != (size, size) or mu.dtype.kind != 'f' or sigma.dtype.kind != 'f':
+        raise ValueError(f'{reference} holds statistics of {mu.size} features, {features} has {size}')
+    sigma, top = torch.from_numpy(sigma).double(), np.abs(sigma).max()
+    if not np.isfinite(mu).all() or not np.isfinite(top) or (sigma - sigma.T).abs().max() > 1e-4 * top \
+            or torch.linalg.eigvalsh(sigma)[0] < -1e-4 * top:
+        raise ValueError(f'{reference}: its covariance is none, finite, symmetric and not negative; make it again with --save_stats')
 
 
 def open_images(spec):
@@ -187,7 +203,8 @@ try:
         if M.class_in(spec) == 'LVAE':
             net, diffusion = M.load_vae(spec), None
         else:
-            net, diffusion = M.load_denoiser(spec, M.pick_dtype(device, dtype), **model_config)
+            net, diffusion = M.load_denoiser(spec, M.pick_dtype(device, dtype),
+                                             **{} if len(specs) > 1 and M.class_in(spec) else model_config)
             M.sampling_steps(diffusion.T, steps, spacing)
         made = 3 if M.has_vae(net) else net.config['in_channels']
         if made != channels and not (inception and made == 1):
@@ -205,15 +222,18 @@ try:
     if reference.endswith('.npz') and not save_stats:
         arrays = M.read_npz(reference)
         if 'mu' in arrays:
-            stored = arrays
+            stored = {k: arrays[k] for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'n') if k in arrays}
             named = str(arrays.get('space', 'inception'))                      # ADM's files do not name theirs
             if named != space:
                 raise ValueError(f'{reference} holds statistics in the space of {named}, not of {space}: make them again with --save_stats')
-            if arrays['mu'].shape != (D,) or arrays['sigma'].shape != (D, D):
-                raise ValueError(f"{reference} holds statistics of {arrays['mu'].size} features, {features} has {D}")
+            for mu, sigma, size in (('mu', 'sigma', D), ('mu_s', 'sigma_s', 2023)):
+                if mu in arrays or sigma in arrays:
+                    check_statistics(arrays.get(mu, np.empty(0)), arrays.get(sigma, np.empty(0)), size)
+    for folder in [out_dir] * bool(specs) + [os.path.dirname(os.path.abspath(save_stats))] * bool(save_stats):
+        M.check_folder(folder)
     reference_images = open_images(reference) if stored is None else None
-except ValueError as e:
-    M.die(str(e))
+except (ValueError, RuntimeError, TypeError) as e:
+    M.die(e)
 
 
 # ---- features ----
@@ -371,7 +391,7 @@ for spec, source in zip(specs, inputs):
     os.makedirs(out_dir, exist_ok=True)
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
         f.write(json.dumps(row | how) + '\n')
-    name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')
+    name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')[-100:]
     M.save_grid(os.path.join(out_dir, f'{name}.png'), M.to_float(kept[0]), 10)
 if table:
     columns = list(dict.fromkeys(k for row in table for k in row))

@@ -13,11 +13,15 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
+import time
 import warnings
 from datetime import timedelta
 
@@ -494,9 +498,9 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
     """
     family, _, size = name.partition('resnet') if name.startswith('resnet') else (name[:3], '', name[3:])
     try:
-        if name.startswith('resnet') and (int(size) in (18, 34, 50) or int(size) % 6 == 2):
+        if name.startswith('resnet') and (int(size) in (18, 34, 50) or int(size) in range(8, 1210, 6)):
             net = ResNet(int(size), num_classes, **kw)
-        elif family == 'wrn' and int(size.split('_')[0]) % 6 == 4:
+        elif family == 'wrn' and int(size.split('_')[0]) in range(10, 1000, 6):
             net = WideResNet(*map(int, size.split('_')), num_classes, **kw)
         elif family == 'vgg' and size in ('11', '13', '16', '19'):
             net = VGG(int(size), num_classes, **kw)
@@ -508,6 +512,8 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
         raise ValueError(f'no classifier {name!r} with {kw}: resnet8, 14, 20 ... 110 or resnet18, 34, 50 (in_channels, '
                          'width, shortcut), wrn16_1 ... wrn40_2, vgg11, 13, 16, 19 (in_channels), torchvision:resnet34 '
                          'and its like') from None
+    if not all(len(v) in (1, kw.get('in_channels', 3)) and all(low < x < 1e3 for x in v) for v, low in ((mean, -1e3), (std, 0))):
+        raise ValueError(f'mean={mean} and std={std}: one number or one per channel, std above 0')
     net.config = {'class': 'classifier', 'name': name, 'num_classes': num_classes, 'image_size': image_size,
                   'mean': mean, 'std': std} | kw
     return net
@@ -705,6 +711,8 @@ class Diffusion:
         else:
             alpha_bar = alpha_bars(schedule, steps, beta_range)
             a, b = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+        if len(a) < 2 or not (np.isfinite(a) & (b > 0) & (b <= 1)).all():
+            raise ValueError('fewer than two steps, or betas outside 0 ... 1')
         self.T = len(a)
         # index -1 (the last entry) is the clean image; float64, cast where it meets images
         self.a, self.b = (torch.tensor([*v, end], dtype=torch.float64) for v, end in ((a, 1.), (b, 0.)))
@@ -904,7 +912,9 @@ WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')               
 
 def die(message):
     """One line on stderr and exit code 2: what was wrong and what would be right."""
-    print(f'{os.path.basename(sys.argv[0])}: {message}', file=sys.stderr, flush=True)
+    if os.environ.get('RANK', '0') != '0' and os.environ.get('WORLD_SIZE', '1') != '1':
+        time.sleep(6)                                                          # rank 0 speaks for all, unless it has no such mistake
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -917,11 +927,29 @@ def read_lines(path, why):
     """The lines of a text file that are not empty. Raises ValueError with one line."""
     if not os.path.isfile(path):
         raise ValueError(f'{why}; there is no file {path!r}')
-    with open(path, encoding='utf-8') as f:
-        lines = [line.strip() for line in f if line.strip()]
+    try:
+        with open(path, encoding='utf-8') as f:
+            lines = [line.strip() for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f'{why}; {path} cannot be read: {first_line(e)}') from None
     if not lines:
         raise ValueError(f'{why}; {path} is empty')
     return lines
+
+
+def check_folder(path, need=0):
+    """Raises ValueError unless a folder is there or can be made, and `need` bytes be written to it. Leaves nothing behind."""
+    try:
+        parent = os.path.abspath(path)
+        while not os.path.lexists(parent):
+            parent = os.path.dirname(parent)
+        with tempfile.TemporaryDirectory(dir=parent) as tmp:
+            os.makedirs(os.path.join(tmp, os.path.relpath(path, parent)), exist_ok=True)     # relpath: not of ''
+        free = shutil.disk_usage(parent).free
+    except Exception as e:
+        raise ValueError(f'results cannot be written to {path!r}: {first_line(e)}') from None
+    if need > free:
+        raise ValueError(f'{path} has room for {free / 2 ** 20:,.0f} MB, a checkpoint needs {need / 2 ** 20:,.0f} MB')
 
 
 def write_atomically(path, write):
@@ -939,7 +967,10 @@ def write_atomically(path, write):
 
 def save_model(net, path, diffusion=None, **more):
     """A self-describing safetensors file: the weights, and as JSON in the header `net.config`, `diffusion.config` and what
-    more there is: `vae`, the pipeline that decodes a denoiser's latents, and `guided`, that its predictions are guided ones."""
+    more there is: `vae`, the pipeline that decodes a denoiser's latents, and `guided`, that its predictions are guided ones.
+    Weights that are not finite are never saved."""
+    if odd := not_finite(net.state_dict()):
+        die(f'{path} is not saved, its {odd} is not finite: a smaller --lr')
     config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {}) | {k: v for k, v in more.items() if v}
     write_tensors(net.state_dict(), path, config)
 
@@ -954,10 +985,39 @@ def write_tensors(tensors, path, header):
     write_atomically(path, write)
 
 
+def not_finite(state):
+    """The name of the first tensor of a state dict that holds nan or inf; '' where none does."""
+    return next((k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()), '')
+
+
+def free_memory(device):
+    """Bytes: what is free on a GPU, or this rank's share of the machine's."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+
+def make(kind, **kw):
+    """The network of ours, or the Diffusion, that keywords describe. Raises ValueError with one line that names them, for sizes
+    without sense or beyond this machine's memory before any is taken."""
+    try:
+        make_it = {'UNet': UNet, 'DiT': DiT, 'LVAE': LVAE, 'classifier': classifier, 'Diffusion': Diffusion}[kind]
+        for k, v in kw.items():
+            if type(v) in (int, float) and not (1 if k == 'image_size' else -1) <= v <= (200 if k in ('depth', 'num_res_blocks') else 2 ** 20):
+                raise ValueError(f'{k}={v} is out of range')
+        if kind != 'Diffusion':
+            with torch.device('meta'):
+                sizes = [p.numel() for p in make_it(**kw).parameters()]
+            if min(sizes) == 0 or 4 * sum(sizes) > free_memory(torch.device('cpu')):
+                raise ValueError('layers without channels' if min(sizes) == 0 else f'{sum(sizes):,} parameters do not fit into memory')
+        return make_it(**kw)
+    except Exception as e:
+        raise ValueError(f'no {kind} of {", ".join(f"{k}={v!r}"[:60] for k, v in kw.items())}: {first_line(e)}') from None
+
+
 def build(config):
     """The network that a `net.config` describes."""
-    kw = {k: v for k, v in config.items() if k != 'class'}
-    return {'UNet': UNet, 'DiT': DiT, 'LVAE': LVAE, 'classifier': classifier}[config['class']](**kw)
+    return make(config.get('class'), **{k: v for k, v in config.items() if k != 'class'})
 
 
 def read_weights(path):
@@ -970,8 +1030,13 @@ def read_weights(path):
     try:
         if path.endswith('.safetensors'):
             with safe_open(path, 'pt') as f:
-                return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('config', '{}'))
+                header = json.loads((f.metadata() or {}).get('config', '{}'))
+                if any(type(header.get(k, kind())) is not kind for k, kind in (('net', dict), ('diffusion', dict), ('vae', str))):
+                    raise ValueError('its header is damaged')
+                return {k: f.get_tensor(k) for k in f.keys()}, header
         state = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f'it holds a {type(state).__name__}, not a dict of tensors')
     except Exception as e:
         if 'weights_only' in str(e) or 'Unsupported global' in str(e):
             raise ValueError(f'{path} holds more than tensors, and loading that would run its code: save its '
@@ -998,15 +1063,31 @@ def digest(what):
     return data.hexdigest()[:8]
 
 
+def tensors_in(state, path, *names):
+    """The state dict of a torch file: what it keeps under one of the names, or else itself. Raises ValueError with one line."""
+    state = next((state[n] for n in names if isinstance(state.get(n), dict)), state)
+    odd = [k for k, v in state.items() if not isinstance(k, str) or not torch.is_tensor(v)]
+    if odd or not state:
+        raise ValueError(f'{path} holds no dict of tensors, but ' + (repr(odd[0]) if odd else 'nothing'))
+    return state
+
+
+def refuse(known, spec):
+    if known:
+        raise ValueError(f"{spec} says itself what it is: {', '.join(known)} would do nothing, leave it out")
+
+
 def load_state(net, state, path):
-    """load_state_dict(strict=True), its failure as one line."""
+    """load_state_dict(strict=True), its failure as one line; so are weights that are not finite."""
     try:
         net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=True)
-    except RuntimeError as e:
+    except (RuntimeError, AttributeError) as e:
         ours, theirs = net.state_dict(), state
         odd = [k for k in [*ours, *theirs] if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape]
         detail = f'{len(odd)} parameters differ, the first is {odd[0]}' if odd else first_line(e)
         raise ValueError(f"{path} does not fit a {net.config['class']}: {detail}") from None
+    if odd := not_finite(net.state_dict()):
+        raise ValueError(f'{path}: its {odd} is not finite')
     return net
 
 
@@ -1059,8 +1140,8 @@ class Pipeline(nn.Module):
                        'out_channels': c.get('out_channels') or c.in_channels}
 
     def set_prompts(self, prompts, cache=''):
-        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go. `cache` is a file to keep
-        them in, or to find them."""
+        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go. `cache` is a file to find
+        them in, or to keep them in where its folder is there: checks make none."""
         encoders = [e for i in ('', '_2', '_3') if (e := getattr(self.pipe, f'text_encoder{i}', None)) is not None]
         with one_first():
             key = hashlib.sha256(repr(([digest(e) for e in encoders], prompts)).encode()).hexdigest()
@@ -1069,7 +1150,7 @@ class Pipeline(nn.Module):
                 for e in encoders:
                     e.to(self.net.device)
                 found = self.embed([*prompts, ''])                             # the last one, -1, is the null condition
-                if cache and int(os.environ.get('LOCAL_RANK', 0)) == 0:
+                if os.path.isdir(os.path.dirname(cache)) and int(os.environ.get('LOCAL_RANK', 0)) == 0:
                     write_tensors(found, cache, {'key': key})
         self.shared |= {k: v.to(self.net.device, self.net.dtype) for k, v in found.items()}
         self.num_classes, self.pipe = len(prompts), None
@@ -1118,19 +1199,27 @@ def set_vae(net, vae):
     net.__dict__['vae'] = None if vae is None else vae.eval().requires_grad_(False)
 
 
+UNUSED = 'safety_checker', 'feature_extractor', 'image_encoder', 'watermarker'  # parts of pipelines
+
+
 def read_pipeline(spec):
     """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises ValueError with one line."""
     import huggingface_hub
-    from diffusers.utils import logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    from diffusers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    logging.disable(logging.ERROR)                                             # what goes wrong is said in one line
     path = os.path.join(spec, 'model_index.json')
     try:
         with one_first():
             path = path if os.path.isdir(spec) else huggingface_hub.hf_hub_download(spec, 'model_index.json')
         with open(path) as f:
-            return os.path.dirname(path), json.load(f)
+            parts = json.load(f)
+        # diffusers runs the code in a folder: its newer versions only if asked to, the older ones always
+        code = [f for name in ('*/*.py', 'None.py') for f in glob.glob(f'{glob.escape(spec)}/{name}')] + [
+            v[0] for k, v in parts.items() if isinstance(v, list) and k not in UNUSED and v[0] not in (None, 'diffusers', 'transformers')]
+        if code:
+            raise ValueError(f'{code[0]} is code of its own, which is not run')
+        return os.path.dirname(path), parts
     except huggingface_hub.errors.GatedRepoError:
         raise ValueError(f'{spec} is gated: accept its terms on huggingface.co/{spec} and log in with `hf auth login`') from None
     except Exception as e:
@@ -1143,7 +1232,7 @@ def load_pipeline(spec, dtype):
     Raises ValueError with one line."""
     _, parts = read_pipeline(spec)
     from diffusers import DiffusionPipeline
-    skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker') if k in parts}
+    skip = {k: None for k in UNUSED if k in parts}
     if 'text_encoder' in parts and importlib.util.find_spec('transformers') is None:
         raise ValueError(f'{spec} has a text encoder, which needs the package transformers: pip install transformers')
     try:
@@ -1197,16 +1286,20 @@ def load_denoiser(spec, dtype=torch.float32, **known):
     """
     if os.path.isdir(spec) or (spec.count('/') == 1 and not spec.endswith(WEIGHTS) and
                               not os.path.exists(spec)):
+        refuse(known, spec)
         return load_pipeline(spec, dtype)
     state, header = read_weights(spec)
-    if 'diffusion' in header:
-        net, diffusion = build(header['net']), Diffusion(**header['diffusion'])
+    if header:
+        if 'diffusion' not in header or 'net' not in header:
+            raise ValueError(f"{spec} is no denoiser, its header describes {header.get('net', {}).get('class', 'none')}")
+        refuse(known, spec)
+        net, diffusion = build(header['net']), make('Diffusion', **header['diffusion'])
         net.guided = header.get('guided', False)                               # needs no guidance any more
         if header.get('vae'):
             set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
         return load_state(net, state, spec).eval().requires_grad_(False), diffusion
     # LDM keeps the network, its EMA and the autoencoder in one dict; DiT its EMA beside the weights
-    state = state.get('ema', state.get('state_dict', state))
+    state = tensors_in(state, spec, 'ema', 'state_dict')
     betas = state.get('betas')
     if any(k.startswith('model.diffusion_model.') for k in state):
         names = [k.removeprefix('model.') for k in state if k.startswith('model.diffusion_model.')]
@@ -1222,7 +1315,7 @@ def load_denoiser(spec, dtype=torch.float32, **known):
                           mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
                           num_classes=len(state.get('y_embedder.embedding_table.weight', [0])) - 1,
                           learn_sigma=len(state['final_layer.linear.bias']) == 2 * channels * patch ** 2)
-            net = DiT(**config | known)
+            net = make('DiT', **config | known)
             process = dict(schedule='linear', learn_sigma=config['learn_sigma'], clip=False) | process
         elif 'input_blocks.0.0.weight' in state:
             config = unet_config(state)
@@ -1230,14 +1323,14 @@ def load_denoiser(spec, dtype=torch.float32, **known):
             config |= dict(image_size=64 if latent else 32, use_new_attention_order=not latent) | known
             config['attention_resolutions'] = tuple(config['image_size'] // ds
                                                     for ds in config.pop('downsampled_attention'))
-            net = UNet(**config)
+            net = make('UNet', **config)
             process = dict(schedule=betas.tolist() if latent else 'cosine', clip=not latent,
                            learn_sigma=config['out_channels'] == 2 * config['in_channels']) | process
         else:
             raise ValueError('no keys of a U-Net (input_blocks...) or DiT (x_embedder...) in it')
-    except (KeyError, TypeError, ValueError) as e:
+    except Exception as e:
         raise ValueError(f'{spec} is no denoiser that this code knows: {first_line(e)}') from None
-    return load_state(net, state, spec).eval().requires_grad_(False), Diffusion(**process)
+    return load_state(net, state, spec).eval().requires_grad_(False), make('Diffusion', **process)
 
 
 def classifier_config(state):
@@ -1279,20 +1372,22 @@ def load_classifier(spec, **known):
             net = Torchvision(spec.partition(':')[2], len(weights.meta['categories']), weights=weights)
         except Exception as e:
             raise ValueError(f'{spec} is not to be had: {first_line(e)}') from None
+        refuse(known.keys() - {'image_size', 'mean', 'std'}, spec)
         usual = weights.transforms()
         net.config = {'class': 'classifier', 'name': spec, 'num_classes': len(weights.meta['categories']),
                       'image_size': usual.crop_size[0], 'mean': usual.mean, 'std': usual.std} | known
         return net.eval().requires_grad_(False)
     state, header = read_weights(spec)
     if header.get('net', {}).get('class') == 'classifier':
+        refuse(known, spec)
         return load_state(build(header['net']), state, spec).eval().requires_grad_(False)
     try:
         if header:
             raise ValueError(f"it holds a {header.get('net', {}).get('class', 'model')}")
-        state = {k.removeprefix('module.'): v for k, v in state.get('state_dict', state).items()}
+        state = {k.removeprefix('module.'): v for k, v in tensors_in(state, spec, 'state_dict').items()}
         config = classifier_config(state) | known
-        net = classifier(**config)
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        net = make('classifier', **config)
+    except Exception as e:
         raise ValueError(f'{spec} is no classifier that this code knows: {first_line(e)}') from None
     if config['name'].startswith('torchvision:'):
         state = {f'net.{k}': v for k, v in state.items()}
@@ -1336,6 +1431,8 @@ def load_part(spec, *names):
     root, parts = read_pipeline(spec)
     name = next((n for n in names if parts.get(n, [None])[0]), None)
     try:
+        if not parts[name][1].startswith(('Autoencoder', 'VQModel')):
+            raise ValueError(f'{parts[name][1]} is no VAE of diffusers')
         with one_first():
             return getattr(diffusers, parts[name][1]).from_pretrained(root if os.path.isdir(spec) else spec,
                                                                       subfolder=name, low_cpu_mem_usage=False)
@@ -1360,6 +1457,7 @@ def load_vae(spec):
             with one_first(), warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 kind = diffusers.AutoencoderKL.load_config(spec)['_class_name']
+                kind = kind if kind.startswith('Autoencoder') else None        # any other class may run what it finds
                 net = getattr(diffusers, kind).from_pretrained(spec, low_cpu_mem_usage=False)
         except Exception:
             raise ValueError(f'no VAE at {spec}, neither a file of ours nor a folder or hub id of diffusers: {e}') from None
@@ -1500,6 +1598,8 @@ def load_images(spec, train=True, image_size=0):
     match = re.fullmatch(r'(.+):(\d+)-(\d+)', spec)
     if match:
         spec, classes = match[1], range(int(match[2]), int(match[3]) + 1)
+        if not classes:
+            raise ValueError(f'{spec}:{match[2]}-{match[3]}: the classes from a to b, a not above b')
     images, labels = load_any(spec, train, image_size, classes if match else None)
     if match and labels is None:
         raise ValueError(f'{spec} has no labels to choose classes {classes[0]} to {classes[-1]} by')
@@ -1550,10 +1650,10 @@ def load_npz(path):
     if 'arr_0' not in arrays:
         raise ValueError(f"{path} has no 'arr_0' (uint8, N x H x W x C), only {', '.join(arrays) or 'nothing'}")
     images, labels = arrays['arr_0'], arrays.get('arr_1')
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise ValueError(f"{path}: 'arr_0' must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu'):
-        raise ValueError(f"{path}: 'arr_1' must be {len(images)} integer labels; it is {labels.dtype}, {labels.shape}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or labels.astype(np.int64).min() < 0):
+        raise ValueError(f"{path}: 'arr_1' must be {len(images)} integer labels from 0; it is {labels.dtype}, {labels.shape}")
     labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
@@ -1563,11 +1663,11 @@ def load_image_files(spec, image_size, classes):
     folder, notes = spec, os.path.join(spec, 'val_annotations.txt')            # Tiny-ImageNet's: file, class and box
     if spec.endswith('.txt'):
         folder, files = os.path.dirname(spec), [line.rsplit(' ', 1) for line in read_lines(spec, f'{spec}: a list of images')]
-        if any(len(f) < 2 or not f[1].isdigit() for f in files):
+        if any(len(f) < 2 or not f[1].isdecimal() for f in files):
             raise ValueError(f'{spec}: every line must be a file and a label')
         files = [(f, int(y)) for f, y in files]
     elif os.path.exists(notes):
-        rows = [line.split('\t') for line in read_lines(notes, notes)]
+        rows = [f'{line}\t'.split('\t') for line in read_lines(notes, notes)]
         names = sorted({r[1] for r in rows})                                   # as the folders of `train` are numbered
         files = [(os.path.join('images', r[0]), names.index(r[1])) for r in rows]
     else:
@@ -1576,11 +1676,13 @@ def load_image_files(spec, image_size, classes):
         except FileNotFoundError:                                              # no subfolders: images without labels
             files = [(f, None) for f in sorted(os.listdir(spec)) if f.lower().endswith(IMG_EXTENSIONS)]
         folder = folder if files and files[0][1] is None else ''
-    files = [(os.path.join(folder, f), y) for f, y in files if classes is None or y in classes]
-    try:
-        return stack_images(((default_loader(f), y) for f, y in files), spec, image_size)
-    except OSError as e:
-        raise ValueError(f'{spec}: {first_line(e)}') from None
+
+    def load(f):
+        try:
+            return default_loader(os.path.join(folder, f))
+        except Exception as e:                                                 # PIL's are of many kinds, and some do not name the file
+            raise ValueError(f'{os.path.join(folder, f)} is no image that can be read: {first_line(e)}') from None
+    return stack_images(((load(f), y) for f, y in files if classes is None or y in classes), spec, image_size)
 
 
 def resize_images(images, size):
@@ -1644,7 +1746,13 @@ def start(device='auto', dtype='auto', seed=0):
 
     autocast is a context for the networks' forward passes: bfloat16 or none.
     """
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    try:
+        rank, world, local, near = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0),
+                                                                           ('LOCAL_WORLD_SIZE', 1)))
+        if not 0 <= rank < world or not 0 <= local < max(near, world) or near < 1:
+            raise ValueError(f'rank {rank} of {world}, {local} of {near} here')
+    except ValueError as e:
+        die(f'RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are as torchrun sets them, or not set: {e}')
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if dtype not in ('auto', 'float32', 'bfloat16'):
@@ -1654,14 +1762,17 @@ def start(device='auto', dtype='auto', seed=0):
         if device.type == 'cuda':
             device = torch.device('cuda', local if world > 1 or device.index is None else device.index)
             torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         die(f"device={device} is not to be had here: {first_line(e)}; 'auto' takes what there is")
     torch.backends.cudnn.allow_tf32 = False                                    # float32 is float32, as in the first convolution
     if world > 1 and not dist.is_initialized():
         # tensors of the CPU travel by gloo, so that asking the other ranks does not wait for the GPU; hours, since one rank
         # may work alone (downloads, pictures, metrics)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=6))
+        try:
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=6))
+        except (ValueError, RuntimeError) as e:
+            die(f'{world} ranks cannot meet, start them by torchrun: {first_line(e)}')
     torch.manual_seed(seed)                                                    # the same weights on every rank
     bf16 = pick_dtype(device, dtype) == torch.bfloat16
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world

@@ -69,11 +69,12 @@ grad_batch = 100             # walks at once in the decoder, and in the denoiser
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
+_ranges = {                  # what configurator.py does not know of itself
+    'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t'), 'bn_loss': ('l2', 'kl'), 'ddim_eta': (0, 1),
+    'lca': ('cutmix', 'mixup', 'traditional', 'none'), 'tau': (1e-30, 1e30), 'lr': (1e-30, 1e30), 'jitter': (0, 1000),
+    'image_size': (0, 4096)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
-import signal
-for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
-    signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
 
 import json
 from functools import partial
@@ -108,19 +109,10 @@ NAMES = {
 
 # ---- check everything before any work starts ----
 for wrong, message in [
-        (bn_loss not in ('l2', 'kl'), f"bn_loss={bn_loss!r}: 'l2' or 'kl'"),
-        (edit not in ('paper', 'x0', 'x_t'), f"edit={edit!r}: 'paper', 'x0' or 'x_t'"),
-        (lca not in ('cutmix', 'mixup', 'traditional', 'none'),
-         f"lca={lca!r}: 'cutmix', 'mixup', 'traditional' or 'none'"),
-        (sampler not in ('ddpm', 'ddim', 'renoise'), f"sampler={sampler!r}: 'ddpm', 'ddim' or 'renoise'"),
-        (min(num_images, keep, keep_every, lca_every, batch_size, grad_batch, steps) < 1,
-         'num_images, steps, keep, keep_every, lca_every, batch_size and grad_batch: at least 1'),
         ((keep - 1) * keep_every >= steps,
          f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'),
-        (min(alpha, beta, gamma, eta, ddim_eta, tv, l2, jitter, image_size) < 0 or min(tau, lr) <= 0,
-         'alpha, beta, gamma, eta, ddim_eta, tv, l2, jitter and image_size: 0 or more; tau and lr: above 0'),
-        (prior == 'none' and (class_names != '' or guidance != 1),
-         'class_names and guidance are for a prior, --prior=none has none'),
+        (prior == 'none' and (class_names != '' or guidance != 1 or prior_config),
+         'class_names, guidance and prior_config are for a prior, --prior=none has none'),
         (prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
          f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none')]:
     if wrong:
@@ -146,9 +138,9 @@ def as_input(images):
 try:
     vae = teacher.startswith('vae:')
     net_T = M.load_vae(teacher[4:]) if vae else M.load_classifier(teacher, **teacher_config)
-    net_S = M.load_classifier(student, **teacher_config) if student else None
-    if vae and student:
-        raise ValueError(f'student={student} is for classifiers, there is no L_adv of a VAE')
+    net_S = M.load_classifier(student, **{} if M.class_in(student) else teacher_config) if student else None
+    if vae and (student or teacher_config):
+        raise ValueError(f'student={student} and teacher_config are for classifiers, there is no L_adv of a VAE')
     digests = {'teacher_digest': M.digest(net_T), 'student_digest': M.digest(net_S) if student else ''}
     net_T, net_S = net_T.to(device), net_S.to(device) if student else None
     num_classes, channels = net_T.config.get('num_classes', 1), net_T.config.get('in_channels', 3)
@@ -195,6 +187,7 @@ try:
     volatile = 'num_images', 'out_dir', 'device', 'grad_batch'
     settings = json.dumps({k: v for k, v in config.items() if k not in volatile}
                           | digests | {'world': world}, sort_keys=True)
+    M.check_folder(out_dir)
     todo = []
     for shard in range(rank, shards, world):
         path = os.path.join(out_dir, f'images_{rank:04d}_{shard // world:05d}.npz')
@@ -202,7 +195,7 @@ try:
             todo.append((shard, path))
         elif str(M.read_npz(path).get('settings')) != settings:
             raise ValueError(f'{path} was made with other settings: another --out_dir, or the settings of the first run')
-except ValueError as e:
+except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher.removeprefix('vae:')) else str(e))
 
 # the input of every BatchNorm of the teacher, noted as it passes
@@ -369,6 +362,8 @@ if rank == 0:
 t0 = time.time()
 for shard, path in tqdm(todo, disable=rank > 0, unit='shard'):
     images, y, rows = (synthesize if net else deep_inversion)(shard)
+    if not all(x.isfinite().all() for x in images):
+        M.die(f'the images of shard {shard} are not finite and are not kept: a smaller --eta, or --lr')
     images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()  # here the host waits
     values, y = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist(), y.cpu()
     for (t, terms), v in zip(rows, values if log else []):

@@ -6,7 +6,6 @@ data = 'out/synth_cifar100_r34'
 test = 'cifar100'
 teacher = 'out/teacher_cifar100_r34/student.safetensors'
 teacher_source = 'it by python distill_classifier.py config/teacher_cifar100_r34.py'
-teacher_config = dict(mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
 student = 'resnet18'
 width = 0
 lam_kl = 1.0
