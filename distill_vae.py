@@ -11,6 +11,7 @@ encoder learns too. With `method='data'` it trains a VAE on images, which is how
         --student_config="{'block_out_channels': (32, 64, 128, 128)}"
 """
 import os
+import signal
 import time
 
 # teacher
@@ -41,11 +42,10 @@ seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
-settings = {k: globals()[k] for k in _defaults}
-import signal
 for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
     signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+settings = {k: globals()[k] for k in _defaults}
 
 import math
 

@@ -9,6 +9,7 @@ trained on. The student learns from the teacher's own denoising steps (Xiang et 
     python dkdm.py config/mnist_teacher.py --data=mnist                # ordinary training on images makes a teacher
 """
 import os
+import signal
 import time
 
 # teacher
@@ -77,11 +78,10 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
-config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
-import signal
 for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
     signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
 
 import copy
 import json

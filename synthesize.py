@@ -19,6 +19,7 @@ gradient through U-Net and decoder, 13.0 GB beside them with grad_batch=4 (6.8 w
 2.7 GB. Computed by adding up the tensors alive at every operation, not measured on a GPU.
 """
 import os
+import signal
 import time
 
 # teacher
@@ -68,11 +69,10 @@ grad_batch = 100             # walks at once in the decoder, and in the denoiser
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
-config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
-import signal
 for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
     signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
 
 import json
 from functools import partial
