@@ -1900,8 +1900,7 @@ def save_checkpoint(out_dir, step, shared, own, rank, settings):
 
 
 def load_checkpoint(out_dir, rank, settings=None):
-    """(shared, own) of the last complete checkpoint. Raises ValueError with one line for damaged files, for those of
-    different runs, and for settings that are not the run's."""
+    """(shared, own) of the last complete checkpoint. Raises ValueError: damage, another run's files or settings."""
     def part(name):
         found, _ = read_weights(os.path.join(out_dir, name))
         if not isinstance(found, dict) or found.pop('digest', None) != digest(found):
@@ -1944,12 +1943,11 @@ class Log:
         except ValueError as e:
             die(f'{path} is damaged: {first_line(e)}; without it --init_from=resume goes on all the same')
         write_atomically(path, lambda tmp: open(tmp, 'w', newline='').writelines(lines))   # a kill here loses no rows
-        self.file, self.empty = open(path, 'a', newline=''), not lines
+        self.file = open(path, 'a', newline='')
 
     def __call__(self, **row):
         writer = csv.writer(self.file)
-        if self.empty:
+        if self.file.tell() == 0:
             writer.writerow(row)
         writer.writerow([f'{v:.6g}' if isinstance(v, float) else v for v in row.values()])
-        self.empty = False
         self.file.flush()
