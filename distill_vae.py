@@ -42,7 +42,7 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 _ranges = {'method': ('prior', 'synthetic', 'data'), 'init_from': ('scratch', 'resume'), 'beta': (1e-30, 1e30),
-           'kl_warmup': (0, 10 ** 9)}    # what configurator.py does not know of itself
+           'kl_warmup': (0, 10 ** 9), 'batch_size': (1, 10 ** 6)}    # what configurator.py does not know of itself
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 settings = {k: globals()[k] for k in _defaults}
 

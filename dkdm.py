@@ -82,7 +82,7 @@ _ranges = {                  # what configurator.py does not know of itself
     'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'), 'sampler': ('ddpm', 'ddim', 'dpm++'), 'init_from': ('scratch', 'resume'),
     'pool_dtype': ('float32', 'float16', 'bfloat16'), 'rho': (1e-30, 1e30), 'T': (2, 10 ** 6), 'channel_mult': (0.01, 100),
     'dropout': (0, 0.99), 'uncond_prob': (0, 1), 'real_fraction': (0, 1), 'beta2': (0, 0.999999), 'ema': (0, 0.999999),
-    'lr_warmup': (0, 10 ** 9)}
+    'lr_warmup': (0, 10 ** 9), 'batch_size': (1, 10 ** 6)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
 

@@ -72,11 +72,12 @@ dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in
 _ranges = {                  # what configurator.py does not know of itself
     'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t'), 'bn_loss': ('l2', 'kl'), 'ddim_eta': (0, 1),
     'lca': ('cutmix', 'mixup', 'traditional', 'none'), 'tau': (1e-30, 1e30), 'lr': (1e-30, 1e30), 'jitter': (0, 1000),
-    'image_size': (0, 4096)}
+    'image_size': (0, 4096), 'steps': (1, 10 ** 6)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
 
 import json
+import math
 from functools import partial
 
 import numpy as np
@@ -173,6 +174,8 @@ try:
         net.set_prompts([f'{prompt} of {subject}, {style}' for subject in subjects for style in STYLES])
     side = net.config['image_size'] if net else image_size or 32
     shape = batch_size, net.config['in_channels'] if net else channels, side, side
+    if 4 * steps * math.prod(shape) > M.free_memory(device):
+        raise ValueError(f'batch_size={batch_size}: the noise of {steps} steps does not fit into memory')
 
     with torch.no_grad():
         try:
@@ -360,9 +363,10 @@ if rank == 0:
           f'{shards * batch_size:,} walks of {steps} steps, in {shards} shards on {world} x {device.type}'
           + (f', {shards - len(todo)} of them made before' if world == 1 and len(todo) < shards else ''))
 t0 = time.time()
-for shard, path in tqdm(todo, disable=rank > 0, unit='shard'):
+for shard, path in (bar := tqdm(todo, disable=rank > 0, unit='shard')):
     images, y, rows = (synthesize if net else deep_inversion)(shard)
     if not all(x.isfinite().all() for x in images):
+        bar.close()
         M.die(f'the images of shard {shard} are not finite and are not kept: a smaller --eta, or --lr')
     images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()  # here the host waits
     values, y = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist(), y.cpu()

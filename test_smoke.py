@@ -1362,6 +1362,15 @@ def test_bad_lines(script, args, words, damaged, tmp_path):
     assert words in err and not os.listdir(tmp_path) and sorted(os.listdir(damaged)) == before, err
 
 
+def test_what_is_not_finite_is_not_saved(tiny, tmp_path, capsys):
+    assert 'not finite' in run('synthesize.py', *COMMANDS['synthesize.py'], '--eta=1e30', f'--out_dir={tmp_path}', cwd=tiny, ok=False)
+    net = M.LVAE(16, 1, 8)
+    net.d0.out.weight.data[0] = float('nan')
+    with pytest.raises(SystemExit):
+        M.save_model(net, str(tmp_path / 'student.safetensors'))
+    assert 'd0.out.weight is not finite' in capsys.readouterr().err and os.listdir(tmp_path) == ['log.csv']
+
+
 class Marker:
     """Unpickled, it makes a file."""
 
