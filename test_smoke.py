@@ -525,10 +525,13 @@ def forked(args, cwd, folder, ranks):
     for r in range(max(1, ranks)):
         outputs = [os.path.join(folder, f'{name}{r}') for name in ('out', 'err')]
         for path in outputs:
-            open(path, 'w').close()
+            if os.path.exists(path):
+                os.remove(path)
         mine = env | {'RANK': str(r), 'LOCAL_RANK': str(r)} if ranks else {}
         every.append(SERVER.Process(target=script, args=([*map(str, args)], cwd, outputs, mine)))
         every[-1].start()
+    while not os.path.exists(outputs[-1]):                                     # the script begins
+        time.sleep(0.01)
     return every
 
 
