@@ -55,8 +55,8 @@ dtype = torch.float32 if dtype == torch.float16 else dtype                     #
 # ---- networks ----
 def network(width):
     if student == 'dit':
-        return M.make('DiT', image_size=image_size, patch_size=patch_size, in_channels=channels, hidden_size=width, depth=depth,
-                      num_heads=num_heads, num_classes=classes, learn_sigma=learn_sigma)
+        return M.make('DiT', image_size=image_size, patch_size=patch_size, in_channels=channels, hidden_size=width,
+                      depth=depth, num_heads=num_heads, num_classes=classes, learn_sigma=learn_sigma)
     return M.make('UNet', image_size=image_size, in_channels=channels, out_channels=channels * (1 + learn_sigma),
                   model_channels=width, num_res_blocks=num_res_blocks, channel_mult=channel_mult,
                   attention_resolutions=attention_resolutions, num_head_channels=num_head_channels, dropout=dropout,

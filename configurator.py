@@ -15,7 +15,7 @@ import sys
 import warnings
 
 if not sys.warnoptions:
-    warnings.simplefilter('ignore')                                            # the libraries' would stand before the one line
+    warnings.simplefilter('ignore')                                # the libraries' would stand before the one line
 
 
 def _die(message):
