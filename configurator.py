@@ -16,7 +16,7 @@ import sys
 import warnings
 
 if not sys.warnoptions:
-    warnings.simplefilter('ignore')                                            # the libraries' would stand before the one line
+    warnings.simplefilter('ignore')                                # the libraries' would stand before the one line
 
 for _s in (signal.SIGINT, signal.SIGTERM):                                     # no traceback, until the loop saves
     signal.signal(_s, signal.SIG_DFL if 'RANK' in os.environ else lambda s, _: os._exit(128 + s))

@@ -49,9 +49,9 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 _ranges = {                  # what configurator.py does not know of itself
-    'method': ('distill', 'data', 'test'), 'optimizer': ('sgd', 'adamw'), 'holdout': (0, 10 ** 9), 'augment_crop': (0, 1000),
-    'width': (0, 10 ** 4), 'temperature': (1e-30, 1e30), 'label_smoothing': (0, 1), 'warmup_epochs': (0, 10 ** 9),
-    'image_size': (0, 4096)}
+    'method': ('distill', 'data', 'test'), 'optimizer': ('sgd', 'adamw'), 'holdout': (0, 10 ** 9),
+    'width': (0, 10 ** 4), 'augment_crop': (0, 1000), 'temperature': (1e-30, 1e30), 'label_smoothing': (0, 1),
+    'warmup_epochs': (0, 10 ** 9), 'image_size': (0, 4096)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 settings = {k: globals()[k] for k in _defaults}
 

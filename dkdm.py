@@ -78,11 +78,13 @@ dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in
 compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
 _ranges = {                  # what configurator.py does not know of itself
-    'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data'), 'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'),
-    'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'), 'sampler': ('ddpm', 'ddim', 'dpm++'), 'init_from': ('scratch', 'resume'),
-    'pool_dtype': ('float32', 'float16', 'bfloat16'), 'rho': (1e-30, 1e30), 'T': (2, 10 ** 6), 'channel_mult': (0.01, 100),
-    'dropout': (0, 0.99), 'uncond_prob': (0, 1), 'real_fraction': (0, 1), 'beta2': (0, 0.999999), 'ema': (0, 0.999999),
-    'lr_warmup': (0, 10 ** 9), 'batch_size': (1, 10 ** 6)}
+    'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data'), 'init_from': ('scratch', 'resume'),
+    'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'), 'sampler': ('ddpm', 'ddim', 'dpm++'),
+    'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'), 'pool_dtype': ('float32', 'float16', 'bfloat16'),
+    'rho': (1e-30, 1e30),
+    'T': (2, 10 ** 6), 'channel_mult': (0.01, 100), 'dropout': (0, 0.99), 'uncond_prob': (0, 1),
+    'real_fraction': (0, 1), 'beta2': (0, 0.999999), 'ema': (0, 0.999999), 'lr_warmup': (0, 10 ** 9),
+    'batch_size': (1, 10 ** 6)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
 
@@ -109,7 +111,7 @@ for wrong, message in [
         (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
         (real_fraction and (method != 'synthetic' or not data),
          f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'"),
-        (wandb and importlib.util.find_spec('wandb') is None, f'wandb={wandb} needs the package wandb: pip install wandb')]:
+        (wandb and importlib.util.find_spec('wandb') is None, f'wandb={wandb} needs its package: pip install wandb')]:
     if wrong:
         M.die(message)
 device, autocast, rank, world = M.start(device, dtype, seed)
@@ -187,8 +189,9 @@ try:
             raise ValueError(f"{student}, student_prediction={student_prediction}: diffusers samples a flow only by the teacher's "
                              'class, and flow predictions only of a flow: --student_prediction=teacher')
     elif student == 'unet':
-        net = M.make('UNet', **{k: config[k] for k in inspect.signature(M.UNet).parameters.keys() & config.keys() - {'num_heads'}},
-                     image_size=H, in_channels=C, out_channels=C * (1 + learn_sigma), num_classes=num_classes)
+        said = inspect.signature(M.UNet).parameters.keys() & config.keys() - {'num_heads'}   # which is dit's here
+        net = M.make('UNet', **{k: config[k] for k in said}, image_size=H, in_channels=C, num_classes=num_classes,
+                     out_channels=C * (1 + learn_sigma))
     else:
         net = M.make('DiT', image_size=H, patch_size=patch_size, in_channels=C, hidden_size=hidden_size, depth=depth,
                      num_heads=num_heads, num_classes=num_classes, learn_sigma=learn_sigma)

@@ -39,8 +39,8 @@ out_dir = 'out/eval'         # metrics.jsonl, and a grid of images per model
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # of the models: 'auto' (bfloat16 where the device has it), 'bfloat16', 'float32'
-_ranges = {'sampler': ('ddpm', 'ddim', 'dpm++'), 'spacing': ('trailing', 'even', 'leading'), 'num_samples': (0, 10 ** 9),
-           'n_two_sample': (0, 10 ** 5)}
+_ranges = {'sampler': ('ddpm', 'ddim', 'dpm++'), 'spacing': ('trailing', 'even', 'leading'),
+           'num_samples': (0, 10 ** 9), 'n_two_sample': (0, 10 ** 5)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 import hashlib
@@ -155,7 +155,8 @@ def load_inception():
                 os.makedirs(os.path.dirname(file), exist_ok=True)
                 torch.hub.download_url_to_file(url, file, '6726825d', progress=False)
         state, _ = M.read_weights(inception_weights or file)
-        with unittest.mock.patch.object(fidelity, 'load_state_dict_from_url', lambda *args, **kw: state):   # its own runs code
+        # its own torch.load runs code
+        with unittest.mock.patch.object(fidelity, 'load_state_dict_from_url', lambda *args, **kw: state):
             net = fidelity.FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'])
     except Exception as e:
         raise ValueError(f'the weights of Inception are not to be had ({M.first_line(e)}): put '
@@ -173,7 +174,7 @@ def check_statistics(mu, sigma, size):
     sigma, top = torch.from_numpy(sigma).double(), np.abs(sigma).max()
     if not np.isfinite(mu).all() or not np.isfinite(top) or (sigma - sigma.T).abs().max() > 1e-4 * top \
             or torch.linalg.eigvalsh(sigma)[0] < -1e-4 * top:
-        raise ValueError(f'{reference}: its covariance is none, finite, symmetric and not negative; make it again with --save_stats')
+        raise ValueError(f'{reference}: its covariance is none, finite, symmetric and positive; --save_stats makes one')
 
 
 def open_images(spec):

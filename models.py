@@ -512,7 +512,8 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
         raise ValueError(f'no classifier {name!r} with {kw}: resnet8, 14, 20 ... 110 or resnet18, 34, 50 (in_channels, '
                          'width, shortcut), wrn16_1 ... wrn40_2, vgg11, 13, 16, 19 (in_channels), torchvision:resnet34 '
                          'and its like') from None
-    if not all(len(v) in (1, kw.get('in_channels', 3)) and all(low < x < 1e3 for x in v) for v, low in ((mean, -1e3), (std, 0))):
+    if any(len(v) not in (1, kw.get('in_channels', 3)) or not low < min(v) <= max(v) < 9
+           for v, low in ((mean, -9), (std, 0))):
         raise ValueError(f'mean={mean} and std={std}: one number or one per channel, std above 0')
     net.config = {'class': 'classifier', 'name': name, 'num_classes': num_classes, 'image_size': image_size,
                   'mean': mean, 'std': std} | kw
@@ -913,7 +914,7 @@ WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')               
 def die(message):
     """One line on stderr and exit code 2: what was wrong and what would be right."""
     if os.environ.get('RANK', '0') != '0' and os.environ.get('WORLD_SIZE', '1') != '1':
-        time.sleep(6)                                                          # rank 0 speaks for all, unless it has no such mistake
+        time.sleep(6)                                                          # rank 0 speaks, where it has it too
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -938,7 +939,7 @@ def read_lines(path, why):
 
 
 def check_folder(path, need=0):
-    """Raises ValueError unless a folder is there or can be made, and `need` bytes be written to it. Leaves nothing behind."""
+    """Raises ValueError unless a folder is or can be made and has room for `need` bytes. Leaves nothing behind."""
     try:
         parent = os.path.abspath(path)
         while not os.path.lexists(parent):
@@ -967,7 +968,7 @@ def write_atomically(path, write):
 
 def save_model(net, path, diffusion=None, **more):
     """A self-describing safetensors file: the weights, and as JSON in the header `net.config`, `diffusion.config` and what
-    more there is: `vae`, the pipeline that decodes a denoiser's latents, and `guided`, that its predictions are guided ones.
+    more there is: `vae`, the pipeline that decodes a denoiser's latents, and `guided`, that its predictions are guided.
     Weights that are not finite are never saved."""
     if odd := not_finite(net.state_dict()):
         die(f'{path} is not saved, its {odd} is not finite: a smaller --lr')
@@ -998,21 +999,23 @@ def free_memory(device):
 
 
 def make(kind, **kw):
-    """The network of ours, or the Diffusion, that keywords describe. Raises ValueError with one line that names them, for sizes
+    """The network of ours, or the Diffusion, of keywords. Raises ValueError with one line that names them, for sizes
     without sense or beyond this machine's memory before any is taken."""
     try:
         make_it = {'UNet': UNet, 'DiT': DiT, 'LVAE': LVAE, 'classifier': classifier, 'Diffusion': Diffusion}[kind]
         for k, v in kw.items():
-            if type(v) in (int, float) and not (1 if k == 'image_size' else -1) <= v <= (200 if k in ('depth', 'num_res_blocks') else 2 ** 20):
+            low, high = 1 if k == 'image_size' else -1, 200 if k in ('depth', 'num_res_blocks') else 2 ** 20
+            if type(v) in (int, float) and not low <= v <= high:
                 raise ValueError(f'{k}={v} is out of range')
         if kind != 'Diffusion':
             with torch.device('meta'):
                 sizes = [p.numel() for p in make_it(**kw).parameters()]
             if min(sizes) == 0 or 4 * sum(sizes) > free_memory(torch.device('cpu')):
-                raise ValueError('layers without channels' if min(sizes) == 0 else f'{sum(sizes):,} parameters do not fit into memory')
+                raise ValueError(f'{sum(sizes):,} parameters' + ' do not fit into memory' * (min(sizes) > 0))
         return make_it(**kw)
     except Exception as e:
-        raise ValueError(f'no {kind} of {", ".join(f"{k}={v!r}"[:60] for k, v in kw.items())}: {first_line(e)}') from None
+        said = ', '.join(f'{k}={v!r}'[:60] for k, v in kw.items())
+        raise ValueError(f'no {kind} of {said}: {first_line(e)}') from None
 
 
 def build(config):
@@ -1031,7 +1034,8 @@ def read_weights(path):
         if path.endswith('.safetensors'):
             with safe_open(path, 'pt') as f:
                 header = json.loads((f.metadata() or {}).get('config', '{}'))
-                if any(type(header.get(k, kind())) is not kind for k, kind in (('net', dict), ('diffusion', dict), ('vae', str))):
+                kinds = dict(net=dict, diffusion=dict, vae=str)
+                if any(not isinstance(header.get(k, kind()), kind) for k, kind in kinds.items()):
                     raise ValueError('its header is damaged')
                 return {k: f.get_tensor(k) for k in f.keys()}, header
         state = torch.load(path, map_location='cpu', weights_only=True)
@@ -1064,7 +1068,7 @@ def digest(what):
 
 
 def tensors_in(state, path, *names):
-    """The state dict of a torch file: what it keeps under one of the names, or else itself. Raises ValueError with one line."""
+    """The state dict of a torch file: what it keeps under one of the names, or else itself. Raises ValueError."""
     state = next((state[n] for n in names if isinstance(state.get(n), dict)), state)
     odd = [k for k, v in state.items() if not isinstance(k, str) or not torch.is_tensor(v)]
     if odd or not state:
@@ -1140,8 +1144,8 @@ class Pipeline(nn.Module):
                        'out_channels': c.get('out_channels') or c.in_channels}
 
     def set_prompts(self, prompts, cache=''):
-        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go. `cache` is a file to find
-        them in, or to keep them in where its folder is there: checks make none."""
+        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go. `cache` is a file to
+        find them in, or to keep them in where its folder is there: checks make none."""
         encoders = [e for i in ('', '_2', '_3') if (e := getattr(self.pipe, f'text_encoder{i}', None)) is not None]
         with one_first():
             key = hashlib.sha256(repr(([digest(e) for e in encoders], prompts)).encode()).hexdigest()
@@ -1216,7 +1220,8 @@ def read_pipeline(spec):
             parts = json.load(f)
         # diffusers runs the code in a folder: its newer versions only if asked to, the older ones always
         code = [f for name in ('*/*.py', 'None.py') for f in glob.glob(f'{glob.escape(spec)}/{name}')] + [
-            v[0] for k, v in parts.items() if isinstance(v, list) and k not in UNUSED and v[0] not in (None, 'diffusers', 'transformers')]
+            v[0] for k, v in parts.items()
+            if isinstance(v, list) and k not in UNUSED and v[0] not in (None, 'diffusers', 'transformers')]
         if code:
             raise ValueError(f'{code[0]} is code of its own, which is not run')
         return os.path.dirname(path), parts
@@ -1291,7 +1296,7 @@ def load_denoiser(spec, dtype=torch.float32, **known):
     state, header = read_weights(spec)
     if header:
         if 'diffusion' not in header or 'net' not in header:
-            raise ValueError(f"{spec} is no denoiser, its header describes {header.get('net', {}).get('class', 'none')}")
+            raise ValueError(f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}")
         refuse(known, spec)
         net, diffusion = build(header['net']), make('Diffusion', **header['diffusion'])
         net.guided = header.get('guided', False)                               # needs no guidance any more
@@ -1652,8 +1657,9 @@ def load_npz(path):
     images, labels = arrays['arr_0'], arrays.get('arr_1')
     if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise ValueError(f"{path}: 'arr_0' must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or labels.astype(np.int64).min() < 0):
-        raise ValueError(f"{path}: 'arr_1' must be {len(images)} integer labels from 0; it is {labels.dtype}, {labels.shape}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu'
+                               or labels.astype(np.int64).min() < 0):
+        raise ValueError(f"{path}: 'arr_1' must be {len(images)} labels from 0; it is {labels.dtype}, {labels.shape}")
     labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
@@ -1680,7 +1686,7 @@ def load_image_files(spec, image_size, classes):
     def load(f):
         try:
             return default_loader(os.path.join(folder, f))
-        except Exception as e:                                                 # PIL's are of many kinds, and some do not name the file
+        except Exception as e:                                                 # PIL's do not all name the file
             raise ValueError(f'{os.path.join(folder, f)} is no image that can be read: {first_line(e)}') from None
     return stack_images(((load(f), y) for f, y in files if classes is None or y in classes), spec, image_size)
 
@@ -1747,8 +1753,8 @@ def start(device='auto', dtype='auto', seed=0):
     autocast is a context for the networks' forward passes: bfloat16 or none.
     """
     try:
-        rank, world, local, near = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0),
-                                                                           ('LOCAL_WORLD_SIZE', 1)))
+        rank, world, local, near = (int(os.environ.get(k, d)) for k, d in (
+            ('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1)))
         if not 0 <= rank < world or not 0 <= local < max(near, world) or near < 1:
             raise ValueError(f'rank {rank} of {world}, {local} of {near} here')
     except ValueError as e:
@@ -1770,7 +1776,8 @@ def start(device='auto', dtype='auto', seed=0):
         # tensors of the CPU travel by gloo, so that asking the other ranks does not wait for the GPU; hours, since one rank
         # may work alone (downloads, pictures, metrics)
         try:
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=6))
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+                                    timeout=timedelta(hours=6))
         except (ValueError, RuntimeError) as e:
             die(f'{world} ranks cannot meet, start them by torchrun: {first_line(e)}')
     torch.manual_seed(seed)                                                    # the same weights on every rank

@@ -1256,72 +1256,94 @@ def test_bad_input_of_the_others(bad, tmp_path):
 
 # one value each, over a command that runs; the line must name the key, or say what stands behind ~
 COMMANDS = {'dkdm.py': ['--teacher=teacher.safetensors', *SMALL, '--stride=10'], 'bench.py': SMALL[:5],
-            'synthesize.py': ['--prior=teacher.safetensors', '--teacher=classifier.safetensors', '--batch_size=4', '--num_images=16'],
-            'distill_classifier.py': ['--teacher=classifier.safetensors', '--data=images.npz', '--holdout=8', '--batch_size=8'],
+            'synthesize.py': ['--prior=teacher.safetensors', '--teacher=classifier.safetensors', '--batch_size=4',
+                              '--num_images=16'],
+            'distill_classifier.py': ['--teacher=classifier.safetensors', '--data=images.npz', '--holdout=8',
+                                      '--batch_size=8'],
             'distill_vae.py': ['--teacher=lvae.safetensors', '--batch_size=4', '--max_steps=2'],
             'eval_fid.py': ['--models=images.npz', '--reference=images.npz', '--features=classifier.safetensors']}
 VALUES = {
-    'dkdm.py': """rho=nan rho=-1.0 rho=1e999 stride=0 stride=-3 warmup_steps=-1 lam=-1 lam=nan guidance=-1 guidance=inf lr=-1.0 lr=1e999 lr=nan
-        lr_warmup=-1 weight_decay=-0.1 weight_decay=nan beta2=1 beta2=-1.0 beta2=nan grad_clip=-1 grad_clip=nan ema=nan ema=1.5 ema=1
-        max_steps=0 max_steps=-5 batch_size=0 grad_accum=0 log_every=0 save_every=0 save_every=1e3 sample_steps=0 sample_steps=101~100
-        seed=-1 seed=100000000000000000000000 T=0 T=1 patch_size=0 patch_size=1000000000000 model_channels=0 model_channels=-8
-        model_channels=1000000000 model_channels=1000000 num_res_blocks=-1 num_res_blocks=0 num_res_blocks=1000000 channel_mult=()
+    'dkdm.py': """
+        rho=nan rho=-1.0 rho=1e999 stride=0 stride=-3 warmup_steps=-1 lam=-1 lam=nan guidance=-1 guidance=inf lr=-1.0
+        lr=1e999 lr=nan lr_warmup=-1 weight_decay=-0.1 weight_decay=nan beta2=1 beta2=-1.0 beta2=nan grad_clip=-1
+        grad_clip=nan ema=nan ema=1.5 ema=1 max_steps=0 max_steps=-5 batch_size=0 grad_accum=0 log_every=0
+        save_every=0 save_every=1e3 sample_steps=0 sample_steps=101~100 seed=-1 seed=100000000000000000000000 T=0 T=1
+        patch_size=0 patch_size=1000000000000 model_channels=0 model_channels=-8 model_channels=1000000000
+        model_channels=1000000 num_res_blocks=-1 num_res_blocks=0 num_res_blocks=1000000 channel_mult=()
         channel_mult=(1,-1) channel_mult=(0,) channel_mult=(1,'a') channel_mult=(nan,) channel_mult=(1,1,1,1,1,1,1)
-        attention_resolutions=(-4,) attention_resolutions=('x',) num_head_channels=-1 dropout=1.0 dropout=-1 dropout=nan
-        uncond_prob=1.1 real_fraction=-0.1 real_fraction=2 synthetic_images=0 synthetic_steps=0 sampler=euler pool_dtype=int8
-        student_prediction=z schedule=fast init_from=start student=resnet device=meta dtype=float64 wandb=project
-        teacher_config={'image_size':nan} teacher_config={1:2} teacher_config={'image_size':32}~nothing rho=((( rho="1is" batch_size=None""",
-    'bench.py': """repeats=0 what=walk image_size=0 image_size=1000000~memory channels=0 classes=-1 teacher_width=-1 model_channels=0 rho=1e29
-        student=x.json""",
-    'synthesize.py': """alpha=-1 alpha=1e999 beta=nan gamma=-0.1 tau=0.0 tau=nan eta=-3.0 eta=inf ddim_eta=1.5 guidance=-1 steps=0
-        lca_every=0 lr=0.0 lr=nan tv=-1 l2=nan jitter=-1 num_images=0 keep=0 keep_every=0 image_size=-1 image_size=100000
-        batch_size=0 grad_batch=0 seed=-1 seed=100000000000000000000000 lca=none2 bn_loss=l3 edit=y sampler=x prior_config={'steps':50}~nothing
-        teacher_config={'image_size':16}~nothing num_images=1e5""",
-    'distill_classifier.py': """lam_kl=-1 lam_kl=nan lam_msarc=inf temperature=0.0 temperature=nan label_smoothing=1.5
-        label_smoothing=-0.1 epochs=0 epochs=-1 batch_size=0 lr=-1 lr=nan warmup_epochs=-1 weight_decay=-1 weight_decay=1e999
-        holdout=-1 holdout=64 augment_crop=-2 augment_crop=5000 width=-1 width=1000000 width=9000 image_size=-1 image_size=1000000
-        optimizer=adam method=train student=resnet1000004~resnet8 student=vgg12~vgg11 student=wrn9999_9999~wrn40_2 seed=-1 seed=1e5
-        teacher_config={'mean':(0.5,)}~nothing init_from=none.pt dtype=half""",
-    'distill_vae.py': """beta=0.0 beta=nan beta=-1.0 lam_z=-1 lam_z=inf kl_warmup=-1 max_steps=0 batch_size=0 lr=nan lr=-1
-        weight_decay=-1e-4 weight_decay=nan grad_clip=-1 save_every=0 log_every=0 seed=-1 student_config={'width':0}~LVAE
-        student_config={'width':-4}~LVAE student_config={'width':2.5}~LVAE student_config={'width':1000000}~memory
-        student_config={'image_size':0}~LVAE
-        student_config={'width':nan} init_from=x method=x data=images.npz student_config={3:4}""",
-    'eval_fid.py': """num_samples=-1 num_samples=nan n_two_sample=-1 batch_size=0 steps=0 guidance=-1 guidance=nan seed=-1
-        seed=100000000000000000000000 sampler=x spacing=x save_stats=stats.txt save_stats=empty features=nothing~file model_config={2:3}"""}
-FILES = [                                                                      # damaged files, folders that cannot be, and what stands in them
+        attention_resolutions=(-4,) attention_resolutions=('x',) num_head_channels=-1 dropout=1.0 dropout=-1
+        dropout=nan uncond_prob=1.1 real_fraction=-0.1 real_fraction=2 synthetic_images=0 synthetic_steps=0
+        sampler=euler pool_dtype=int8 student_prediction=z schedule=fast init_from=start student=resnet device=meta
+        dtype=float64 wandb=project teacher_config={'image_size':nan} teacher_config={1:2}
+        teacher_config={'image_size':32}~nothing rho=((( rho="1is" batch_size=None""",
+    'bench.py': """
+        repeats=0 what=walk image_size=0 image_size=1000000~memory channels=0 classes=-1 teacher_width=-1
+        model_channels=0 rho=1e29 student=x.json""",
+    'synthesize.py': """
+        alpha=-1 alpha=1e999 beta=nan gamma=-0.1 tau=0.0 tau=nan eta=-3.0 eta=inf ddim_eta=1.5 guidance=-1 steps=0
+        lca_every=0 lr=0.0 lr=nan tv=-1 l2=nan jitter=-1 num_images=0 keep=0 keep_every=0 image_size=-1
+        image_size=100000 batch_size=0 grad_batch=0 seed=-1 seed=100000000000000000000000 lca=none2 bn_loss=l3 edit=y
+        sampler=x prior_config={'steps':50}~nothing teacher_config={'image_size':16}~nothing num_images=1e5""",
+    'distill_classifier.py': """
+        lam_kl=-1 lam_kl=nan lam_msarc=inf temperature=0.0 temperature=nan label_smoothing=1.5 label_smoothing=-0.1
+        epochs=0 epochs=-1 batch_size=0 lr=-1 lr=nan warmup_epochs=-1 weight_decay=-1 weight_decay=1e999 holdout=-1
+        holdout=64 augment_crop=-2 augment_crop=5000 width=-1 width=1000000 width=9000 image_size=-1
+        image_size=1000000 optimizer=adam method=train student=resnet1000004~resnet8 student=vgg12~vgg11
+        student=wrn9999_9999~wrn40_2 seed=-1 seed=1e5 teacher_config={'mean':(0.5,)}~nothing init_from=none.pt
+        dtype=half""",
+    'distill_vae.py': """
+        beta=0.0 beta=nan beta=-1.0 lam_z=-1 lam_z=inf kl_warmup=-1 max_steps=0 batch_size=0 lr=nan lr=-1
+        weight_decay=-1e-4 weight_decay=nan grad_clip=-1 save_every=0 log_every=0 seed=-1
+        student_config={'width':0}~LVAE student_config={'width':-4}~LVAE student_config={'width':2.5}~LVAE
+        student_config={'width':1000000}~memory student_config={'image_size':0}~LVAE student_config={'width':nan}
+        init_from=x method=x data=images.npz student_config={3:4}""",
+    'eval_fid.py': """
+        num_samples=-1 num_samples=nan n_two_sample=-1 batch_size=0 steps=0 guidance=-1 guidance=nan seed=-1
+        seed=100000000000000000000000 sampler=x spacing=x save_stats=stats.txt save_stats=empty features=nothing~file
+        model_config={2:3}"""}
+FILES = [                                                                      # damaged files, folders that cannot be
     *[('dkdm.py', [f'--teacher=damaged_{name}.safetensors'], words) for name, words in [
-        ('list', 'damaged'), ('json', 'cannot be read'), ('net', 'damaged'), ('class', "'Sequential'"), ('huge', 'no UNet'), ('depth', 'num_res_blocks'),
-        ('odd', 'no UNet'), ('vae', 'damaged'), ('steps', 'no Diffusion'), ('schedule', 'no Diffusion'), ('nan', 'not finite'),
+        ('list', 'damaged'), ('json', 'cannot be read'), ('net', 'damaged'), ('class', "'Sequential'"),
+        ('huge', 'no UNet'), ('depth', 'num_res_blocks'), ('odd', 'no UNet'), ('vae', 'damaged'),
+        ('steps', 'no Diffusion'), ('schedule', 'no Diffusion'), ('nan', 'not finite'),
         ('none', 'no denoiser')]],
     *[('dkdm.py', [f'--teacher={name}.pt'], words) for name, words in [
-        ('list', 'holds a list'), ('text', "but 'weight'"), ('nothing', 'no dict of tensors'), ('ints', 'no dict of tensors')]],
-    ('distill_classifier.py', ['--teacher=list.pt'], 'holds a list'), ('distill_classifier.py', ['--teacher=text.pt'], 'no dict of tensors'),
-    ('distill_classifier.py', ['--teacher=damaged_mean.safetensors'], 'no classifier of'), ('distill_vae.py', ['--teacher=damaged_class.safetensors'], 'no VAE'),
+        ('list', 'holds a list'), ('text', "but 'weight'"), ('nothing', 'no dict of tensors'),
+        ('ints', 'no dict of tensors')]],
+    ('distill_classifier.py', ['--teacher=list.pt'], 'holds a list'),
+    ('distill_classifier.py', ['--teacher=text.pt'], 'no dict of tensors'),
+    ('distill_classifier.py', ['--teacher=damaged_mean.safetensors'], 'no classifier of'),
+    ('distill_vae.py', ['--teacher=damaged_class.safetensors'], 'no VAE'),
     *[('dkdm.py', [f'--teacher=index_{name}'], 'model_index.json') for name in ('list', 'empty', 'text')],
     *[('distill_classifier.py', ['--method=data', f'--data={name}'], words) for name, words in [
-        ('negative.npz', 'labels from 0'), ('flat.npz', 'N x H x W x C'), ('zero.npz', 'N x H x W x C'), ('array.npz', 'cannot be read'),
-        ('broken', 'one.png'), ('half', 'one.jpg'), ('images.npz:5-3', 'a not above b'), ('list.txt', 'a file and a label'), ('latin.txt', 'cannot be read')]],
-    *[('eval_fid.py', [f'--reference={name}.npz'], 'its covariance') for name in ('stats_nan', 'stats_odd', 'stats_negative')],
-    *[(name, [f'--out_dir={folder}'], 'out_dir' if '\n' in folder or '\udcff' in folder else 'cannot be written') for name, folder in zip(
-        [name for name in COMMANDS if name != 'bench.py'] * 8, ['', '/proc/x', 'images.npz', 'images.npz/x', 'x' * 300, 'a/' * 3000, 'new\nline', 'caf\udcff'] * 5)],
+        ('negative.npz', 'labels from 0'), ('flat.npz', 'N x H x W x C'), ('zero.npz', 'N x H x W x C'),
+        ('array.npz', 'cannot be read'), ('broken', 'one.png'), ('half', 'one.jpg'),
+        ('images.npz:5-3', 'a not above b'), ('list.txt', 'a file and a label'), ('latin.txt', 'cannot be read')]],
+    *[('eval_fid.py', [f'--reference=stats_{name}.npz'], 'its covariance') for name in ('nan', 'odd', 'negative')],
+    *[(name, [f'--out_dir={folder}'], words) for name in COMMANDS if name != 'bench.py' for folder, words in [
+        *[(f, 'cannot be written') for f in ('', '/proc/x', 'images.npz', 'images.npz/x', 'x' * 300, 'a/' * 3000)],
+        ('new\nline', 'one line'), ('caf\udcff', 'one line')]],
     ('eval_fid.py', ['--save_stats=/proc/x/stats.npz'], 'cannot be written'), ('dkdm.py', ['exits.py'], 'SystemExit'),
-    ('dkdm.py', ['stops.py'], 'KeyboardInterrupt'), ('dkdm.py', ['.'], 'no config file'), ('dkdm.py', ['-x'], 'no config file'),
+    ('dkdm.py', ['stops.py'], 'KeyboardInterrupt'), ('dkdm.py', ['.'], 'no config file'),
+    ('dkdm.py', ['-x'], 'no config file'),
     ('dkdm.py', ['folded.py'], 'two lines'), ('dkdm.py', ['--teacher=no\nfile.pt'], 'one line')]
 
 
 @pytest.fixture(scope='session')
 def damaged(bad):
-    net, diffusion = ({'class': 'UNet', **{k: v for k, v in M.load_denoiser(str(bad / 'teacher.safetensors'))[0].config.items() if k != 'class'}},
-                      M.Diffusion('cosine', 100, 'v').config)
+    net = M.load_denoiser(str(bad / 'teacher.safetensors'))[0].config
+    diffusion = M.Diffusion('cosine', 100, 'v').config
     state = load_file(bad / 'teacher.safetensors')
-    for name, header in dict(list=[1], net={'net': 3, 'diffusion': diffusion}, **{'class': {'net': {'class': 'Sequential'}, 'diffusion': diffusion}},
+    for name, header in dict({'class': {'net': {'class': 'Sequential'}, 'diffusion': diffusion}}, list=[1],
+                             net={'net': 3, 'diffusion': diffusion},
                              huge={'net': net | {'model_channels': 10 ** 9}, 'diffusion': diffusion}, none={'key': 'x'},
                              depth={'net': net | {'num_res_blocks': 10 ** 9}, 'diffusion': diffusion},
-                             odd={'net': net | {'shape': 4}, 'diffusion': diffusion}, vae={'net': net, 'diffusion': diffusion, 'vae': [1]},
+                             odd={'net': net | {'shape': 4}, 'diffusion': diffusion},
+                             vae={'net': net, 'diffusion': diffusion, 'vae': [1]},
                              steps={'net': net, 'diffusion': diffusion | {'steps': 10 ** 12}},
-                             schedule={'net': net, 'diffusion': diffusion | {'schedule': [2., 3.]}}, nan={'net': net, 'diffusion': diffusion},
-                             mean={'net': M.load_classifier(str(bad / 'classifier.safetensors')).config | {'mean': 'x'}}).items():
+                             schedule={'net': net, 'diffusion': diffusion | {'schedule': [2., 3.]}},
+                             nan={'net': net, 'diffusion': diffusion},
+                             mean={'net': {'class': 'classifier', 'name': 'resnet8', 'mean': 'x'}}).items():
         tensors = {k: v * (float('nan') if name == 'nan' else 1) for k, v in state.items()}
         M.write_tensors(tensors, str(bad / f'damaged_{name}.safetensors'), header)
     from safetensors.torch import save_file
@@ -1366,7 +1388,8 @@ def test_bad_lines(script, args, words, damaged, tmp_path):
 
 
 def test_what_is_not_finite_is_not_saved(tiny, tmp_path, capsys):
-    assert 'not finite' in run('synthesize.py', *COMMANDS['synthesize.py'], '--eta=1e30', f'--out_dir={tmp_path}', cwd=tiny, ok=False)
+    args = [*COMMANDS['synthesize.py'], '--eta=1e30', f'--out_dir={tmp_path}']
+    assert 'not finite' in run('synthesize.py', *args, cwd=tiny, ok=False)
     net = M.LVAE(16, 1, 8)
     net.d0.out.weight.data[0] = float('nan')
     with pytest.raises(SystemExit):
@@ -1400,11 +1423,15 @@ def test_no_file_runs_code(pipelines, tiny, tmp_path):
     for name in ('run', 'shards'):
         os.makedirs(tmp_path / name)
         torch.save(mark, tmp_path / name / 'ckpt.pt')
-        np.savez(tmp_path / name / 'images_0000_00000.npz', arr_0=np.zeros((4, 16, 16, 1), np.uint8), settings=np.array([mark], dtype=object))
+        np.savez(tmp_path / name / 'images_0000_00000.npz', arr_0=np.zeros((4, 16, 16, 1), np.uint8),
+                 settings=np.array([mark], dtype=object))
     index = json.loads((pipelines / 'ddpm/model_index.json').read_text())
-    for name, file, parts in [('component', 'unet/net.py', {'unet': ['net', 'Net']}), ('library', 'unet/diffusers.py', {'unet': ['diffusers', 'Net']}),
-                              ('pipeline', 'net.py', {'_class_name': ['net', 'Net']}), ('none', 'None.py', {}), ('string', 'net.py', {'_class_name': 'net'}),
-                              ('module', 'net.py', {'unet': ['net', 'Net']}), ('weights', 'net.py', {}), ('scheduler', 'scheduler/net.py', {'scheduler': ['net', 'Net']})]:
+    for name, file, parts in [('component', 'unet/net.py', {'unet': ['net', 'Net']}),
+                              ('library', 'unet/diffusers.py', {'unet': ['diffusers', 'Net']}),
+                              ('pipeline', 'net.py', {'_class_name': ['net', 'Net']}), ('none', 'None.py', {}),
+                              ('string', 'net.py', {'_class_name': 'net'}),
+                              ('module', 'net.py', {'unet': ['net', 'Net']}), ('weights', 'net.py', {}),
+                              ('scheduler', 'scheduler/net.py', {'scheduler': ['net', 'Net']})]:
         shutil.copytree(pipelines / 'ddpm', tmp_path / name)
         (tmp_path / name / file).write_text(code)
         (tmp_path / name / 'model_index.json').write_text(json.dumps(index | parts))
@@ -1414,17 +1441,22 @@ def test_no_file_runs_code(pipelines, tiny, tmp_path):
     os.makedirs(tmp_path / 'vae')
     (tmp_path / 'vae/config.json').write_text('{"_class_name": "AutoencoderKL"}')
     torch.save(mark, tmp_path / 'vae/diffusion_pytorch_model.bin')
-    with pytest.raises(ValueError, match='custom code'):                       # diffusers itself, from the version that is required on
+    with pytest.raises(ValueError, match='custom code'):                       # diffusers itself, as required
         DiffusionPipeline.from_pretrained(tmp_path / 'component')
-    cases += [['dkdm.py', f'--teacher={tmp_path}/{name}'] for name in ('a.pt', 'a.pth', 'a.ckpt', 'a.bin', 'raw.pt', 'raw.safetensors')]
+    names = 'a.pt', 'a.pth', 'a.ckpt', 'a.bin', 'raw.pt', 'raw.safetensors'
+    cases += [['dkdm.py', f'--teacher={tmp_path}/{name}'] for name in names]
     cases += [['dkdm.py', '--method=data', f'--data={tmp_path}/{name}'] for name in ('a.npz', 'raw.npz', 'image')]
     cases += [['distill_classifier.py', f'--{key}={tmp_path}/{name}'] for key, name in (
         ('teacher', 'a.th'), ('init_from', 'a.pth'), ('data', 'a.npz'), ('data', 'shards'))]
     cases += [['synthesize.py', f'--prior={tmp_path}/a.ckpt'], ['synthesize.py', f'--student={tmp_path}/a.th'],
-              ['synthesize.py', f'--out_dir={tmp_path}/shards'], ['distill_vae.py', f'--teacher={tmp_path}/vae'], ['distill_vae.py', f'--teacher={tmp_path}/a.pt']]
-    cases += [[name, f'--out_dir={tmp_path}/run', '--init_from=resume'] for name in ('dkdm.py', 'distill_classifier.py', 'distill_vae.py')]
-    cases += [['eval_fid.py', f'--models={tmp_path}/a.pt'], ['eval_fid.py', f'--reference={tmp_path}/mu.npz'], ['eval_fid.py', f'--features={tmp_path}/a.pth'],
-              ['eval_fid.py', '--features=inception', f'--inception_weights={tmp_path}/a.pth'], ['eval_fid.py', f'--models={tmp_path}/weights']]
+              ['synthesize.py', f'--out_dir={tmp_path}/shards'], ['distill_vae.py', f'--teacher={tmp_path}/vae'],
+              ['distill_vae.py', f'--teacher={tmp_path}/a.pt']]
+    cases += [[name, f'--out_dir={tmp_path}/run', '--init_from=resume']
+              for name in ('dkdm.py', 'distill_classifier.py', 'distill_vae.py')]
+    cases += [['eval_fid.py', f'--models={tmp_path}/a.pt'], ['eval_fid.py', f'--reference={tmp_path}/mu.npz'],
+              ['eval_fid.py', f'--features={tmp_path}/a.pth'],
+              ['eval_fid.py', '--features=inception', f'--inception_weights={tmp_path}/a.pth'],
+              ['eval_fid.py', f'--models={tmp_path}/weights']]
 
     def one(case):
         out = [] if '--out_dir' in str(case) else [f'--out_dir={tmp_path}/o']
