@@ -403,5 +403,4 @@ if table:
           + f'; denoisers: {sampler}, {steps} steps, {spacing}; seed {seed}')
     for r in cells:
         print('  '.join([r[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(r[1:], widths[1:])]))
-if world > 1:
-    dist.destroy_process_group()
+M.leave()

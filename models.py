@@ -1832,11 +1832,15 @@ def stop_flag():
     return flag
 
 
-def leave(stopped_by):
-    """The end of a training script: exit code 0, or after a signal (its number) 130 or 143."""
+def leave(stopped_by=0):
+    """The end of a script: exit code 0, or after a signal (its number) 130 or 143."""
+    code = 128 + int(stopped_by) if stopped_by else 0
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(128 + int(stopped_by) if stopped_by else 0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)                                                         # Python's own end, with gloo's threads, may abort
+    sys.exit(code)
 
 
 @torch.no_grad()

@@ -386,8 +386,8 @@ for shard, path in (bar := tqdm(todo, disable=rank > 0, unit='shard')):
                     torch.cat([last[y == c][:100 if vae else columns] for c in classes]), columns)
 if world > 1:
     dist.barrier()
-    dist.destroy_process_group()
 if rank == 0:
     print(f'{out_dir}: {shards} shards, {time.time() - t0:.0f} s; pictures: {out_dir}/preview.png')
     print('distil: python ' + (f'distill_vae.py --method=synthetic --data={out_dir} --teacher={teacher[4:]}' if vae else
                                f'distill_classifier.py --data={out_dir} --teacher={teacher}'))
+M.leave()

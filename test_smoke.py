@@ -498,7 +498,7 @@ VAE = ['distill_vae.py', '--teacher=lvae.safetensors', "--student_config={'width
 VAE_RUN = [*VAE, '--method=synthetic', '--data=images.npz', '--flip=True', '--max_steps=30', '--save_every=2']
 
 
-@pytest.mark.parametrize('args, ranks', [(run, ranks) for run in (DKDM_RUN, CLASSIFIER_RUN, VAE_RUN) for ranks in (0, 2)])
+@pytest.mark.parametrize('args, ranks', [(DKDM_RUN, 2)])                          # the others: at ten moments, below
 def test_killed_and_resumed_is_bit_for_bit(args, ranks, tiny, tmp_path):
     run(*args, f'--out_dir={tmp_path}/whole', cwd=tiny, ranks=ranks)
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
@@ -740,7 +740,8 @@ def test_guidance_lowers_the_losses_of_the_kept_images(tmp_path):
         bn[name] = sum((mean - m.running_mean).norm() + (var - m.running_var).norm() for m, var, mean in inputs).item()
         for h in hooks:
             h.remove()
-        assert len(images) == 80 and sorted(os.listdir(tmp_path / name)) == ['images_0000_00000.npz', 'log.csv', 'preview.png']
+        assert len(images) == 80 and sorted(os.listdir(tmp_path / name)) == [
+            '.lock', 'images_0000_00000.npz', 'log.csv', 'preview.png']
     assert ce['alpha=0.3'] < 0.5 * ce['eta=0.0'] and bn['alpha=0.3'] < bn['eta=0.0'], (ce, bn)
     assert ce['bn_loss=kl'] < 0.5 * ce['eta=0.0']
 
@@ -1394,7 +1395,7 @@ def test_what_is_not_finite_is_not_saved(tiny, tmp_path, capsys):
     net.d0.out.weight.data[0] = float('nan')
     with pytest.raises(SystemExit):
         M.save_model(net, str(tmp_path / 'student.safetensors'))
-    assert 'd0.out.weight is not finite' in capsys.readouterr().err and os.listdir(tmp_path) == ['log.csv']
+    assert 'd0.out.weight is not finite' in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == ['.lock', 'log.csv']
 
 
 class Marker:
