@@ -988,7 +988,7 @@ def write_tensors(tensors, path, header):
 
 def not_finite(state):
     """The name of the first tensor of a state dict that holds nan or inf; '' where none does."""
-    return next((k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()), '')
+    return next((k for k, v in state.items() if v.is_floating_point() and (~v.isfinite()).any()), '')
 
 
 def free_memory(device):
