@@ -223,6 +223,8 @@ if world > 1:
     model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its own luck
 M.claim(out_dir, rank, fresh=checkpoint is None)
+if prompts and rank == 0:
+    net_T.keep_prompts(os.path.join(out_dir, 'prompts.safetensors'))
 if rank == 0:
     def millions(n): return f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M parameters'
     if method != 'data':

@@ -390,6 +390,8 @@ for spec, source in zip(specs, inputs):
     if seconds and diffusion:
         how |= dict(sampler=sampler, steps=steps, spacing=spacing, guidance=scale_of(net))
     os.makedirs(out_dir, exist_ok=True)
+    if seconds and getattr(net, 'condition', '') == 'text':
+        net.keep_prompts(os.path.join(out_dir, 'prompts.safetensors'))
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
         f.write(json.dumps(row | how) + '\n')
     name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')[-100:]

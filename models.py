@@ -1144,8 +1144,8 @@ class Pipeline(nn.Module):
                        'out_channels': c.get('out_channels') or c.in_channels}
 
     def set_prompts(self, prompts, cache=''):
-        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go. `cache` is a file to
-        find them in, or to keep them in where its folder is there: checks make none."""
+        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go, or finds them in the
+        file `cache`, where `keep_prompts` left them."""
         encoders = [e for i in ('', '_2', '_3') if (e := getattr(self.pipe, f'text_encoder{i}', None)) is not None]
         with one_first():
             key = hashlib.sha256(repr(([digest(e) for e in encoders], prompts)).encode()).hexdigest()
@@ -1154,10 +1154,13 @@ class Pipeline(nn.Module):
                 for e in encoders:
                     e.to(self.net.device)
                 found = self.embed([*prompts, ''])                             # the last one, -1, is the null condition
-                if os.path.isdir(os.path.dirname(cache)) and int(os.environ.get('LOCAL_RANK', 0)) == 0:
-                    write_tensors(found, cache, {'key': key})
         self.shared |= {k: v.to(self.net.device, self.net.dtype) for k, v in found.items()}
-        self.num_classes, self.pipe = len(prompts), None
+        self.num_classes, self.pipe, self.key = len(prompts), None, '' if header.get('key') == key else key
+
+    def keep_prompts(self, cache):
+        """Writes the embedded texts to a file, unless they are from there; for one rank, once its folder is made."""
+        if self.key:
+            write_tensors(self.shared, cache, {'key': self.key})
 
     @torch.no_grad()
     def embed(self, texts):

@@ -890,6 +890,8 @@ def test_texts_are_embedded_once_and_belong_to_all_copies(pipelines, tmp_path, m
     cache, texts = str(tmp_path / 'prompts.safetensors'), [f'dog {i}' for i in range(300)]  # more than one batch of 256
     net, _ = M.load_denoiser(str(pipelines / 'sd'), torch.bfloat16)
     net.set_prompts(texts, cache)
+    assert not os.path.exists(cache)                                           # checks leave nothing
+    net.keep_prompts(cache)
     assert net.pipe is None and net.shared['prompts'].shape[0] == 301 and net.shared['prompts'].dtype == torch.bfloat16
     assert not list(net.buffers()) and copy.deepcopy(net).shared is net.shared
     again, _ = M.load_denoiser(str(pipelines / 'sd'), torch.bfloat16)
