@@ -7,6 +7,7 @@ weight is set by a formula (`fill`).
 """
 import copy
 import csv
+import fcntl
 import json
 import multiprocessing
 import os
@@ -510,6 +511,8 @@ def test_killed_and_resumed_is_bit_for_bit(args, ranks, tiny, tmp_path):
         time.sleep(0.01)
     os.killpg(p.pid, signal.SIGKILL)
     p.wait()
+    with open(tmp_path / 'cut/.lock') as f:                                    # torchrun's ranks outlive it for a moment
+        fcntl.flock(f, fcntl.LOCK_EX)
     run(*args, f'--out_dir={tmp_path}/cut', '--init_from=resume', cwd=tiny, ranks=ranks)
     whole, cut = (load_file(tmp_path / d / 'student.safetensors') for d in ('whole', 'cut'))
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
