@@ -192,7 +192,7 @@ if device.type == 'cuda':
     lines.append(f'peak memory: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MB')
 millions = [f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M' for n in (net_T, net)]
 print(f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]}, student {millions[1]} '
-      f'parameters; {B} images of {channels}x{image_size}x{image_size}, {torch.get_num_threads()} threads; peak {top:,.0f} GFLOP/s',
-      *lines, sep='\n')
+      f'parameters; {B} images of {channels}x{image_size}x{image_size}, {torch.get_num_threads()} threads; '
+      f'peak {top:,.0f} GFLOP/s', *lines, sep='\n')
 if world > 1:
     dist.destroy_process_group()
