@@ -1779,8 +1779,10 @@ def start(device='auto', dtype='auto', seed=0):
         # tensors of the CPU travel by gloo, so that asking the other ranks does not wait for the GPU; hours, since one rank
         # may work alone (downloads, pictures, metrics)
         try:
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-                                    timeout=timedelta(hours=6))
+            store, rank, world = next(dist.rendezvous('env://'))               # a restart finds the addresses of dead ranks in it
+            attempt = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=attempt,
+                                    rank=rank, world_size=world, timeout=timedelta(hours=6))
         except (ValueError, RuntimeError) as e:
             die(f'{world} ranks cannot meet, start them by torchrun: {first_line(e)}')
     torch.manual_seed(seed)                                                    # the same weights on every rank

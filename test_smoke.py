@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -377,6 +378,7 @@ def test_images_of_any_size(tmp_path):
 # torch and diffusers take seconds to import: a server imports them once, and every run is a child that it forks
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['models', 'scipy.optimize', 'tqdm', 'torchvision', 'diffusers.pipelines', 'pytest'])
+STARTING = threading.Lock()
 os.environ.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1')
 
 
@@ -401,8 +403,10 @@ def run(*args, cwd, ranks=0, ok=True, env=None):
                 code = subprocess.call([sys.executable, *launch, os.path.join(ROOT, args[0]), *args[1:]], cwd=cwd, stdout=out, stderr=err,
                                        env={**os.environ, **(env or {})})
         else:
-            p = SERVER.Process(target=script, args=(args, cwd, outputs))
-            p.start()
+            with STARTING:
+                p = SERVER.Process(target=script, args=(args, cwd, outputs))
+                p.start()
+                multiprocessing.process._children.discard(p)                   # two threads may not ask for one exit code
             p.join()
             code = p.exitcode
         out, err = (open(path).read() for path in outputs)
