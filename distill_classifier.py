@@ -106,8 +106,10 @@ def linear(net):
 
 try:
     net_T = None if method == 'data' else M.load_classifier(teacher, **teacher_config)
-    if distilling and not any_teacher:
-        check_origin(data, M.digest(net_T))
+    if distilling:
+        settings['teacher_digest'] = M.digest(net_T)
+        if not any_teacher:
+            check_origin(data, settings['teacher_digest'])
     images, labels = M.load_images(data, image_size=image_size) if method != 'test' else (None, None)
     path = data.split(':')[0]
     is_name = method != 'test' and not (path.endswith(('.npz', '.txt')) or os.path.isdir(path))
@@ -138,12 +140,14 @@ try:
         kw |= dict(num_classes=int(labels.max()) + 1, image_size=images.shape[-1], mean=pixels.mean((0, 2, 3)).tolist(),
                    std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
     net = M.make('classifier', name=student, in_channels=images.shape[1], **kw)
-    checkpoint = M.resume(settings, rank) if method != 'test' else None
-    if checkpoint or init_from not in ('scratch', 'resume'):
-        M.load_state(net, checkpoint[0]['net'] if checkpoint else M.read_weights(init_from)[0], init_from)
+    head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
+    if init_from not in ('scratch', 'resume'):
+        M.load_state(net, M.read_weights(init_from)[0], init_from)
     if method != 'test':
         M.check_folder(out_dir)
-    head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
+    checkpoint = M.resume(settings, rank) if method != 'test' else None
+    if checkpoint:
+        M.load_state(net, checkpoint[0]['net'], out_dir)
 except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 if net_T is not None:
@@ -220,7 +224,6 @@ if checkpoint:
     epoch, first = divmod(shared['step'], steps_per_epoch)                     # a signal saves within an epoch
     sums, best = torch.as_tensor(own['sums'], device=device), shared['best']
     M.set_random_state(own, device)
-M.claim(out_dir, rank, fresh=checkpoint is None)
 log = M.Log(os.path.join(out_dir, 'log.csv'), epoch) if rank == 0 else None
 stop = M.stop_flag()
 if rank == 0:

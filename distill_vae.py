@@ -88,8 +88,9 @@ def build_vae(config, teacher):
 try:
     net_T, images = None, None
     if distilling:
-        net_T = M.load_vae(teacher).to(device, memory_format=M.memory_format(device))
-        net_T = M.cast_frozen(net_T, M.pick_dtype(device, dtype))
+        net_T = M.load_vae(teacher)
+        settings['teacher_digest'] = M.digest(net_T)
+        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
         if method == 'prior' and net_T.config['class'] != 'LVAE':
             raise ValueError(f"{teacher} is an {net_T.config['class']}, whose prior makes no images: --method=synthetic")
     if method != 'prior':
@@ -214,7 +215,6 @@ if checkpoint:
     step, sums, count = shared['step'], torch.as_tensor(own['sums'], device=device), own['count']
     opt.load_state_dict(shared['opt'])
     M.set_random_state(own, device)
-M.claim(out_dir, rank, fresh=checkpoint is None)
 if rank == 0:
     def millions(n): return f"{n.config['class']}, {sum(p.numel() for p in n.parameters()) / 1e6:.3f} M parameters"
     if distilling:

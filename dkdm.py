@@ -151,6 +151,7 @@ def diffusers_student():
 try:
     if method != 'data':
         net_T, diffusion_T = M.load_denoiser(teacher, M.pick_dtype(device, dtype), **teacher_config)
+        config['teacher_digest'] = M.digest(net_T)
         net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
         if getattr(net_T, 'condition', '') == 'text':
             net_T.set_prompts(M.read_lines(prompts, f'{teacher} takes texts: --prompts=file.txt'),
@@ -222,7 +223,6 @@ run_T, model = (torch.compile(n, dynamic=False) if compile and n else n for n in
 if world > 1:
     model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its own luck
-M.claim(out_dir, rank, fresh=checkpoint is None)
 if prompts and rank == 0:
     net_T.keep_prompts(os.path.join(out_dir, 'prompts.safetensors'))
 if rank == 0:

@@ -1878,8 +1878,8 @@ def fixed(settings):
     return {k: v for k, v in settings.items() if k not in MAY_CHANGE} | {'ranks': ranks}
 
 
-def claim(out_dir, rank, fresh=False):
-    """Makes out_dir and keeps other runs out of it until this process ends; a fresh run removes older checkpoints."""
+def claim(out_dir, rank):
+    """Makes out_dir and keeps other runs out of it until this process ends."""
     import fcntl                                                               # not on Windows
     os.makedirs(out_dir, exist_ok=True)
     taken, lock = False, os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT)   # a number: nothing closes it
@@ -1890,10 +1890,6 @@ def claim(out_dir, rank, fresh=False):
             os.write(lock, f'process {os.getpid()} on {os.uname().nodename}'.encode())
         except OSError as e:                                                   # others: a file system without locks
             taken = isinstance(e, BlockingIOError)
-        for name in ('ckpt.pt', 'ckpt_*_rank*.pt') if fresh and not taken else ():
-            for f in glob.glob(os.path.join(glob.escape(out_dir), name)):
-                os.remove(f)
-                print(f'{f}, of an earlier run, is removed')
     if on_all(dist.ReduceOp.MAX, taken):
         die(f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: another --out_dir')
 
@@ -1935,10 +1931,17 @@ def load_checkpoint(out_dir, rank, settings=None):
 
 
 def resume(settings, rank):
-    """(shared, own) of the checkpoint that a run goes on from, None at its beginning. Raises ValueError; one line."""
-    out_dir, found = settings['out_dir'], os.path.exists(os.path.join(settings['out_dir'], 'ckpt.pt'))
+    """(shared, own) of the checkpoint that a run goes on from; None at its beginning, when older ones are removed. Claims
+    out_dir, so it is the last of the checks. Raises ValueError; one line."""
+    out_dir = settings['out_dir']
+    claim(out_dir, rank)
     if settings['init_from'] != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
-        return None                                                            # torchrun --max-restarts counts from 1
+        for name in ('ckpt.pt', 'ckpt_*_rank*.pt') if rank == 0 else ():       # torchrun --max-restarts counts from 1
+            for f in glob.glob(os.path.join(glob.escape(out_dir), name)):
+                os.remove(f)
+                print(f'{f}, of an earlier run, is removed')
+        return None
+    found = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
     if found != on_all(dist.ReduceOp.MAX, found):
         raise ValueError(f'out_dir={out_dir} must be a folder that all ranks share')
     if not found and rank == 0:

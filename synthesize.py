@@ -376,14 +376,14 @@ for shard, path in (bar := tqdm(todo, disable=rank > 0, unit='shard')):
     if not vae:
         arrays['arr_1'] = y.repeat(keep).numpy()
     arrays['t'] = np.repeat(kept_times, batch_size)
-    M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
-    if shard == 0:
+    if shard == 0:                                                             # before its shard: a kill between leaves both to be made
         count = torch.bincount(y)
         classes = count.nonzero()[:20, 0]
         columns = min(10, count[classes].min().item())
         last = M.to_float(images[-batch_size:].permute(0, 3, 1, 2))
         M.save_grid(os.path.join(out_dir, 'preview.png'),
                     torch.cat([last[y == c][:100 if vae else columns] for c in classes]), columns)
+    M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
 if world > 1:
     dist.barrier()
 if rank == 0:

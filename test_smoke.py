@@ -599,6 +599,8 @@ def test_resuming_means_the_same_run(tiny, tmp_path):
     run(*args, '--init_from=resume', '--max_steps=6', '--log_every=2', cwd=tiny)
     for setting in ('--lr=0.001', '--seed=1', '--stride=20', '--beta2=0.9'):
         assert setting[2:].split('=')[0] + '=' in run(*args, '--init_from=resume', setting, cwd=tiny, ok=False)
+    shutil.copy(tmp_path / 'a/student.safetensors', tmp_path / 'teacher.safetensors')      # the same name, another network
+    assert 'teacher_digest=' in run(*args, '--init_from=resume', cwd=tmp_path, ok=False)
     for p in forked([*args, '--init_from=resume'], tiny, tmp_path, 2):
         p.join()
     assert 'ranks=1, not 2' in open(tmp_path / 'err0').read()
