@@ -65,6 +65,11 @@ weight_decay = 0.0
 beta2 = 0.99                 # AdamW's second beta
 grad_clip = 1.0              # largest norm of the gradient; 0 for none
 ema = 0.999                  # decay of the averaged weights, which are the result
+# when to stop: the distance of 1,000 images of the EMA student, sampled as samples.png is, goes to log.csv, and the best
+# student to best.safetensors. A reference is data: who has none makes it from the teacher's own samples (eval_fid.py)
+eval_every = 0               # steps between distances; 0 is never
+eval_reference = 'pretrained/mnist_stats.npz'    # statistics that eval_fid.py --save_stats has made
+eval_features = 'pretrained/mnist_resnet.safetensors'  # in the features of this classifier
 # system
 out_dir = 'out/dkdm'
 init_from = 'scratch'        # 'scratch' or 'resume'
@@ -206,6 +211,14 @@ try:
     if pool_bytes > free:
         raise ValueError(f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype} needs {pool_bytes / 2 ** 20:,.0f} MB, there are '
                          f'{free / 2 ** 20:,.0f} MB: a smaller --rho or --batch_size, a larger --stride, or --pool_dtype=float16')
+    if eval_every:
+        net_F, space, D = M.load_features(eval_features, device)
+        made, wanted = 3 if M.has_vae(net_T) else C, net_F.config.get('in_channels', 3)
+        if made != wanted:
+            raise ValueError(f'eval_features={eval_features} takes {wanted} channels, the images have {made}')
+        reference = M.read_statistics(eval_reference, space, {'mu': D})
+        if reference is None:
+            raise ValueError(f'eval_reference={eval_reference} holds no statistics, eval_fid.py --save_stats makes them')
     M.check_folder(out_dir, pool_bytes * world + 16 * sum(p.numel() for p in net.parameters()))
     checkpoint = M.resume(config, rank)
     if checkpoint:
@@ -292,7 +305,7 @@ def make_synthetic(n):
     return M.load_npz(path)
 
 
-step = evaluations = 0
+t0, step, evaluations, best = time.time(), 0, 0, math.inf
 pool_x = pool_t = pool_y = None
 if walks and checkpoint:
     pool_x, pool_t, pool_y = (v if v is None else v.to(device) for v in own['pool'])
@@ -355,6 +368,11 @@ def image_batch(n):
 
 
 # ---- results on disk ----
+about = dict(guided=guidance > 1, vae='')
+if M.has_vae(net_T):
+    about['vae'] = os.path.abspath(teacher) if os.path.isdir(teacher) else teacher
+
+
 def save_pipeline():
     """A student of diffusers, in out_dir, from which DiffusionPipeline.from_pretrained samples: the network, the teacher's
     scheduler with the student's prediction, and links to the teacher's other parts. A student of another class than the
@@ -392,8 +410,7 @@ def save_result():
     if isinstance(net_ema, M.Pipeline):
         save_pipeline()
     else:
-        vae = (os.path.abspath(teacher) if os.path.isdir(teacher) else teacher) if M.has_vae(net_T) else ''
-        M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, vae=vae, guided=guidance > 1)
+        M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
     y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
     both = [] if method == 'data' else [(net_T, diffusion_T, guidance)]
     rows = []
@@ -406,14 +423,29 @@ def save_result():
 
 
 def save_checkpoint():
-    shared = {'net': net.state_dict(), 'ema': net_ema.state_dict(), 'opt': opt.state_dict(), 'evaluations': evaluations}
+    shared = {'net': net.state_dict(), 'ema': net_ema.state_dict(), 'opt': opt.state_dict(), 'evaluations': evaluations,
+              'best': best}
     own = {'pool': (pool_x, pool_t, pool_y), 'random': M.random_state(device), 'weights': M.digest(net), 'sums': sums}
     M.save_checkpoint(out_dir, step, shared, own, rank, config)
 
 
+@torch.no_grad()
+def distance():
+    """The Frechet distance of 1,000 images of the student (its EMA), always from the same noise, to eval_reference."""
+    g, found = torch.Generator(device).manual_seed(seed), []
+    for _ in range(10):
+        y = torch.randint(num_classes, (100,), generator=g, device=device) if num_classes else None
+        with autocast:
+            x = M.decode(net_T, M.sample(net_ema, diffusion, (100, C, H, H), sample_steps, sampler, y, 1., g))
+        found.append(M.features(net_F, M.to_uint8(x))[0].cpu().double())
+    f = torch.cat(found)
+    mu, sigma = (torch.from_numpy(reference[k]).double() for k in ('mu', 'sigma'))
+    return M.frechet_distance(f.mean(0), f.T.cov(), mu, sigma)[0]
+
+
 sums = torch.zeros(5, device=device)                                           # on the device: no wait between two rows
 if checkpoint:
-    step, evaluations, sums = shared['step'], shared['evaluations'], own['sums'].to(device)
+    step, evaluations, best, sums = shared['step'], shared['evaluations'], shared['best'], own['sums'].to(device)
     net_ema.load_state_dict(shared['ema'])
     opt.load_state_dict(shared['opt'])
     M.set_random_state(own['random'], device)
@@ -421,6 +453,7 @@ elif walks:
     save_checkpoint()                                                          # the warm-up is not to be lost
 if rank == 0:
     log = M.Log(os.path.join(out_dir, 'log.csv'), step)
+    t0 -= log.seconds
     if wandb:
         import wandb as wb
         wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
@@ -430,7 +463,7 @@ if rank == 0:
 # ---- the loop ----
 stop = M.stop_flag()
 net.train()
-t0, first, leaving = time.time(), step, 0
+t1, first, leaving = time.time(), step, 0
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
 while step < max_steps:
     scale = min(1., (step + 1) / max(1, lr_warmup))
@@ -456,20 +489,28 @@ while step < max_steps:
     bar.update()
     leaving = (world == 1 or step % 5 == 0) and M.on_all(dist.ReduceOp.MAX, sum(stop[:1]))
     saving = step % save_every == 0 or step == max_steps or leaving
-    if step % log_every == 0 or saving:
+    evaluating = eval_every and (step % eval_every == 0 or step == max_steps)
+    if step % log_every == 0 or saving or evaluating:
         loss, mse, vb, norm, _ = (sums / sums[-1]).tolist()
         if not math.isfinite(norm):                                            # the same on all ranks: gradients are shared
             bar.close()
             M.die(f'step {step}: the loss or its gradient was not finite since the last row; nothing of that reached '
                   f'the weights. Try a smaller --lr (now {lr * scale:.2g})')
-    if step % log_every == 0 or step == max_steps:
+    if step % log_every == 0 or step == max_steps or evaluating:
         if rank == 0:
             bar.set_postfix(loss=f'{loss:.4f}')
-            row = dict(step=step, loss=loss, mse=mse, vb=vb, grad_norm=norm, lr=lr * scale,
-                       images_per_s=(step - first) * batch_size / (time.time() - t0), seconds=time.time() - t0)
+            row = dict(step=step, loss=loss, mse=mse, vb=vb, grad_norm=norm, lr=lr * scale)
+            if eval_every:
+                before = time.time()
+                row['frechet'] = distance() if evaluating else ''
+                if evaluating and row['frechet'] < best:
+                    best = row['frechet']
+                    M.save_model(net_ema, os.path.join(out_dir, 'best.safetensors'), diffusion, **about)
+                t0, t1 = (t + time.time() - before for t in (t0, t1))          # the clock is of the training
+            row |= dict(images_per_s=(step - first) * batch_size / (time.time() - t1), seconds=time.time() - t0)
             log(**row)
             if wandb:
-                wb.log(row, step=step)
+                wb.log({k: v for k, v in row.items() if v != ''}, step=step)
         sums.zero_()
     if saving:
         save_checkpoint()                                                      # first: who stops us may not wait for pictures

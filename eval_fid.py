@@ -8,8 +8,9 @@ where a denoiser has the classifier's classes, how often the classifier agrees w
     torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 --features=inception \
         --reference=cifar10
 
-The statistics of a reference are made once with --save_stats:
+The statistics of a reference are made once with --save_stats; where there are no data, from the teacher's own samples:
     python eval_fid.py --reference=mnist --save_stats=pretrained/mnist_stats.npz
+    python eval_fid.py --reference=pretrained/mnist_classes.safetensors --guidance=2.0 --save_stats=out/teacher_stats.npz
 
 Only in the features of Inception is the Frechet distance called FID. Its statistics are accumulated as a stream; of the
 features the first 10,000 of the reference and 50,000 of a model are kept for the other metrics. 50,000 images of 32x32
@@ -21,7 +22,7 @@ import time
 # what is measured
 models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders of images, torchvision names
 model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
-reference = 'pretrained/mnist_stats.npz'  # images as above, or stored statistics, ours or ADM's
+reference = 'pretrained/mnist_stats.npz'  # as above, or stored statistics, ours or ADM's
 features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier (models.load_classifier)
 inception_weights = ''       # Inception's weights as a file, where there is no network
 save_stats = ''              # write the reference's statistics to this .npz
@@ -62,19 +63,6 @@ SPLIT = 5000                 # images per split of the Inception Score, ADM's
 
 
 # ---- the metrics, of features (N, D) in float64, on the device ----
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)), and whether the
-    product is near singular.
-
-    sigma1 sigma2 has the eigenvalues of sigma1^(1/2) sigma2 sigma1^(1/2), which is symmetric: real and safe.
-    """
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = torch.linalg.eigvalsh(root @ sigma2 @ root)
-    distance = ((mu1 - mu2) ** 2).sum() + (sigma1 + sigma2).trace() - 2 * product.clamp(min=0).sqrt().sum()
-    return float(distance), bool(product[0] < 1e-14 * product[-1])
-
-
 def inception_score(logits):
     """exp of the mean divergence of p(y|x) from p(y), averaged over splits (Salimans et al. 2016)."""
     scores = []
@@ -167,21 +155,30 @@ def load_inception():
     return net, 'inception' if name in file else f'inception {name}'
 
 
-def check_statistics(mu, sigma, size):
-    """Raises ValueError unless they are a mean and a covariance of `size` features."""
-    if mu.shape != (size,) or sigma.shape != (size, size) or mu.dtype.kind != 'f' or sigma.dtype.kind != 'f':
-        raise ValueError(f'{reference} holds statistics of {mu.size} features, {features} has {size}')
-    sigma, top = torch.from_numpy(sigma).double(), np.abs(sigma).max()
-    if not np.isfinite(mu).all() or not np.isfinite(top) or (sigma - sigma.T).abs().max() > 1e-4 * top \
-            or torch.linalg.eigvalsh(sigma)[0] < -1e-4 * top:
-        raise ValueError(f'{reference}: its covariance is none, finite, symmetric and positive; --save_stats makes one')
-
-
-def open_images(spec):
-    images, _ = M.load_images(spec)
-    if images.shape[1] != channels and not (inception and images.shape[1] == 1):
-        raise ValueError(f'{spec} has {images.shape[1]} channels, {features} takes {channels}')
-    return images
+def open_source(spec):
+    """The uint8 images that a spec names, or (net, diffusion) of what is sampled, diffusion None for a VAE."""
+    if is_images(spec):
+        images, _ = M.load_images(spec)
+        made, source = images.shape[1], images
+    else:
+        if M.class_in(spec) == 'LVAE':
+            net, diffusion = M.load_vae(spec), None
+        else:
+            net, diffusion = M.load_denoiser(spec, M.pick_dtype(device, dtype),
+                                             **{} if len(specs) > 1 and M.class_in(spec) else model_config)
+            M.sampling_steps(diffusion.T, steps, spacing)
+        if not num_samples:
+            raise ValueError('num_samples=0 takes all images of a set; a checkpoint needs a number')
+        net = M.cast_frozen(net.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
+        if getattr(net, 'condition', '') == 'text':
+            net.set_prompts(M.read_lines(prompts, f'{spec} takes texts: --prompts=file.txt'),
+                            os.path.join(out_dir, 'prompts.safetensors'))
+        if guidance != 1 and diffusion and not net.num_classes:
+            raise ValueError(f'guidance={guidance}: {spec} has no classes to be guided to')
+        made, source = 3 if M.has_vae(net) else net.config['in_channels'], (net, diffusion)
+    if made != channels and not (inception and made == 1):
+        raise ValueError(f'{spec} has {made} channels, {features} takes {channels}')
+    return source
 
 
 try:
@@ -191,48 +188,15 @@ try:
         spatial = []                                                           # of sFID: 7 channels of 17 x 17
         net_F.Mixed_6d.branch1x1.register_forward_hook(lambda m, args, out: spatial.append(out[:, :7].flatten(1)))
     else:
-        net_F = M.load_classifier(features).to(device, memory_format=M.memory_format(device))
-        space, channels, side = f'{os.path.basename(features)} {M.digest(net_F)}', net_F.config.get('in_channels', 3), net_F.config['image_size']
-        classes = net_F.config['num_classes']
-        with torch.no_grad():
-            D = net_F.forward_features(torch.zeros(1, channels, side, side, device=device))[1][-1].shape[1]
-    inputs = []
-    for spec in specs:
-        if is_images(spec):
-            inputs.append(open_images(spec))
-            continue
-        if M.class_in(spec) == 'LVAE':
-            net, diffusion = M.load_vae(spec), None
-        else:
-            net, diffusion = M.load_denoiser(spec, M.pick_dtype(device, dtype),
-                                             **{} if len(specs) > 1 and M.class_in(spec) else model_config)
-            M.sampling_steps(diffusion.T, steps, spacing)
-        made = 3 if M.has_vae(net) else net.config['in_channels']
-        if made != channels and not (inception and made == 1):
-            raise ValueError(f'{spec} makes {made} channels, {features} takes {channels}')
-        if not num_samples:
-            raise ValueError('num_samples=0 takes all images of a set; a checkpoint needs a number')
-        net = M.cast_frozen(net.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
-        if getattr(net, 'condition', '') == 'text':
-            net.set_prompts(M.read_lines(prompts, f'{spec} takes texts: --prompts=file.txt'),
-                            os.path.join(out_dir, 'prompts.safetensors'))
-        if guidance != 1 and diffusion and not net.num_classes:
-            raise ValueError(f'guidance={guidance}: {spec} has no classes to be guided to')
-        inputs.append((net, diffusion))
-    stored = None
+        net_F, space, D = M.load_features(features, device)
+        channels, classes = net_F.config.get('in_channels', 3), net_F.config['num_classes']
+    sizes, stored = {'mu': D, 'mu_s': 2023}, None
+    inputs = [open_source(spec) for spec in specs]
     if reference.endswith('.npz') and not save_stats:
-        arrays = M.read_npz(reference)
-        if 'mu' in arrays:
-            stored = {k: arrays[k] for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'n') if k in arrays}
-            named = str(arrays.get('space', 'inception'))                      # ADM's files do not name theirs
-            if named != space:
-                raise ValueError(f'{reference} holds statistics in the space of {named}, not of {space}: make them again with --save_stats')
-            for mu, sigma, size in (('mu', 'sigma', D), ('mu_s', 'sigma_s', 2023)):
-                if mu in arrays or sigma in arrays:
-                    check_statistics(arrays.get(mu, np.empty(0)), arrays.get(sigma, np.empty(0)), size)
+        stored = M.read_statistics(reference, space, sizes)
     for folder in [out_dir] * bool(specs) + [os.path.dirname(os.path.abspath(save_stats))] * bool(save_stats):
         M.check_folder(folder)
-    reference_images = open_images(reference) if stored is None else None
+    ref_source = open_source(reference) if stored is None else None
 except (ValueError, RuntimeError, TypeError) as e:
     M.die(e)
 
@@ -274,9 +238,7 @@ def extract(batches, total, keep):
             f, logits = net_F(x.to(device).expand(-1, 3, -1, -1))
             moments_s.add(spatial.pop().to(exact).double())
         else:
-            # the mean of the last feature map is what the classifier's linear layer sees
-            logits, maps = net_F.forward_features(M.preprocess(net_F, M.to_float(x.to(device))))
-            f = maps[-1].mean((2, 3))
+            f, logits = M.features(net_F, x.to(device))
         moments.add(f.to(exact).double())
         mine = kept[places.start:places.stop]
         mine.copy_(torch.cat([f, logits], dim=1)[:len(mine)])
@@ -326,6 +288,13 @@ def sample_batches(net, diffusion, seconds):
         yield places, x
 
 
+def opened(source, seconds=None):
+    """(batches, number of images) of what `open_source` found."""
+    if torch.is_tensor(source):
+        return image_batches(source), len(source)
+    return sample_batches(*source, [] if seconds is None else seconds), num_samples
+
+
 def first(batches, kept):
     """Passes batches on and keeps the first for the picture."""
     for places, x in batches:
@@ -335,7 +304,7 @@ def first(batches, kept):
 
 
 # ---- the reference ----
-ref = stored or extract(image_batches(reference_images), len(reference_images), KEEP[0])
+ref = stored or extract(*opened(ref_source), KEEP[0])
 moments = {k: torch.as_tensor(v, dtype=torch.float64, device=exact) for k, v in ref.items()
            if k in ('mu', 'sigma', 'mu_s', 'sigma_s')}
 if save_stats and rank == 0:
@@ -347,11 +316,7 @@ if save_stats and rank == 0:
 table = []
 for spec, source in zip(specs, inputs):
     kept, seconds, row = [], [], {'model': spec}
-    if is_images(spec):
-        images = source[:num_samples] if num_samples else source
-        batches, total = image_batches(images), len(images)
-    else:
-        batches, total = sample_batches(*source, seconds), num_samples
+    batches, total = opened(source[:num_samples or None] if torch.is_tensor(source) else source, seconds)
     found = extract(first(batches, kept), total, KEEP[1])
     if rank:
         continue
@@ -365,10 +330,10 @@ for spec, source in zip(specs, inputs):
                 'MB': os.path.getsize(spec) / 2 ** 20 if os.path.isfile(spec) else None,
                 'MFLOPs': flops.get_total_flops() / 1e6, 'ms/image': 1000 * np.mean(seconds), '+-': 1000 * np.std(seconds)}
     row['images'] = total
-    row['FID' if inception else 'Frechet'], singular = frechet_distance(
+    row['FID' if inception else 'Frechet'], singular = M.frechet_distance(
         found['mu'], found['sigma'], moments['mu'], moments['sigma'])
     if inception and 'mu_s' in ref:
-        row['sFID'], _ = frechet_distance(found['mu_s'], found['sigma_s'], moments['mu_s'], moments['sigma_s'])
+        row['sFID'], _ = M.frechet_distance(found['mu_s'], found['sigma_s'], moments['mu_s'], moments['sigma_s'])
     row['IS' if inception else 'score'] = inception_score(found['logits'])
     if seconds and diffusion and net.num_classes == classes:                  # does the classifier agree?
         seen = found['logits'].argmax(1)

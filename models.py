@@ -1735,6 +1735,63 @@ def save_grid(path, images, columns):
     images = F.interpolate(images.float().cpu().clamp(-1, 1), scale_factor=float(max(1, 64 // images.shape[-1])))
     write_atomically(path, lambda tmp: save_image((images + 1) / 2, tmp, nrow=columns, padding=4))
 
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)), and whether the
+    product is near singular.
+
+    sigma1 sigma2 has the eigenvalues of sigma1^(1/2) sigma2 sigma1^(1/2), which is symmetric: real and safe.
+    """
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = torch.linalg.eigvalsh(root @ sigma2 @ root)
+    distance = ((mu1 - mu2) ** 2).sum() + (sigma1 + sigma2).trace() - 2 * product.clamp(min=0).sqrt().sum()
+    return float(distance), bool(product[0] < 1e-14 * product[-1])
+
+
+def features(net, images):
+    """What the linear layer of a classifier sees of uint8 images (B, C, H, W), the mean of its last map (B, D), and the
+    logits."""
+    logits, maps = net.forward_features(preprocess(net, to_float(images)))
+    return maps[-1].mean((2, 3)), logits
+
+
+def load_features(spec, device):
+    """(net, space, D): a classifier, the name under which statistics of its features are stored, and how many features it
+    has. Raises ValueError."""
+    net = load_classifier(spec)
+    space, c = f'{os.path.basename(spec)} {digest(net)}', net.config
+    net = net.to(device, memory_format=memory_format(device))
+    with torch.no_grad():
+        blank = torch.zeros(1, c.get('in_channels', 3), c['image_size'], c['image_size'], device=device)
+        return net, space, features(net, blank)[0].shape[1]
+
+
+def read_statistics(path, space, sizes):
+    """What eval_fid.py or ADM stored of a set of images: 'mu', 'sigma', perhaps 'mu_s', 'sigma_s' and 'n'; None of a file
+    of images. sizes: how many features there are, by the name of their mean. Raises ValueError: of another space, or no
+    mean and covariance."""
+    arrays = read_npz(path)
+    if 'mu' not in arrays:
+        return None
+    named = str(arrays.get('space', 'inception'))                              # ADM's files do not name theirs
+    if named != space:
+        raise ValueError(f'{path} holds statistics in the space of {named}, not of {space}: make them again, '
+                         'eval_fid.py --save_stats')
+    for name, size in sizes.items():
+        mu, sigma = (arrays.get(k, np.empty(0)) for k in (name, name.replace('mu', 'sigma')))
+        if name != 'mu' and not mu.size and not sigma.size:
+            continue
+        if mu.shape != (size,) or sigma.shape != (size, size) or mu.dtype.kind != 'f' or sigma.dtype.kind != 'f':
+            raise ValueError(f'{path} holds statistics of {mu.size} features, not {size}')
+        sigma, top = torch.from_numpy(sigma).double(), np.abs(sigma).max()
+        if not np.isfinite(mu).all() or not np.isfinite(top) or (sigma - sigma.T).abs().max() > 1e-4 * top \
+                or torch.linalg.eigvalsh(sigma)[0] < -1e-4 * top:
+            raise ValueError(f'{path}: its covariance is none, finite, symmetric and positive; eval_fid.py --save_stats '
+                             'makes one')
+    return {k: arrays[k] for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'n') if k in arrays}
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # running
 # ----------------------------------------------------------------------------------------------------------------
@@ -1950,7 +2007,8 @@ def resume(settings, rank):
 
 
 class Log:
-    """`log.csv`, a row per call, `step` first; a resumed run continues after the checkpoint's step. Rank 0 only."""
+    """`log.csv`, a row per call, `step` first, `seconds` last; a resumed run continues after the checkpoint's step, its
+    clock after `seconds`. Rank 0 only."""
 
     def __init__(self, path, step=0):
         lines = []
@@ -1959,6 +2017,7 @@ class Log:
                 with open(path, newline='') as f:
                     rows = [r for r in f if r.endswith('\n')]
                     lines = rows[:1] + [r for r in rows[1:] if int(r.split(',')[0]) <= step]
+            self.seconds = float(lines[-1].split(',')[-1]) if len(lines) > 1 else 0.
         except ValueError as e:
             die(f'{path} is damaged: {first_line(e)}; without it --init_from=resume goes on all the same')
         write_atomically(path, lambda tmp: open(tmp, 'w', newline='').writelines(lines))   # a kill here loses no rows

@@ -626,6 +626,24 @@ def test_resuming_means_the_same_run(tiny, tmp_path):
     p.join()
 
 
+def test_when_to_stop(tiny, tmp_path):
+    stats = f'{tmp_path}/stats.npz'                                            # of the teacher's own samples: no data
+    run('eval_fid.py', '--reference=teacher.safetensors', '--features=classifier.safetensors', f'--save_stats={stats}', '--steps=2',
+        '--num_samples=40', cwd=tiny)
+    args = ['dkdm.py', '--teacher=teacher.safetensors', *SMALL, '--eval_every=2', f'--eval_reference={stats}',
+            '--eval_features=classifier.safetensors', '--stride=10', '--lr_decay=False']
+    run(*args, '--max_steps=6', f'--out_dir={tmp_path}/whole', cwd=tiny)
+    run(*args, '--max_steps=4', f'--out_dir={tmp_path}/cut', cwd=tiny)
+    seconds = float(list(csv.DictReader(open(tmp_path / 'cut/log.csv')))[-1]['seconds'])
+    run(*args, '--max_steps=6', f'--out_dir={tmp_path}/cut', '--init_from=resume', cwd=tiny)
+    found = [r['frechet'] for r in csv.DictReader(open(tmp_path / 'whole/log.csv'))]
+    assert [bool(f) for f in found] == [False, True] * 3 and found == [r['frechet'] for r in csv.DictReader(open(tmp_path / 'cut/log.csv'))]
+    assert float(list(csv.DictReader(open(tmp_path / 'cut/log.csv')))[-1]['seconds']) > seconds
+    best = [(tmp_path / d / 'best.safetensors').read_bytes() for d in ('whole', 'cut')]
+    last = (tmp_path / 'whole/student.safetensors').read_bytes()
+    assert best[0] == best[1] and (best[0] == last) == (float(found[5]) == min(float(f) for f in found if f))
+
+
 def test_torchrun_restarts_a_job_that_goes_on(tiny, tmp_path):
     for p in forked([*DKDM_RUN, f'--out_dir={tmp_path}/whole'], tiny, tmp_path, 2):
         p.join()
@@ -705,7 +723,7 @@ def test_a_number_does_not_depend_on_the_ranks(tiny, tmp_path):
 
 def test_metrics_have_their_definitions():
     source = open(os.path.join(ROOT, 'eval_fid.py')).read()
-    names = {}
+    names = {'frechet_distance': M.frechet_distance}
     exec('\n'.join(line for line in source.splitlines() if line.startswith(('import ', 'from ')) and 'models' not in line), names)
     exec(source[source.index('NEIGHBOURS ='):source.index('# ---- check everything')], names)
     def measured(name, *arrays):
