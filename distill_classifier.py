@@ -13,21 +13,23 @@ import os
 import time
 
 # images
-data = 'out/synth'           # an .npz, a folder of shards or of images, a list of files, or a torchvision name (downloaded);
-                             # with classes, mnist:0-4, of these alone (models.load_images)
-test = ''                    # labelled images to test on: as above; '' is the test split of a torchvision name, else none
+data = 'out/synth'           # an .npz, a folder of shards or of images, a list of files, or a torchvision name
+                             # (downloaded); with classes, mnist:0-4, of these alone (models.load_images)
+test = ''                    # labelled images to test on, as above; '' is a torchvision name's test split, else none
 image_size = 0               # side to which images are resized on load; 0 is as they are
 holdout = 400                # images kept out of the training: on them student and teacher are compared; 0 for none
 augment_crop = 2             # random crops from images padded by so many pixels; 0 for none
 augment_flip = False         # random horizontal flips
 # teacher
 method = 'distill'           # 'distill': from the teacher; 'data': cross-entropy on the labels, no teacher; 'test'
-teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet, WRN or VGG, torchvision:NAME
+teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet, WRN or VGG,
+                             # or torchvision:NAME
 teacher_source = ''          # where a missing teacher is to be had, for the message
 teacher_config = {}          # what a state dict does not say: image_size, mean, std (models.load_classifier)
 any_teacher = False          # take images that synthesize.py made for another teacher
 # student
-student = 'resnet8'          # resnet8, 14 ... 110, resnet18/34/50, wrn16_1 ... wrn40_2, vgg11 ... vgg19, torchvision:NAME
+student = 'resnet8'          # resnet8, 14 ... 110, resnet18/34/50, wrn16_1 ... wrn40_2, vgg11 ... vgg19, or
+                             # torchvision:NAME
 width = 8                    # channels of the first stage of a ResNet; 0 is its usual width
 # losses, Eq. (12)
 lam_kl = 1.0                 # weight of the divergence of the outputs
@@ -67,174 +69,14 @@ from tqdm import tqdm
 
 import models as M
 
-# ---- check everything before any work starts ----
-for wrong, message in [
-        (init_from not in ('scratch', 'resume') and not os.path.isfile(init_from),
-         f"init_from={init_from!r}: 'scratch', 'resume' or a file; there is none of this name"),
-        (method == 'distill' and lam_kl == lam_msarc == 0, 'lam_kl=0 and lam_msarc=0 leave nothing to learn'),
-        (method == 'test' and not test, "method='test' needs images: --test=mnist, an .npz or a folder")]:
-    if wrong:
-        M.die(message)
-device, autocast, rank, world = M.start(device, dtype, seed)
-if batch_size % world:
-    M.die(f'batch_size={batch_size} is shared by {world} ranks: a multiple of {world}')
-distilling = method == 'distill'
-
-
-def check_origin(data, digest):
-    """Raises ValueError if a shard of the folder `data` says that synthesize.py made it for another teacher."""
-    for f in sorted(glob.glob(os.path.join(glob.escape(data), '**', '*.npz'), recursive=True)):
-        settings = json.loads(str(M.read_npz(f).get('settings', '{}')))
-        if settings.get('teacher_digest', digest) != digest:
-            raise ValueError(f"{f} was made for the teacher {settings['teacher']}, which is not {teacher}: its own images, "
-                             'or --any_teacher=True')
-
-
-def linear(net):
-    """The last linear layer of a classifier, where all that it sees is the mean of the last map: its weights make the class
-    activation maps. Raises ValueError."""
-    shape = 2, net.config.get('in_channels', 3), net.config['image_size'], net.config['image_size']
-    with torch.no_grad():
-        logits, maps = net.eval().forward_features(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-        layer = net.get_submodule(net.head_name)
-        if layer.in_features != maps[-1].shape[1] or (
-                (layer(maps[-1].mean((2, 3))) - logits).abs().max() > 1e-3 * (1 + logits.abs().max())):
-            raise ValueError(f"{net.config['name']} has no class activation maps, its last layer sees more than the mean of "
-                             'the last map: --lam_msarc=0')
-    return layer
-
-
-try:
-    net_T = None if method == 'data' else M.load_classifier(teacher, **teacher_config)
-    if distilling:
-        settings['teacher_digest'] = M.digest(net_T)
-        if not any_teacher:
-            check_origin(data, settings['teacher_digest'])
-    images, labels = M.load_images(data, image_size=image_size) if method != 'test' else (None, None)
-    path = data.split(':')[0]
-    is_name = method != 'test' and not (path.endswith(('.npz', '.txt')) or os.path.isdir(path))
-    test_images = test_labels = None
-    if test or is_name:
-        test_images, test_labels = M.load_images(test or data, train=False, image_size=image_size)
-    images = test_images if images is None else images
-    if labels is None and method == 'data':
-        raise ValueError(f"{data} has no labels ('arr_1', or a subfolder per class)")
-    if method != 'test' and len(images) - holdout < batch_size:
-        raise ValueError(f'{data} has {len(images)} images; holdout={holdout} leaves fewer than batch_size={batch_size}')
-    if test_images is not None and (test_labels is None or test_images.shape[1:] != images.shape[1:]):
-        raise ValueError(f'{test or data}: test images are {tuple(test_images.shape[1:])}, with labels '
-                         f'{test_labels is not None}; the training images {tuple(images.shape[1:])}')
-    if images.shape[2] != images.shape[3]:
-        raise ValueError(f'{data}: images must be square, they are {images.shape[2]}x{images.shape[3]}')
-    if net_T is not None:
-        config = net_T.config
-        if config.get('in_channels', 3) != images.shape[1]:
-            raise ValueError(f"{data} has {images.shape[1]} channels, {teacher} takes {config.get('in_channels', 3)}")
-        if test_images is not None and test_labels.max() >= config['num_classes']:
-            raise ValueError(f"{test or data} has labels up to {test_labels.max()}, {teacher} has {config['num_classes']} classes")
-    kw = {'width': width} if width and student.startswith('resnet') else {}
-    if net_T is not None:                                                      # the teacher's classes, size and normalisation
-        kw |= {k: config[k] for k in ('num_classes', 'image_size', 'mean', 'std')}
-    else:                                                                      # the network sees mean 0 and deviation 1
-        pixels = images[:10000].float() / 255
-        kw |= dict(num_classes=int(labels.max()) + 1, image_size=images.shape[-1], mean=pixels.mean((0, 2, 3)).tolist(),
-                   std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
-    net = M.make('classifier', name=student, in_channels=images.shape[1], **kw)
-    head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
-    if init_from not in ('scratch', 'resume'):
-        M.load_state(net, M.read_weights(init_from)[0], init_from)
-    if method != 'test':
-        M.check_folder(out_dir)
-    checkpoint = M.resume(settings, rank) if method != 'test' else None
-    if checkpoint:
-        M.load_state(net, checkpoint[0]['net'], out_dir)
-except (ValueError, RuntimeError, TypeError) as e:
-    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
-if net_T is not None:
-    net_T = net_T.to(device, memory_format=M.memory_format(device))
-net = net.to(device, memory_format=M.memory_format(device))
-
-
-@torch.no_grad()
-def predictions(net, images):
-    """The class that a network sees in each of the uint8 images; every rank does its share, all get the sum."""
-    net.eval()
-    found = torch.zeros(len(images), device=device)
-    for i in range(rank * 500, len(images), world * 500):
-        x = M.to_float(images[i:i + 500].to(device, memory_format=M.memory_format(device)))
-        with autocast:
-            found[i:i + 500] = net(M.preprocess(net, x)).argmax(1).float()
-    if world > 1:
-        dist.all_reduce(found)
-    return found.long().cpu()
-
-
-def agreement(a, b):
-    return (a == b).float().mean().item()
-
-
-if net_T is not None and test_images is not None:
-    accuracy_T = agreement(predictions(net_T, test_images), test_labels)
-    if rank == 0:
-        print(f"{'teacher' if distilling else teacher}: test accuracy {100 * accuracy_T:.2f} % of {len(test_images):,} images")
-if method == 'test':
-    sys.exit()
-
-# the same images on all ranks, whatever their number: kept out, so that the best epoch is not chosen on test images
-order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-held_images, train = images[order[:holdout]], order[holdout:]
-held_labels = predictions(net_T, held_images) if distilling else labels[order[:holdout]]
-fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info()[0] / 2
-home = device if fits else 'cpu'                                               # where the images live
-images, labels = images.to(home), None if distilling else labels.to(home)
-
-decay = [p for p in net.parameters() if p.ndim > 1]                            # no decay of biases and BatchNorm
-groups = [{'params': decay, 'weight_decay': weight_decay},
-          {'params': [p for p in net.parameters() if p.ndim <= 1], 'weight_decay': 0.}]
-opt = torch.optim.SGD(groups, lr, momentum=0.9) if optimizer == 'sgd' else torch.optim.AdamW(groups, lr)
-
-
-class WithMaps(torch.nn.Module):
-    """The student as DistributedDataParallel wants it: what the losses need is what forward returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net.forward_features(x)
-
-
-if compile:                                                                    # stage by stage: Grad-CAM needs the maps between them
-    torch._functorch.config.donated_buffer = False                             # ... and goes back through them twice
-    torch._dynamo.config.cache_size_limit = 64                                 # counted over all stages together
-    for module in [m for n in (net, net_T) if n is not None for k, m in n.named_modules()
-                   if isinstance(m, torch.nn.Sequential) and k.count('.') < 2]:
-        module.compile()
-model = WithMaps()
-if world > 1:
-    model = torch.nn.parallel.DistributedDataParallel(model)
-if rank:
-    torch.manual_seed(seed + rank)                                             # crops of its own for every rank
-steps_per_epoch = len(train) // batch_size
-epoch, first, sums, best = 0, 0, 0., -1.
-if checkpoint:
-    shared, own = checkpoint
-    opt.load_state_dict(shared['opt'])
-    epoch, first = divmod(shared['step'], steps_per_epoch)                     # a signal saves within an epoch
-    sums, best = torch.as_tensor(own['sums'], device=device), shared['best']
-    M.set_random_state(own, device)
-log = M.Log(os.path.join(out_dir, 'log.csv'), epoch) if rank == 0 else None
-stop = M.stop_flag()
-if rank == 0:
-    print(f'{student}: {sum(p.numel() for p in net.parameters()):,} parameters'
-          + (f', teacher {teacher}: {sum(p.numel() for p in net_T.parameters()):,}' if distilling else '')
-          + f"; {len(train):,} images of {tuple(images.shape[1:])}, {net.config['num_classes']} classes")
-
-
-# ---- losses ----
+# ---- the method ----
+#   for each batch x of the images, cropped and flipped:
+#       logits_S, maps_S = student(x);  logits_T, maps_T = teacher(x)
+#       L = lam_kl KL(teacher || student, softened) + lam_msarc L_mSARC(maps_S, maps_T)            Eq. (12)
+#       student <- student - lr grad L
+# L_mSARC asks where the two look: after the last stage for every class, after the earlier ones for the teacher's class.
 def kl_loss(logits_S, logits_T):
-    """Divergence of the softened outputs (Hinton et al. 2015), times T^2, so that its gradient does not shrink with T."""
+    """Divergence of the softened outputs (Hinton et al. 2015), times T^2: its gradient does not shrink with T."""
     return F.kl_div(F.log_softmax(logits_S / temperature, 1), F.log_softmax(logits_T / temperature, 1), log_target=True,
                     reduction='batchmean') * temperature ** 2
 
@@ -246,15 +88,15 @@ def pairs_of_stages(maps_S, maps_T):
 
 
 def grad_cam(logits, maps, c):
-    """Where a network sees class c (B,): the channels of each map, summed with the mean gradient of the class's logit as
-    weights, which are constants (Selvaraju et al. 2017, without ReLU). (B, h, w) each."""
+    """Where a network sees class c (B,): the channels of each map, summed with the mean gradient of the class's logit
+    as weights, which are constants (Selvaraju et al. 2017, without ReLU). (B, h, w) each."""
     grads = torch.autograd.grad(logits.gather(1, c[:, None]).sum(), maps, retain_graph=True)
     return [(grad.mean((2, 3), keepdim=True) * a).sum(1).float() for grad, a in zip(grads, maps)]
 
 
 def msarc_loss(logits_S, maps_S, logits_T, maps_T):
-    """L_mSARC of Eq. (12) (SpaceshipNet, Yu et al. 2023): the class activation maps of all classes after the last stage,
-    and Grad-CAM of the class that the teacher sees after each earlier one."""
+    """L_mSARC of Eq. (12) (SpaceshipNet, Yu et al. 2023): the class activation maps of all classes after the last
+    stage, and Grad-CAM of the class that the teacher sees after each earlier one."""
     cam_S, cam_T = (F.conv2d(maps[-1].float(), head.weight[:, :, None, None])
                     for maps, head in ((maps_S, head_S), (maps_T, head_T)))
     if cam_T.shape != cam_S.shape:
@@ -299,6 +141,174 @@ def augment(x):
     return x.contiguous(memory_format=M.memory_format(device))
 
 
+# ---- check everything before any work starts ----
+for wrong, message in [
+        (init_from not in ('scratch', 'resume') and not os.path.isfile(init_from),
+         f"init_from={init_from!r}: 'scratch', 'resume' or a file; there is none of this name"),
+        (method == 'distill' and lam_kl == lam_msarc == 0, 'lam_kl=0 and lam_msarc=0 leave nothing to learn'),
+        (method == 'test' and not test, "method='test' needs images: --test=mnist, an .npz or a folder")]:
+    if wrong:
+        M.die(message)
+device, autocast, rank, world = M.start(device, dtype, seed)
+if batch_size % world:
+    M.die(f'batch_size={batch_size} is shared by {world} ranks: a multiple of {world}')
+distilling = method == 'distill'
+
+
+def check_origin(data, digest):
+    """Raises ValueError if a shard of the folder `data` says that synthesize.py made it for another teacher."""
+    for f in sorted(glob.glob(os.path.join(glob.escape(data), '**', '*.npz'), recursive=True)):
+        settings = json.loads(str(M.read_npz(f).get('settings', '{}')))
+        if settings.get('teacher_digest', digest) != digest:
+            raise ValueError(f"{f} was made for the teacher {settings['teacher']}, which is not {teacher}: "
+                             'its own images, or --any_teacher=True')
+
+
+def linear(net):
+    """The last linear layer of a classifier, where all that it sees is the mean of the last map: its weights make the
+    class activation maps. Raises ValueError."""
+    shape = 2, net.config.get('in_channels', 3), net.config['image_size'], net.config['image_size']
+    with torch.no_grad():
+        logits, maps = net.eval().forward_features(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        layer = net.get_submodule(net.head_name)
+        if layer.in_features != maps[-1].shape[1] or (
+                (layer(maps[-1].mean((2, 3))) - logits).abs().max() > 1e-3 * (1 + logits.abs().max())):
+            raise ValueError(f"{net.config['name']} has no class activation maps, its last layer sees more than the "
+                             'mean of the last map: --lam_msarc=0')
+    return layer
+
+
+try:
+    net_T = None if method == 'data' else M.load_classifier(teacher, **teacher_config)
+    if distilling:
+        settings['teacher_digest'] = M.digest(net_T)
+        if not any_teacher:
+            check_origin(data, settings['teacher_digest'])
+    images, labels = M.load_images(data, image_size=image_size) if method != 'test' else (None, None)
+    path = data.split(':')[0]
+    is_name = method != 'test' and not (path.endswith(('.npz', '.txt')) or os.path.isdir(path))
+    test_images = test_labels = None
+    if test or is_name:
+        test_images, test_labels = M.load_images(test or data, train=False, image_size=image_size)
+    images = test_images if images is None else images
+    if labels is None and method == 'data':
+        raise ValueError(f"{data} has no labels ('arr_1', or a subfolder per class)")
+    if method != 'test' and len(images) - holdout < batch_size:
+        raise ValueError(f'{data} has {len(images)} images; holdout={holdout} leaves fewer than a batch of '
+                         f'{batch_size}')
+    if test_images is not None and (test_labels is None or test_images.shape[1:] != images.shape[1:]):
+        raise ValueError(f'{test or data}: test images are {tuple(test_images.shape[1:])}, with labels '
+                         f'{test_labels is not None}; the training images {tuple(images.shape[1:])}')
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f'{data}: images must be square, they are {images.shape[2]}x{images.shape[3]}')
+    if net_T is not None:
+        config = net_T.config
+        if config.get('in_channels', 3) != images.shape[1]:
+            raise ValueError(f"{data} has {images.shape[1]} channels, {teacher} takes {config.get('in_channels', 3)}")
+        if test_images is not None and test_labels.max() >= config['num_classes']:
+            raise ValueError(f"{test or data} has labels up to {test_labels.max()}, {teacher} has "
+                             f"{config['num_classes']} classes")
+    kw = {'width': width} if width and student.startswith('resnet') else {}
+    if net_T is not None:                                                      # the teacher's size and normalisation
+        kw |= {k: config[k] for k in ('num_classes', 'image_size', 'mean', 'std')}
+    else:                                                                      # the network sees mean 0 and deviation 1
+        pixels = images[:10000].float() / 255
+        kw |= dict(num_classes=int(labels.max()) + 1, image_size=images.shape[-1], mean=pixels.mean((0, 2, 3)).tolist(),
+                   std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
+    net = M.make('classifier', name=student, in_channels=images.shape[1], **kw)
+    head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
+    if init_from not in ('scratch', 'resume'):
+        M.load_state(net, M.read_weights(init_from)[0], init_from)
+    if method != 'test':
+        M.check_folder(out_dir)
+    checkpoint = M.resume(settings, rank) if method != 'test' else None
+    if checkpoint:
+        M.load_state(net, checkpoint[0]['net'], out_dir)
+except (ValueError, RuntimeError, TypeError) as e:
+    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
+if net_T is not None:
+    net_T = net_T.to(device, memory_format=M.memory_format(device))
+net = net.to(device, memory_format=M.memory_format(device))
+
+
+@torch.no_grad()
+def predictions(net, images):
+    """The class that a network sees in each of the uint8 images; every rank does its share, all get the sum."""
+    net.eval()
+    found = torch.zeros(len(images), device=device)
+    for i in range(rank * 500, len(images), world * 500):
+        x = M.to_float(images[i:i + 500].to(device, memory_format=M.memory_format(device)))
+        with autocast:
+            found[i:i + 500] = net(M.preprocess(net, x)).argmax(1).float()
+    if world > 1:
+        dist.all_reduce(found)
+    return found.long().cpu()
+
+
+def agreement(a, b):
+    return (a == b).float().mean().item()
+
+
+if net_T is not None and test_images is not None:
+    accuracy_T = agreement(predictions(net_T, test_images), test_labels)
+    if rank == 0:
+        print(f"{'teacher' if distilling else teacher}: test accuracy {100 * accuracy_T:.2f} % of "
+              f'{len(test_images):,} images')
+if method == 'test':
+    sys.exit()
+
+# the same images on all ranks, whatever their number: kept out, so that the best epoch is not chosen on test images
+order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+held_images, train = images[order[:holdout]], order[holdout:]
+held_labels = predictions(net_T, held_images) if distilling else labels[order[:holdout]]
+fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info()[0] / 2
+home = device if fits else 'cpu'                                               # where the images live
+images, labels = images.to(home), None if distilling else labels.to(home)
+
+decay = [p for p in net.parameters() if p.ndim > 1]                            # no decay of biases and BatchNorm
+groups = [{'params': decay, 'weight_decay': weight_decay},
+          {'params': [p for p in net.parameters() if p.ndim <= 1], 'weight_decay': 0.}]
+opt = torch.optim.SGD(groups, lr, momentum=0.9) if optimizer == 'sgd' else torch.optim.AdamW(groups, lr)
+
+
+class WithMaps(torch.nn.Module):
+    """The student as DistributedDataParallel wants it: what the losses need is what forward returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net.forward_features(x)
+
+
+if compile:                                                                    # by stages: Grad-CAM needs their maps
+    torch._functorch.config.donated_buffer = False                             # ... and goes back through them twice
+    torch._dynamo.config.cache_size_limit = 64                                 # counted over all stages together
+    for module in [m for n in (net, net_T) if n is not None for k, m in n.named_modules()
+                   if isinstance(m, torch.nn.Sequential) and k.count('.') < 2]:
+        module.compile()
+model = WithMaps()
+if world > 1:
+    model = torch.nn.parallel.DistributedDataParallel(model)
+if rank:
+    torch.manual_seed(seed + rank)                                             # crops of its own for every rank
+steps_per_epoch = len(train) // batch_size
+epoch, first, sums, best = 0, 0, 0., -1.
+if checkpoint:
+    shared, own = checkpoint
+    opt.load_state_dict(shared['opt'])
+    epoch, first = divmod(shared['step'], steps_per_epoch)                     # a signal saves within an epoch
+    sums, best = torch.as_tensor(own['sums'], device=device), shared['best']
+    M.set_random_state(own, device)
+log = M.Log(os.path.join(out_dir, 'log.csv'), epoch) if rank == 0 else None
+stop = M.stop_flag()
+if rank == 0:
+    print(f'{student}: {sum(p.numel() for p in net.parameters()):,} parameters'
+          + (f', teacher {teacher}: {sum(p.numel() for p in net_T.parameters()):,}' if distilling else '')
+          + f"; {len(train):,} images of {tuple(images.shape[1:])}, {net.config['num_classes']} classes")
+
+
 # ---- the loop ----
 def save_checkpoint(done):
     M.save_checkpoint(out_dir, done, {'net': net.state_dict(), 'opt': opt.state_dict(), 'best': best},
@@ -308,7 +318,8 @@ def save_checkpoint(done):
 t0, row, leaving = time.time(), {}, 0
 while epoch < epochs:
     net.train()
-    order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + epoch))]  # the same on all ranks
+    g = torch.Generator().manual_seed(seed + epoch)                            # the same order on all ranks
+    order = train[torch.randperm(len(train), generator=g)]
     order = order[:steps_per_epoch * batch_size].view(steps_per_epoch, world, -1)[:, rank].to(home)
     for i in tqdm(range(first, steps_per_epoch), f'epoch {epoch + 1}/{epochs}', disable=rank > 0, leave=False):
         leaving = (world == 1 or i % 20 == 0) and M.on_all(dist.ReduceOp.MAX, sum(stop[:1]))
@@ -346,7 +357,8 @@ while epoch < epochs:
     best = max(best, row.get('agreement', -1.))
     save_checkpoint(epoch * steps_per_epoch)
 if rank == 0:
-    print(f'student: {out_dir}/student.safetensors, {time.time() - t0:.0f} s' if epoch else 'stopped before the first epoch was complete')
+    print(f'student: {out_dir}/student.safetensors, {time.time() - t0:.0f} s' if epoch else
+          'stopped before the first epoch was complete')
     if 'test_accuracy' in row:
         print(f'test accuracy of the student {100 * row["test_accuracy"]:.2f} %'
               + (f', of the teacher {100 * accuracy_T:.2f} %' if distilling else ''))

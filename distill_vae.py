@@ -1,7 +1,7 @@
 """
-Distils a hierarchical VAE into a smaller one, without the data it was trained on: both decoders are fed the same noise at
-every level, and the student learns the Gaussians and the pixels that the teacher makes of it. On synthetic images its
-encoder learns too. With `method='data'` it trains a VAE on images, which is how teachers are made.
+Distils a hierarchical VAE into a smaller one, without the data it was trained on: both decoders are fed the same noise
+at every level, and the student learns the Gaussians and the pixels that the teacher makes of it. On synthetic images
+its encoder learns too. With `method='data'` it trains a VAE on images, which is how teachers are made.
 
     python distill_vae.py                                              # the bundled MNIST teacher, minutes on a laptop
     python distill_vae.py config/mnist_lvae.py                         # the bundled teacher itself, by the ELBO
@@ -14,12 +14,12 @@ import os
 import time
 
 # teacher
-teacher = 'pretrained/mnist_lvae.safetensors'  # an LVAE of ours; AutoencoderKL or AutoencoderTiny as a folder or a hub id
+teacher = 'pretrained/mnist_lvae.safetensors'  # an LVAE of ours; AutoencoderKL or AutoencoderTiny: a folder or hub id
 teacher_source = ''          # where a missing teacher is to be had, for the message
 # student
-student_config = {'width': 8}  # what differs from the teacher's config; the class is the teacher's. 'data': an LVAE's config
+student_config = {'width': 8}  # what differs from the teacher's config, of the same class; of 'data' an LVAE's config
 # distillation
-method = 'prior'             # 'prior' (noise only), 'synthetic' (images too, of any origin), 'data' (the ELBO, no teacher)
+method = 'prior'             # 'prior' (noise only), 'synthetic' (images too, of any origin), 'data' (the ELBO, alone)
 beta = 0.1                   # the pixels' variance is beta / 2
 lam_z = 0.1                  # weight of the distances between the two networks' Gaussians
 data = ''                    # 'synthetic' and 'data': an .npz, a folder, or a torchvision name
@@ -54,86 +54,14 @@ from tqdm import tqdm
 
 import models as M
 
-# ---- check everything before any work starts ----
-for wrong, message in [
-        (method == 'prior' and data != '', f"method='prior' needs no images, --data={data} is for 'synthetic' and 'data'"),
-        (method != 'prior' and not data, f"method={method!r} needs images: --data=mnist, an .npz or a folder"
-         + ("; python synthesize.py config/synth_mnist_vae.py makes some" if method == 'synthetic' else ''))]:
-    if wrong:
-        M.die(message)
-device, autocast, rank, world = M.start(device, dtype, seed)
-if batch_size % world:
-    M.die(f'batch_size={batch_size} is shared by {world} ranks: a multiple of {world}')
-distilling = method != 'data'
-
-
-def build_vae(config, teacher):
-    """A VAE of random weights from its config, whose keys must be those of the teacher's. Raises ValueError."""
-    kind, odd = teacher['class'], sorted(set(config) - set(teacher) - {'width', '_class_name'})
-    if config.get('_class_name', kind) != kind or config['class'] != kind:
-        raise ValueError(f"a student of class {config.get('_class_name', config['class'])} and a teacher of class {kind}: they must be the same")
-    if odd or ('width' in config and kind != 'LVAE'):
-        raise ValueError(f"student_config: {kind} has no {(odd or ['width'])[0]!r}, but "
-                         + ', '.join(['width'] if kind == 'LVAE' else [k for k in teacher if k not in ('class', 'in_channels', 'out_channels')]))
-    kw = {k: v for k, v in config.items() if k not in ('class', '_class_name')}
-    if kind == 'LVAE':
-        return M.make('LVAE', **kw)
-    try:
-        import diffusers
-        return M.Autoencoder(getattr(diffusers, kind).from_config(kw))
-    except Exception as e:
-        raise ValueError(f'student_config makes no {kind}: {M.first_line(e)}') from None
-
-
-try:
-    net_T, images = None, None
-    if distilling:
-        net_T = M.load_vae(teacher)
-        settings['teacher_digest'] = M.digest(net_T)
-        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
-        if method == 'prior' and net_T.config['class'] != 'LVAE':
-            raise ValueError(f"{teacher} is an {net_T.config['class']}, whose prior makes no images: --method=synthetic")
-    if method != 'prior':
-        images, _ = M.load_images(data)
-        fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
-        images = images.to(device if fits else 'cpu')                          # uint8
-    channels = images.shape[1] if net_T is None else net_T.config['in_channels']
-    base = dict(image_size=images.shape[-1], in_channels=channels) | {'class': 'LVAE'} if net_T is None else net_T.config
-    net = build_vae(base | student_config, base).to(device, memory_format=M.memory_format(device))
-    both = [n for n in (net_T, net) if n]
-    # what the levels look like tells whether the two fit each other, and the images
-    if images is None:
-        shapes = [n.sides for n in both]
-    else:
-        with autocast, torch.no_grad():
-            x = images[:1].to(device).float() / 255
-            seen = [n.eval().encode(x) for n in both]
-            shapes = [[tuple(mean.shape[1:]) for mean, _ in s] for s in seen]
-            made = net.decode([mean for mean, _ in seen[-1]], seen[-1])[0].shape[2:]
-            if made != x.shape[2:]:
-                raise ValueError(f'images of {tuple(x.shape[2:])} come back as {tuple(made)}: sides that can be halved as often as '
-                                 'the VAE does')
-    if shapes[0] != shapes[-1] or net.config['in_channels'] != channels:
-        raise ValueError(f'the levels of the teacher are {shapes[0]}, of the student {shapes[-1]}: image_size, in_channels and '
-                         'the latents must be the same')
-    M.check_folder(out_dir)
-    checkpoint = M.resume(settings, rank)
-    if checkpoint:
-        M.load_state(net, checkpoint[0]['net'], out_dir)
-except (ValueError, RuntimeError, TypeError) as e:
-    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
-
-if method == 'prior':                                                          # the encoder stays as it is
-    for name, p in net.named_parameters():
-        p.requires_grad_(name.startswith('d'))
-opt = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr, weight_decay=weight_decay, fused=True)
-torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its own luck
-
-
-# ---- losses ----
+# ---- the method ----
+#   noise ~ N(0, 1) at every level of the ladder
+#   out_T, p_T = teacher.decode(noise);  out, p = student.decode(noise)
+#   L = KL(N(out_T, beta / 2) || N(out, beta / 2)) + lam_z sum over levels of W2^2(p_T, p)
+# On images x the same once more below the encoders' Gaussians: q_T from teacher.encode(x), q from student.encode(x).
 def below_prior(seen, n):
-    """An encoder's Gaussians with n rows before them that say nothing (an infinite std; at the top, the prior itself): the
-    decoder then takes both in one batch, and its BatchNorm keeps the statistics of both."""
+    """An encoder's Gaussians with n rows before them that say nothing (an infinite std; at the top, the prior itself):
+    the decoder then takes both in one batch, and its BatchNorm keeps the statistics of both."""
     rows = []
     for i, (mean, std) in enumerate(seen):
         blank = torch.zeros_like(mean[:1]).expand(n, -1, -1, -1)
@@ -152,7 +80,7 @@ class Losses(torch.nn.Module):
         if not distilling:                                                     # the negative ELBO, in nats per image
             nll, kl = self.net.elbo(x, self.net.noise(len(x)), beta)
             return {'nll': nll.mean(), 'kl': sum(kl).mean()}
-        n = batch_size // world if net_T.config['class'] == 'LVAE' else 0      # rows from the prior, and below them the images
+        n = batch_size // world if net_T.config['class'] == 'LVAE' else 0      # rows from the prior, images below them
         if x is None:
             noise, seen, seen_T = net_T.noise(n), None, None
         else:
@@ -175,6 +103,85 @@ class Losses(torch.nn.Module):
         return terms
 
 
+# ---- check everything before any work starts ----
+for wrong, message in [
+        (method == 'prior' and data != '',
+         f"method='prior' needs no images, --data={data} is for 'synthetic' and 'data'"),
+        (method != 'prior' and not data, f"method={method!r} needs images: --data=mnist, an .npz or a folder"
+         + ("; python synthesize.py config/synth_mnist_vae.py makes some" if method == 'synthetic' else ''))]:
+    if wrong:
+        M.die(message)
+device, autocast, rank, world = M.start(device, dtype, seed)
+if batch_size % world:
+    M.die(f'batch_size={batch_size} is shared by {world} ranks: a multiple of {world}')
+distilling = method != 'data'
+
+
+def build_vae(config, teacher):
+    """A VAE of random weights from its config, whose keys must be those of the teacher's. Raises ValueError."""
+    kind, odd = teacher['class'], sorted(set(config) - set(teacher) - {'width', '_class_name'})
+    if config.get('_class_name', kind) != kind or config['class'] != kind:
+        raise ValueError(f"a student of class {config.get('_class_name', config['class'])} and a teacher of class "
+                         f'{kind}: they must be the same')
+    if odd or ('width' in config and kind != 'LVAE'):
+        takes = ['width'] if kind == 'LVAE' else sorted(set(teacher) - {'class', 'in_channels', 'out_channels'})
+        raise ValueError(f"student_config: {kind} has no {(odd or ['width'])[0]!r}, but {', '.join(takes)}")
+    kw = {k: v for k, v in config.items() if k not in ('class', '_class_name')}
+    if kind == 'LVAE':
+        return M.make('LVAE', **kw)
+    try:
+        import diffusers
+        return M.Autoencoder(getattr(diffusers, kind).from_config(kw))
+    except Exception as e:
+        raise ValueError(f'student_config makes no {kind}: {M.first_line(e)}') from None
+
+
+try:
+    net_T, images = None, None
+    if distilling:
+        net_T = M.load_vae(teacher)
+        settings['teacher_digest'] = M.digest(net_T)
+        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
+        if method == 'prior' and net_T.config['class'] != 'LVAE':
+            raise ValueError(f"{teacher} is an {net_T.config['class']}, whose prior makes no images: "
+                             '--method=synthetic')
+    if method != 'prior':
+        images, _ = M.load_images(data)
+        fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
+        images = images.to(device if fits else 'cpu')                          # uint8
+    channels = images.shape[1] if net_T is None else net_T.config['in_channels']
+    base = {'class': 'LVAE', 'image_size': images.shape[-1], 'in_channels': channels} if net_T is None else net_T.config
+    net = build_vae(base | student_config, base).to(device, memory_format=M.memory_format(device))
+    both = [n for n in (net_T, net) if n]
+    # what the levels look like tells whether the two fit each other, and the images
+    if images is None:
+        shapes = [n.sides for n in both]
+    else:
+        with autocast, torch.no_grad():
+            x = images[:1].to(device).float() / 255
+            seen = [n.eval().encode(x) for n in both]
+            shapes = [[tuple(mean.shape[1:]) for mean, _ in s] for s in seen]
+            made = net.decode([mean for mean, _ in seen[-1]], seen[-1])[0].shape[2:]
+            if made != x.shape[2:]:
+                raise ValueError(f'images of {tuple(x.shape[2:])} come back as {tuple(made)}: sides that can be halved '
+                                 'as often as the VAE does')
+    if shapes[0] != shapes[-1] or net.config['in_channels'] != channels:
+        raise ValueError(f'the levels of the teacher are {shapes[0]}, of the student {shapes[-1]}: image_size, '
+                         'in_channels and the latents must be the same')
+    M.check_folder(out_dir)
+    checkpoint = M.resume(settings, rank)
+    if checkpoint:
+        M.load_state(net, checkpoint[0]['net'], out_dir)
+except (ValueError, RuntimeError, TypeError) as e:
+    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
+
+if method == 'prior':                                                          # the encoder stays as it is
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith('d'))
+opt = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr, weight_decay=weight_decay, fused=True)
+torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its luck
+
+
 model = torch.compile(Losses(), dynamic=False) if compile else Losses()
 if world > 1:
     # no BatchNorm of a network in training reads the statistics that it keeps, and only those of rank 0 are saved
@@ -182,12 +189,18 @@ if world > 1:
 
 
 # ---- results on disk ----
+def save_rows(name, sets):
+    """Images in [0, 1], a row of twelve of each set in turn."""
+    rows = zip(*[x.split(12) for x in sets])
+    M.save_grid(os.path.join(out_dir, name), torch.cat([r for rs in rows for r in rs]) * 2 - 1, 12)
+
+
 @torch.no_grad()
 @autocast
 def save_result():
-    """The student, and pictures of it below the teacher's: from the same noise at every level, and of the same images."""
+    """The student, and pictures of it below the teacher's: from the same noise at every level, of the same images."""
     net.eval()
-    path = os.path.join(out_dir, 'student')                                    # a file of ours, or a folder of diffusers
+    path = os.path.join(out_dir, 'student')                                    # a file of ours, a folder of diffusers
     if net.config['class'] == 'LVAE':
         M.save_model(net, path + '.safetensors')
     else:
@@ -195,16 +208,15 @@ def save_result():
     g, n = torch.Generator(device).manual_seed(seed), 36
     if net.config['class'] == 'LVAE':
         noise = net.noise(n, g)
-        rows = [v.generate(noise)[0][:, :channels].split(12) for v in both]
-        M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat([r for rs in zip(*rows) for r in rs]) * 2 - 1, 12)
+        save_rows('samples.png', [v.generate(noise)[0][:, :channels] for v in both])
     if images is not None:
         picked = torch.randperm(len(images), generator=g, device=device)[:n]
         x = images[picked.to(images.device)].to(device).float() / 255
-        rows = [x.split(12)]
+        made = [x]
         for v in both:
             seen = v.encode(x)
-            rows.append(v.decode([torch.zeros_like(mean) for mean, _ in seen], seen)[0][:, :channels].split(12))
-        M.save_grid(os.path.join(out_dir, 'reconstructions.png'), torch.cat([r for rs in zip(*rows) for r in rs]) * 2 - 1, 12)
+            made.append(v.decode([torch.zeros_like(mean) for mean, _ in seen], seen)[0][:, :channels])
+        save_rows('reconstructions.png', made)
     net.train()
 
 

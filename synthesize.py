@@ -74,7 +74,7 @@ _ranges = {                  # what configurator.py does not know of itself
     'lca': ('cutmix', 'mixup', 'traditional', 'none'), 'tau': (1e-30, 1e30), 'lr': (1e-30, 1e30), 'jitter': (0, 1000),
     'image_size': (0, 4096), 'steps': (1, 10 ** 6)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
-config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
+config = {k: globals()[k] for k in _defaults}
 
 import json
 import math
@@ -108,105 +108,16 @@ NAMES = {
         television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""",
     'faces': "woman's_face man's_face"}
 
-# ---- check everything before any work starts ----
-for wrong, message in [
-        ((keep - 1) * keep_every >= steps,
-         f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'),
-        (prior == 'none' and (class_names != '' or guidance != 1 or prior_config),
-         'class_names, guidance and prior_config are for a prior, --prior=none has none'),
-        (prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
-         f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none')]:
-    if wrong:
-        M.die(message)
-device, autocast, rank, world = M.start(device, dtype, seed)
-
-
-def as_kept(images):
-    """Images of the prior as they are kept: in [-1, 1], with the teacher's channels, image_size a side."""
-    images = images.clamp(-1, 1)
-    if images.shape[1] != channels:
-        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    if images.shape[-1] == image_size:
-        return images
-    return F.interpolate(images, size=(image_size, image_size), mode='bilinear', antialias=True, align_corners=False)
-
-
-def as_input(images):
-    """Images of the prior as the teacher wants them."""
-    return (as_kept(images) + 1) / 2 if vae else M.preprocess(net_T, as_kept(images))
-
-
-try:
-    vae = teacher.startswith('vae:')
-    net_T = M.load_vae(teacher[4:]) if vae else M.load_classifier(teacher, **teacher_config)
-    net_S = M.load_classifier(student, **{} if M.class_in(student) else teacher_config) if student else None
-    if vae and (student or teacher_config):
-        raise ValueError(f'student={student} and teacher_config are for classifiers, there is no L_adv of a VAE')
-    digests = {'teacher_digest': M.digest(net_T), 'student_digest': M.digest(net_S) if student else ''}
-    net_T, net_S = net_T.to(device), net_S.to(device) if student else None
-    num_classes, channels = net_T.config.get('num_classes', 1), net_T.config.get('in_channels', 3)
-    image_size = image_size or net_T.config.get('image_size', 0)
-    norms = [] if vae else [m for m in net_T.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    if alpha and net_T.config['class'] == 'AutoencoderTiny':
-        raise ValueError(f'{teacher} has no posterior, so alpha={alpha} has nothing to weigh: --alpha=0')
-    if alpha and not norms and not vae:
-        raise ValueError(f'{teacher} has no BatchNorm, so alpha={alpha} has nothing to compare: --alpha=0')
-    if student and net_S.config['num_classes'] != num_classes:
-        raise ValueError(f"{student} has {net_S.config['num_classes']} classes, the teacher {num_classes}")
-    net, diffusion, text, times = None, None, False, list(range(steps))[::-1]
-    if prior != 'none':
-        net, diffusion = M.load_denoiser(prior, M.pick_dtype(device, dtype), **prior_config)
-        net = net.to(device, memory_format=M.memory_format(device))
-        text = getattr(net, 'condition', '') == 'text'
-        times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
-        if guidance != 1 and not (text or net.num_classes):
-            raise ValueError(f'guidance={guidance}: {prior} has no condition to be guided to')
-    if class_names and not text:
-        raise ValueError(f'class_names={class_names}: {prior} takes no text')
-    if text:
-        names = NAMES[class_names].split() if class_names in NAMES else []
-        if class_names and not names:
-            names = M.read_lines(class_names, f"class_names={class_names}: {', '.join(NAMES)}, or a file of names")
-        num_classes = len(names) if vae and names else num_classes
-        if class_names and len(names) != num_classes:
-            raise ValueError(f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes')
-        subjects = [f"a {n.replace('_', ' ')}" for n in names] or SUBJECTS
-        net.set_prompts([f'{prompt} of {subject}, {style}' for subject in subjects for style in STYLES])
-    side = net.config['image_size'] if net else image_size or 32
-    shape = batch_size, net.config['in_channels'] if net else channels, side, side
-    if 4 * steps * math.prod(shape) > M.free_memory(device):
-        raise ValueError(f'batch_size={batch_size}: the noise of {steps} steps does not fit into memory')
-
-    with torch.no_grad():
-        try:
-            x = M.decode(net, torch.zeros(1, *shape[1:], device=device))
-            image_size = image_size or x.shape[-1]
-            x = as_input(x)
-            net_T.encode(x) if vae else net_T(x)
-        except RuntimeError as e:
-            raise ValueError(f"{teacher} cannot take the images of {prior} at its image_size={net_T.config['image_size']} "
-                             f'(teacher_config has an image_size): {M.first_line(e)}') from None
-    kept_times, shards = times[-1 - (keep - 1) * keep_every::keep_every], -(-num_images // (batch_size * keep))
-    volatile = 'num_images', 'out_dir', 'device', 'grad_batch'
-    settings = json.dumps({k: v for k, v in config.items() if k not in volatile}
-                          | digests | {'world': world}, sort_keys=True)
-    M.check_folder(out_dir)
-    todo = []
-    for shard in range(rank, shards, world):
-        path = os.path.join(out_dir, f'images_{rank:04d}_{shard // world:05d}.npz')
-        if not os.path.exists(path):
-            todo.append((shard, path))
-        elif str(M.read_npz(path).get('settings')) != settings:
-            raise ValueError(f'{path} was made with other settings: another --out_dir, or the settings of the first run')
-except (ValueError, RuntimeError, TypeError) as e:
-    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher.removeprefix('vae:')) else str(e))
-
-# the input of every BatchNorm of the teacher, noted as it passes
-seen = {}
-for m in norms:
-    m.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0]))
-
-
+# ---- the method ----
+#   x_t ~ N(0, 1), labels y at random
+#   for t from T-1 down:
+#       out = prior(x_t, t), guided                                                                Eqs. (2), (3)
+#       x_0 from out and x_t                                                                       Eq. (4)
+#       L = alpha L_bn + beta L_cls + gamma L_adv of teacher(decode(x_0)), y                       Eqs. (6)-(9)
+#       x_0 and x_t <- moved down the gradient of L                                                Eq. (10)
+#       every lca_every steps: boxes of x_t are exchanged between the walks                        Eq. (11)
+#       x_t <- the prior's next                                                                    Eq. (5)
+#   the last x_0s, decoded, and y are training images of the teacher's student
 def bn_distance():
     """L_bn, Eq. (6): how far the batch's statistics are from those of the teacher's training, summed over layers."""
     total = torch.zeros((), device=device)
@@ -228,8 +139,10 @@ def inversion_losses(images, y):
     if vae:
         seen = net_T.encode(x)
         out, q, p = net_T.decode([torch.zeros_like(mean) for mean, _ in seen], seen)
-        kl = sum(M.gaussian_kl(a, b).mean() for a, b in zip(q, p)) / x[0].numel() if alpha else torch.zeros((), device=device)
-        terms = {'kl': kl, 'mse': F.mse_loss(out[:, :channels], x)}
+        terms = {'kl': sum(M.gaussian_kl(a, b).mean() for a, b in zip(q, p)) / x[0].numel(),
+                 'mse': F.mse_loss(out[:, :channels], x)}
+        if not alpha:                                                          # AutoencoderTiny has no posterior
+            terms['kl'] = torch.zeros((), device=device)
     else:
         logits = net_T(x)
         terms = {'bn': bn_distance(), 'cls': F.cross_entropy(logits, y)}
@@ -238,14 +151,6 @@ def inversion_losses(images, y):
                                      reduction='batchmean')
     loss = sum(weight * term for weight, term in zip((alpha, beta, gamma), terms.values()))
     return loss, {'loss': loss.detach()} | {k: v.detach() for k, v in terms.items()}
-
-
-def in_slices(fn, *rows):
-    """fn of a few walks at a time; where a gradient is wanted, what it needs is made again instead of being kept."""
-    if grad_batch >= batch_size:
-        return fn(*rows)
-    run = partial(checkpoint, fn, use_reentrant=False) if torch.is_grad_enabled() else fn
-    return torch.cat([run(*part) for part in zip(*(r.split(grad_batch) for r in rows))])
 
 
 def denoise(x_t, t, y=None):
@@ -355,6 +260,112 @@ def deep_inversion(shard):
     return kept, y, rows
 
 
+def in_slices(fn, *rows):
+    """fn of a few walks at a time; where a gradient is wanted, what it needs is made again instead of being kept."""
+    if grad_batch >= batch_size:
+        return fn(*rows)
+    run = partial(checkpoint, fn, use_reentrant=False) if torch.is_grad_enabled() else fn
+    return torch.cat([run(*part) for part in zip(*(r.split(grad_batch) for r in rows))])
+
+
+def as_kept(images):
+    """Images of the prior as they are kept: in [-1, 1], with the teacher's channels, image_size a side."""
+    images = images.clamp(-1, 1)
+    if images.shape[1] != channels:
+        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if images.shape[-1] == image_size:
+        return images
+    return F.interpolate(images, size=(image_size, image_size), mode='bilinear', antialias=True, align_corners=False)
+
+
+def as_input(images):
+    """Images of the prior as the teacher wants them."""
+    return (as_kept(images) + 1) / 2 if vae else M.preprocess(net_T, as_kept(images))
+
+
+# ---- check everything before any work starts ----
+for wrong, message in [
+        ((keep - 1) * keep_every >= steps,
+         f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'),
+        (prior == 'none' and (class_names != '' or guidance != 1 or prior_config),
+         'class_names, guidance and prior_config are for a prior, --prior=none has none'),
+        (prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
+         f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none')]:
+    if wrong:
+        M.die(message)
+device, autocast, rank, world = M.start(device, dtype, seed)
+
+try:
+    vae = teacher.startswith('vae:')
+    net_T = M.load_vae(teacher[4:]) if vae else M.load_classifier(teacher, **teacher_config)
+    net_S = M.load_classifier(student, **{} if M.class_in(student) else teacher_config) if student else None
+    if vae and (student or teacher_config):
+        raise ValueError(f'student={student} and teacher_config are for classifiers, there is no L_adv of a VAE')
+    digests = {'teacher_digest': M.digest(net_T), 'student_digest': M.digest(net_S) if student else ''}
+    net_T, net_S = net_T.to(device), net_S.to(device) if student else None
+    num_classes, channels = net_T.config.get('num_classes', 1), net_T.config.get('in_channels', 3)
+    image_size = image_size or net_T.config.get('image_size', 0)
+    norms = [] if vae else [m for m in net_T.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if alpha and net_T.config['class'] == 'AutoencoderTiny':
+        raise ValueError(f'{teacher} has no posterior, so alpha={alpha} has nothing to weigh: --alpha=0')
+    if alpha and not norms and not vae:
+        raise ValueError(f'{teacher} has no BatchNorm, so alpha={alpha} has nothing to compare: --alpha=0')
+    if student and net_S.config['num_classes'] != num_classes:
+        raise ValueError(f"{student} has {net_S.config['num_classes']} classes, the teacher {num_classes}")
+    net, diffusion, text, times = None, None, False, list(range(steps))[::-1]
+    if prior != 'none':
+        net, diffusion = M.load_denoiser(prior, M.pick_dtype(device, dtype), **prior_config)
+        net = net.to(device, memory_format=M.memory_format(device))
+        text = getattr(net, 'condition', '') == 'text'
+        times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
+        if guidance != 1 and not (text or net.num_classes):
+            raise ValueError(f'guidance={guidance}: {prior} has no condition to be guided to')
+    if class_names and not text:
+        raise ValueError(f'class_names={class_names}: {prior} takes no text')
+    if text:
+        names = NAMES[class_names].split() if class_names in NAMES else []
+        if class_names and not names:
+            names = M.read_lines(class_names, f"class_names={class_names}: {', '.join(NAMES)}, or a file of names")
+        num_classes = len(names) if vae and names else num_classes
+        if class_names and len(names) != num_classes:
+            raise ValueError(f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes')
+        subjects = [f"a {n.replace('_', ' ')}" for n in names] or SUBJECTS
+        net.set_prompts([f'{prompt} of {subject}, {style}' for subject in subjects for style in STYLES])
+    side = net.config['image_size'] if net else image_size or 32
+    shape = batch_size, net.config['in_channels'] if net else channels, side, side
+    if 4 * steps * math.prod(shape) > M.free_memory(device):
+        raise ValueError(f'batch_size={batch_size}: the noise of {steps} steps does not fit into memory')
+
+    with torch.no_grad():
+        try:
+            x = M.decode(net, torch.zeros(1, *shape[1:], device=device))
+            image_size = image_size or x.shape[-1]
+            x = as_input(x)
+            net_T.encode(x) if vae else net_T(x)
+        except RuntimeError as e:
+            raise ValueError(f'{teacher} cannot take the images of {prior} at its image_size='
+                             f"{net_T.config['image_size']} (teacher_config has one): {M.first_line(e)}") from None
+    kept_times, shards = times[-1 - (keep - 1) * keep_every::keep_every], -(-num_images // (batch_size * keep))
+    volatile = 'num_images', 'out_dir', 'device', 'grad_batch'
+    settings = json.dumps({k: v for k, v in config.items() if k not in volatile}
+                          | digests | {'world': world}, sort_keys=True)
+    M.check_folder(out_dir)
+    todo = []
+    for shard in range(rank, shards, world):
+        path = os.path.join(out_dir, f'images_{rank:04d}_{shard // world:05d}.npz')
+        if not os.path.exists(path):
+            todo.append((shard, path))
+        elif str(M.read_npz(path).get('settings')) != settings:
+            raise ValueError(f'{path} was made with other settings: another --out_dir, or those of the first run')
+except (ValueError, RuntimeError, TypeError) as e:
+    missing = teacher_source and not os.path.exists(teacher.removeprefix('vae:'))
+    M.die(f'{e}; get {teacher_source}' if missing else str(e))
+
+# the input of every BatchNorm of the teacher, noted as it passes
+seen = {}
+for m in norms:
+    m.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0]))
+
 # ---- the loop ----
 M.claim(out_dir, rank)
 log = M.Log(os.path.join(out_dir, 'log.csv'), todo[0][0] * steps if todo else shards * steps) if rank == 0 else None
@@ -376,7 +387,7 @@ for shard, path in (bar := tqdm(todo, disable=rank > 0, unit='shard')):
     if not vae:
         arrays['arr_1'] = y.repeat(keep).numpy()
     arrays['t'] = np.repeat(kept_times, batch_size)
-    if shard == 0:                                                             # before its shard: a kill between leaves both to be made
+    if shard == 0:                                                             # first: a kill leaves both to be made
         count = torch.bincount(y)
         classes = count.nonzero()[:20, 0]
         columns = min(10, count[classes].min().item())
