@@ -311,37 +311,27 @@ class DiT(nn.Module):
         return torch.einsum('nhwpqc->nchpwq', h).reshape(B, self.out_channels, grid * p, grid * p)
 
 
-class BasicBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN plus shortcut; `skip` is the shortcut's name, which differs between families."""
+class ResidualBlock(nn.Module):
+    """conv-BN-ReLU ... conv-BN plus shortcut, whose name `skip` differs between families: 3x3 twice, or, a bottleneck,
+    1x1 - 3x3 - 1x1 at a quarter of the width."""
 
-    def __init__(self, in_ch, out_ch, stride, skip, make_skip):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False), nn.BatchNorm2d(out_ch)
-        self.conv2, self.bn2 = nn.Conv2d(out_ch, out_ch, 3, 1, 1, bias=False), nn.BatchNorm2d(out_ch)
-        self.skip = skip
-        self.add_module(skip, nn.Identity() if in_ch == out_ch and stride == 1 else make_skip(in_ch, out_ch, stride))
-
-    def forward(self, x):
-        h = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(h)) + self.get_submodule(self.skip)(x))
-
-
-class Bottleneck(nn.Module):
-    """1x1 - 3x3 - 1x1, four times as wide at its output."""
-
-    def __init__(self, in_ch, out_ch, stride, skip, make_skip):
+    def __init__(self, in_ch, out_ch, stride, skip, make_skip, bottleneck=False):
         super().__init__()
         mid = out_ch // 4
-        self.conv1, self.bn1 = nn.Conv2d(in_ch, mid, 1, bias=False), nn.BatchNorm2d(mid)
-        self.conv2, self.bn2 = nn.Conv2d(mid, mid, 3, stride, 1, bias=False), nn.BatchNorm2d(mid)
-        self.conv3, self.bn3 = nn.Conv2d(mid, out_ch, 1, bias=False), nn.BatchNorm2d(out_ch)
-        self.skip = skip
+        convs = ((in_ch, mid, 1, 1), (mid, mid, 3, stride), (mid, out_ch, 1, 1)) if bottleneck else (
+            (in_ch, out_ch, 3, stride), (out_ch, out_ch, 3, 1))
+        for i, (a, b, kernel, by) in enumerate(convs, 1):
+            self.add_module(f'conv{i}', nn.Conv2d(a, b, kernel, by, kernel // 2, bias=False))
+            self.add_module(f'bn{i}', nn.BatchNorm2d(b))
+        self.depth, self.skip = len(convs), skip
         self.add_module(skip, nn.Identity() if in_ch == out_ch and stride == 1 else make_skip(in_ch, out_ch, stride))
 
     def forward(self, x):
-        h = F.relu(self.bn1(self.conv1(x)))
-        h = F.relu(self.bn2(self.conv2(h)))
-        return F.relu(self.bn3(self.conv3(h)) + self.get_submodule(self.skip)(x))
+        h = x
+        for i in range(1, self.depth + 1):
+            h = self.get_submodule(f'bn{i}')(self.get_submodule(f'conv{i}')(h))
+            h = F.relu(h if i < self.depth else h + self.get_submodule(self.skip)(x))
+        return h
 
 
 def conv_shortcut(in_ch, out_ch, stride):
@@ -364,18 +354,18 @@ class ResNet(nn.Module):
 
     def __init__(self, depth, num_classes=10, in_channels=3, width=None, shortcut='conv'):
         super().__init__()
-        deep = {18: (BasicBlock, 2, 2, 2, 2), 34: (BasicBlock, 3, 4, 6, 3), 50: (Bottleneck, 3, 4, 6, 3)}
-        block, *counts = deep.get(depth) or (BasicBlock, *[(depth - 2) // 6] * 3)
+        deep = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+        counts, bottleneck = deep.get(depth) or [(depth - 2) // 6] * 3, depth == 50
         make_skip = {'conv': conv_shortcut, 'pad': PadShortcut}[shortcut]
         skip, self.head_name = ('shortcut', 'linear') if depth in deep else ('downsample', 'fc')
         width = width or (64 if depth in deep else 16)
         self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         ch = width
         for i, count in enumerate(counts):
-            out_ch = width * 2 ** i * (4 if block is Bottleneck else 1)
+            out_ch = width * 2 ** i * (4 if bottleneck else 1)
             layers = []
             for j in range(count):
-                layers.append(block(ch, out_ch, 2 if i and j == 0 else 1, skip, make_skip))
+                layers.append(ResidualBlock(ch, out_ch, 2 if i and j == 0 else 1, skip, make_skip, bottleneck))
                 ch = out_ch
             self.add_module(f'layer{i + 1}', nn.Sequential(*layers))
         self.stages = len(counts)
