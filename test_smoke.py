@@ -1230,7 +1230,7 @@ BAD = [
     (['--model_channels=9', '--num_head_channels=4'], 'attention heads'), (['--patch_size=3'], 'patches of 3'),
     (['--eval_every=2', '--eval_reference=images.npz', '--eval_features=classifier.safetensors'], 'no statistics'),
     (['--eval_every=2', '--eval_reference=short.npz', '--eval_features=classifier.safetensors'], 'of 2 features'),
-    (['--eval_every=2', '--eval_features=vgg.safetensors'], 'takes 3 channels'),
+    (['--eval_every=2', '--eval_features=vgg.safetensors'], 'too small'),
     (['--eval_every=2', '--eval_features=missing.safetensors'], 'no file missing'), (['--eval_every=-1'], 'eval_every'),
     (['--device=tpu9'], 'device'), (['--student=dit', '--hidden_size=30'], 'hidden_size'), (['--lr=1e30', '--lr_warmup=0', '--max_steps=50'], 'not finite')]
 BAD_OTHERS = [
