@@ -69,7 +69,8 @@ def _check(key, value, where):
     globals()[key] = value
 
 
-_defaults = {k: v for k, v in globals().items() if not k.startswith('_') and type(v) in (bool, int, float, str, tuple, dict)}
+_defaults = {k: v for k, v in globals().items()
+             if not k.startswith('_') and type(v) in (bool, int, float, str, tuple, dict)}
 
 if '--help' in sys.argv[1:] or '-h' in sys.argv[1:]:
     print((__doc__ or '').strip() + '\n')

@@ -1,7 +1,9 @@
 # The paper's FFHQ 256x256 setting (Table 3), on 64x64x3 latents: 274 M teacher, 90 M student, L_simple only.
 teacher = 'ffhq_256.ckpt'
-teacher_source = 'the model.ckpt of "FFHQ 256x256 LDM-VQ-4", linked from the README of github.com/CompVis/latent-diffusion'
-teacher_config = dict(image_size=64, num_head_channels=32, schedule='sqrt_linear', beta_range=(0.0015, 0.0195), clip=False)
+teacher_source = ('the model.ckpt of "FFHQ 256x256 LDM-VQ-4", linked '
+                  'from the README of github.com/CompVis/latent-diffusion')
+teacher_config = dict(image_size=64, num_head_channels=32, schedule='sqrt_linear', beta_range=(0.0015, 0.0195),
+                      clip=False)
 student_prediction = 'teacher'
 learn_sigma = False
 patch_size = 1

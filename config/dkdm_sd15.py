@@ -1,5 +1,6 @@
-# Text to image, Stable Diffusion 1.5 (860 M) -> a U-Net of 212 M, guided; the result is a StableDiffusionPipeline. It needs
-# --prompts=file.txt, one text per line: the captions that the student is to be good at. No paper has this setting.
+# Text to image, Stable Diffusion 1.5 (860 M) -> a U-Net of 212 M, guided; the result is a
+# StableDiffusionPipeline. It needs --prompts=file.txt, one text per line: the captions that the student is to
+# be good at. No paper has this setting.
 teacher = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
 student = 'config/sd15_student.json'
 student_prediction = 'teacher'

@@ -1,4 +1,5 @@
-# The bundled class-conditional denoiser, pretrained/mnist_classes.safetensors: python dkdm.py config/mnist_classes_teacher.py --data=mnist
+# The bundled class-conditional denoiser, pretrained/mnist_classes.safetensors:
+# python dkdm.py config/mnist_classes_teacher.py --data=mnist
 method = 'data'
 data = 'mnist'
 class_cond = True

@@ -1,4 +1,5 @@
-# The bundled MNIST classifier, pretrained/mnist_resnet.safetensors: python distill_classifier.py config/mnist_classifier.py
+# The bundled MNIST classifier, pretrained/mnist_resnet.safetensors:
+# python distill_classifier.py config/mnist_classifier.py
 method = 'data'
 data = 'mnist'
 holdout = 0

@@ -1,5 +1,6 @@
-# The slides' images for the CelebA-HQ VAE: 1,000 of Stable Diffusion 1.5, guided by reconstruction error and posterior KL.
-# The slides give neither weights nor steps: those of the guidance are ours, not tuned at this size.
+# The slides' images for the CelebA-HQ VAE: 1,000 of Stable Diffusion 1.5, guided by reconstruction error and
+# posterior KL. The slides give neither weights nor steps: those of the guidance are ours, not tuned at this
+# size.
 teacher = 'vae:out/vae_celebahq_teacher/student.safetensors'
 teacher_source = 'it by python distill_vae.py config/vae_celebahq_teacher.py'
 prior = 'stable-diffusion-v1-5/stable-diffusion-v1-5'

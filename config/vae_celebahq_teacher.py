@@ -1,5 +1,5 @@
-# A CelebA-HQ teacher at 64x64, six levels: python distill_vae.py config/vae_celebahq_teacher.py, with the images, resized to
-# 64x64, in the folder celebahq64 (no torchvision dataset has them).
+# A CelebA-HQ teacher at 64x64, six levels: python distill_vae.py config/vae_celebahq_teacher.py, with the
+# images, resized to 64x64, in the folder celebahq64 (no torchvision dataset has them).
 method = 'data'
 data = 'celebahq64'
 student_config = {'width': 128}

@@ -1,4 +1,5 @@
-# The slides' CIFAR-10 teacher, an LVAE of 5.39 M parameters, by the ELBO: python distill_vae.py config/vae_cifar10_teacher.py
+# The slides' CIFAR-10 teacher, an LVAE of 5.39 M parameters, by the ELBO:
+# python distill_vae.py config/vae_cifar10_teacher.py
 method = 'data'
 data = 'cifar10'
 student_config = {'width': 128}
