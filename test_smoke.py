@@ -8,10 +8,12 @@ weight is set by a formula (`fill`).
 import copy
 import csv
 import fcntl
+import glob
 import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -1634,3 +1636,41 @@ def test_bundled_models(tmp_path):
     x = M.sample(net, diffusion, (64, 1, 28, 28), 50, 'ddpm', spacing='even', generator=torch.Generator().manual_seed(0))
     p = classifier(M.preprocess(classifier, x)).softmax(1).max(1)
     assert (p.values > 0.9).float().mean() > 0.85 and len(p.indices.unique()) == 10
+
+
+# ---- the README ----
+def test_readme():
+    """Its commands name scripts, files and settings that exist, its links into the code the lines that they say."""
+    def read(name):
+        with open(os.path.join(ROOT, name), encoding='utf-8') as f:
+            return f.read()
+
+    def settings(script):
+        head = read(script).split('configurator.py')[0]
+        base = settings('dkdm.py') if "'dkdm.py'" in head else set()          # bench.py's
+        return base | set(re.findall('^([a-zA-Z]\\w*) = ', head, re.M))
+    text, wrong, seen = read('README.md'), [], 0
+    names = [f for f in os.listdir(ROOT) if f.endswith('.py') and f != 'test_smoke.py']
+    scripts = [f for f in names if 'configurator.py' in read(f)]
+    for path in re.findall(r'(?<![\w/])(?:config|pretrained|assets)/[^\s`)"\',;]+', text):
+        if not glob.glob(os.path.join(ROOT, re.sub(r'\$\{.*?\}|\$\w+', '*', path))):
+            wrong.append(f'no file {path}')
+    blocks = re.findall(r'^```sh\n(.*?)^```', text, re.M | re.S)
+    blocks += re.findall('`((?:python|torchrun) [^`]+)`', text) + re.findall('`(--(?!key)[^`]+)`', text)
+    for command in re.split(r'\n|&&|[;|]|\$\(', '\n'.join(blocks).replace('\\\n', ' ')):
+        script = re.search(r'(?:^|\s)(\w+\.py)(?=\s|$)', command)
+        seen += script is not None
+        if script and script[1] not in scripts:
+            wrong.append(f'no script {script[1]}')
+            continue
+        known = settings(script[1]) if script else set().union(*map(settings, scripts))   # of a shell function: any
+        wrong += [f'no setting --{k}: {command.strip()}' for k in
+                  re.findall(r'(?:^|\s)--(\w+)=', command[script.end():] if script else command) if k not in known]
+    links = re.findall(r'\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)', text)
+    for name, script, line in links:
+        lines = list(enumerate(read(script).split('\n'), 1))
+        right = [i for i, s in lines if re.match(rf'\s*(def|class) {re.escape(name)}\b', s)]
+        right = right or [i for i, s in lines if name in s]
+        if int(line) not in right:
+            wrong.append(f'{script}#L{line}: `{name}` is in line {right}')
+    assert not wrong and seen > 50 and len(links) > 25, '\n'.join(wrong)
