@@ -99,7 +99,6 @@ import inspect
 import json
 import math
 import random
-import shutil
 
 import numpy as np
 import torch
@@ -128,14 +127,16 @@ micro_batch = batch_size // world // grad_accum                                #
 # ---- teacher, images, student ----
 def diffusers_student():
     """A network of random weights of the diffusers class and config that `student` names, with the teacher's texts."""
-    import diffusers
     try:
         with open(student) as f:
             found = json.load(f)
-        net = M.Pipeline(getattr(diffusers, found['_class_name']).from_config(found))
+        kind = found['_class_name']
+        if kind not in M.DIFFUSERS:
+            raise ValueError(f'{kind!r} is none of ' + ', '.join(M.DIFFUSERS))
+        net = M.make(kind, **{k: v for k, v in found.items() if not k.startswith('_')})
     except Exception as e:
         raise ValueError(f"{student} is no config of a diffusers model ('_class_name', and what that takes): {M.first_line(e)}") from None
-    kind, want = net.config['class'], getattr(net_T, 'condition', 'class' if num_classes else '')
+    want = getattr(net_T, 'condition', 'class' if num_classes else '')
     if net.condition != want or want == 'class' and net.num_classes != num_classes:
         raise ValueError(f"{student}: the {kind} takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
                          f"{num_classes or ''} {want or 'none'}" + (' (one more in num_class_embeds, for none)' if want == 'class' else ''))
@@ -148,8 +149,9 @@ def diffusers_student():
             out = net.to(device)(torch.zeros(1, C, H, H, device=device), t, t if num_classes else None)
     except Exception as e:
         raise ValueError(f'{student}: the {kind} cannot take {C}x{H}x{H} images and this condition: {M.first_line(e)}') from None
-    if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)):
-        raise ValueError(f'{student}: the {kind} makes {tuple(out.shape[1:])} of {(C, H, H)}')
+    if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)) or net.config['image_size'] != H:
+        raise ValueError(f"{student}: the {kind} of sample_size {net.config['image_size']} makes "
+                         f'{tuple(out.shape[1:])} of {(C, H, H)}')
     return net
 
 
@@ -191,7 +193,7 @@ try:
         net = diffusers_student()
         learn_sigma = net.config['out_channels'] == 2 * C
         flows = process.get('schedule') == 'flow'
-        if (prediction == 'flow') != flows or flows and net.config['class'] != net_T.config['class']:
+        if (prediction == 'flow') != flows or flows and (net_T is None or net.config['class'] != net_T.config['class']):
             raise ValueError(f"{student}, student_prediction={student_prediction}: diffusers samples a flow only by the teacher's "
                              'class, and flow predictions only of a flow: --student_prediction=teacher')
     elif student == 'unet':
@@ -368,49 +370,14 @@ def image_batch(n):
 
 
 # ---- results on disk ----
-about = dict(guided=guidance > 1, vae='')
-if M.has_vae(net_T):
-    about['vae'] = os.path.abspath(teacher) if os.path.isdir(teacher) else teacher
-
-
-def save_pipeline():
-    """A student of diffusers, in out_dir, from which DiffusionPipeline.from_pretrained samples: the network, the teacher's
-    scheduler with the student's prediction, and links to the teacher's other parts. A student of another class than the
-    teacher's becomes a DDPMPipeline if it has no condition; else its network and scheduler are saved alone."""
-    import diffusers
-    kind, root, parts = net_ema.config['class'], '', {}
-    if isinstance(net_T, M.Pipeline):
-        root, parts = M.read_pipeline(teacher)
-    name = next((k for k, v in parts.items() if isinstance(v, list) and v[1] == kind), None)
-    predicts = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}.get(diffusion.prediction)
-    whole = name or (net_ema.condition == '' and predicts and not M.has_vae(net_T))
-    if name:
-        scheduler = getattr(diffusers, parts['scheduler'][1]).from_pretrained(root, subfolder='scheduler')
-        scheduler = scheduler if predicts is None else type(scheduler).from_config(scheduler.config, prediction_type=predicts)
-    else:
-        name, parts = 'unet', {'_class_name': 'DDPMPipeline', '_diffusers_version': diffusers.__version__,
-                               'unet': ['diffusers', kind], 'scheduler': ['diffusers', 'DDPMScheduler']}
-        scheduler = M.ddpm_scheduler(diffusion)
-    for part, save in ((name, net_ema.net.save_pretrained), ('scheduler', scheduler.save_pretrained)):
-        folder, tmp = os.path.join(out_dir, part), os.path.join(out_dir, f'.tmp-{part}')
-        save(tmp)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(tmp, folder)
-    for part, what in parts.items():
-        source, link = os.path.join(os.path.abspath(root), part), os.path.join(out_dir, part)
-        if isinstance(what, list) and root and os.path.isdir(source) and not os.path.lexists(link):
-            os.symlink(source, link)
-    if whole:
-        text = json.dumps(parts | {'_guided': guidance > 1}, indent=2)
-        M.write_atomically(os.path.join(out_dir, 'model_index.json'), lambda tmp: print(text, file=open(tmp, 'w')))
+source = getattr(net_T, 'source', '')                                          # the teacher's pipeline, if it has one
+about = dict(guided=guidance > 1, vae=source if M.has_vae(net_T) else '',
+             pipeline=source if isinstance(net, M.Pipeline) else '')
 
 
 def save_result():
     """The student (its EMA), and samples.png, each row of the teacher's above the student's from the same noise."""
-    if isinstance(net_ema, M.Pipeline):
-        save_pipeline()
-    else:
-        M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
+    M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
     y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
     both = [] if method == 'data' else [(net_T, diffusion_T, guidance)]
     rows = []
@@ -522,11 +489,13 @@ bar.close()
 if rank == 0:
     if step == first:                                                          # killed between checkpoint and result
         save_result()
-    path = out_dir if isinstance(net, M.Pipeline) else f'{out_dir}/student.safetensors'
+    path = f'{out_dir}/student.safetensors'
     print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {path}, pictures: {out_dir}/samples.png')
     print(f'evaluate: python eval_fid.py --models={path}' + (f',{teacher}' if method != 'data' else '')
           + (f' --guidance={guidance}' if guidance > 1 else '') + (f' --prompts={prompts}' if prompts else '')
           + (f' --sampler={sampler} --steps={sample_steps}' if (sampler, sample_steps) != ('ddim', 8) else ''))
+    if isinstance(net, M.Pipeline):
+        print(f'for diffusers: python export.py --model={path} --out_dir={out_dir}/pipeline')
     if wandb:
         wb.finish()
 M.leave(leaving)

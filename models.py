@@ -958,7 +958,8 @@ def write_atomically(path, write):
 
 def save_model(net, path, diffusion=None, **more):
     """A self-describing safetensors file: the weights, and as JSON in the header `net.config`, `diffusion.config` and what
-    more there is: `vae`, the pipeline that decodes a denoiser's latents, and `guided`, that its predictions are guided.
+    more there is: `vae`, the pipeline that decodes a denoiser's latents, `pipeline`, the one with the texts and the
+    scheduler of a network of diffusers, and `guided`, that its predictions are guided.
     Weights that are not finite are never saved."""
     if odd := not_finite(net.state_dict()):
         die(f'{path} is not saved, its {odd} is not finite: a smaller --lr')
@@ -988,23 +989,36 @@ def free_memory(device):
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
-def make(kind, **kw):
-    """The network of ours, or the Diffusion, of keywords. Raises ValueError with one line that names them, for sizes
-    without sense or beyond this machine's memory before any is taken."""
+DIFFUSERS = 'UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel'    # its networks
+
+
+def make(kind, /, **kw):
+    """The network, of ours or of diffusers (as a Pipeline), or the Diffusion, of keywords. Raises ValueError with one
+    line that names them, for sizes without sense or beyond this machine's memory before any is taken."""
     try:
-        make_it = {'UNet': UNet, 'DiT': DiT, 'LVAE': LVAE, 'classifier': classifier, 'Diffusion': Diffusion}[kind]
-        for k, v in kw.items():
-            low, high = 1 if k == 'image_size' else -1, 200 if k in ('depth', 'num_res_blocks') else 2 ** 20
-            if type(v) in (int, float) and not low <= v <= high:
-                raise ValueError(f'{k}={v} is out of range')
+        if kind in DIFFUSERS:                                                  # others may run what they find
+            import diffusers
+            kw.pop('image_size', None)
+            make_it = lambda **kw: Pipeline(getattr(diffusers, kind)(**kw))
+        else:
+            make_it = {'UNet': UNet, 'DiT': DiT, 'LVAE': LVAE, 'classifier': classifier, 'Diffusion': Diffusion}[kind]
+        for k, value in kw.items():
+            values = tree_leaves(value)
+            low, high = 1 if k == 'image_size' else -1, 2 ** 20
+            if 'layers' in k or k in ('depth', 'num_res_blocks'):              # every one of them is made, even on meta
+                high = 16 if 'per_block' in k else 200
+            if kind in DIFFUSERS and len(values) > 20 or any(
+                    type(v) in (int, float) and not low <= v <= high for v in values):
+                raise ValueError(f'{k}={str(value)[:60]} is out of range')
         if kind != 'Diffusion':
             with torch.device('meta'):
-                sizes = [p.numel() for p in make_it(**kw).parameters()]
+                net = make_it(**kw)
+                sizes = [p.numel() for p in [*net.parameters(), *net.buffers()]]
             if min(sizes) == 0 or 4 * sum(sizes) > free_memory(torch.device('cpu')):
                 raise ValueError(f'{sum(sizes):,} parameters' + ' do not fit into memory' * (min(sizes) > 0))
         return make_it(**kw)
     except Exception as e:
-        said = ', '.join(f'{k}={v!r}'[:60] for k, v in kw.items())
+        said = ', '.join(f'{k}={v!r}'[:60] for k, v in kw.items())[:500]
         raise ValueError(f'no {kind} of {said}: {first_line(e)}') from None
 
 
@@ -1024,7 +1038,7 @@ def read_weights(path):
         if path.endswith('.safetensors'):
             with safe_open(path, 'pt') as f:
                 header = json.loads((f.metadata() or {}).get('config', '{}'))
-                kinds = dict(net=dict, diffusion=dict, vae=str)
+                kinds = dict(net=dict, diffusion=dict, vae=str, pipeline=str)
                 if any(not isinstance(header.get(k, kind()), kind) for k, kind in kinds.items()):
                     raise ValueError('its header is damaged')
                 return {k: f.get_tensor(k) for k in f.keys()}, header
@@ -1116,26 +1130,36 @@ class Pipeline(nn.Module):
     """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t (B,), y (B,).
 
     `condition` is '', 'class' or 'text'; y indexes the classes, the last of which is the null condition, or the texts given
-    to `set_prompts`, and -1 is the null condition. `pipe` is a teacher's pipeline, until its texts are known; `shared` then
-    holds them embedded, 'prompts' (N, L, D) and perhaps 'pooled' (N, D).
+    to `set_prompts`, and -1 is the null condition. `source` is where its pipeline is to be had, `pipe` the pipeline
+    itself where it is loaded already; `shared` holds the texts embedded, 'prompts' (N, L, D) and perhaps 'pooled'
+    (N, D). Raises ValueError for a network that is not supported.
     """
 
     def __init__(self, net, pipe=None):
         super().__init__()
-        takes, c = inspect.signature(net.forward).parameters, net.config
-        self.net, self.pipe, self.shared = net, pipe, Shared()
+        kind, c = type(net).__name__, getattr(net, 'config', {})
+        if kind not in DIFFUSERS or any(c.get(k) not in (None, known) for k, known in (
+                ('class_embed_type', None), ('addition_embed_type', 'text'), ('encoder_hid_dim_type', 'text_proj'))):
+            raise ValueError(f'this {kind} is not supported; UNet2DModel, UNet2DConditionModel (with a text encoder), '
+                             'DiTTransformer2DModel and SD3Transformer2DModel are')
+        if not isinstance(c.sample_size, int):
+            raise ValueError(f'sample_size={c.sample_size!r} of a {kind} must be one number')
+        takes = inspect.signature(net.forward).parameters
+        self.net, self.pipe, self.source, self.shared = net, pipe, '', Shared()
         self.register_buffer('times', None, persistent=False)                  # t as the network wants it, where that differs
         for m in net.modules():                                                # DiT's would drop labels in train mode, each layer its own
             if type(m).__name__ == 'LabelEmbedding':
                 m.dropout_prob = 0.
         self.num_classes = c.get('num_embeds_ada_norm') or max(0, (c.get('num_class_embeds') or 0) - 1)
         self.condition = 'text' if 'encoder_hidden_states' in takes else 'class' if self.num_classes else ''
-        self.config = {'class': type(net).__name__, 'in_channels': c.in_channels, 'image_size': c.sample_size,
-                       'out_channels': c.get('out_channels') or c.in_channels}
+        self.config = {k: v for k, v in c.items() if not k.startswith('_')} | {
+            'class': kind, 'image_size': c.sample_size, 'out_channels': c.get('out_channels') or c.in_channels}
 
     def set_prompts(self, prompts, cache=''):
         """Embeds the texts once, by all of the pipeline's text encoders, which are then let go, or finds them in the
-        file `cache`, where `keep_prompts` left them."""
+        file `cache`, where `keep_prompts` left them. Raises ValueError with one line."""
+        given = dict(unet=self.net, transformer=self.net, vae=None)            # only the text encoders are wanted
+        self.pipe = self.pipe or open_pipeline(self.source, self.net.dtype, **given)[0]
         encoders = [e for i in ('', '_2', '_3') if (e := getattr(self.pipe, f'text_encoder{i}', None)) is not None]
         with one_first():
             key = hashlib.sha256(repr(([digest(e) for e in encoders], prompts)).encode()).hexdigest()
@@ -1215,6 +1239,8 @@ def read_pipeline(spec):
         code = [f for name in ('*/*.py', 'None.py') for f in glob.glob(f'{glob.escape(spec)}/{name}')] + [
             v[0] for k, v in parts.items()
             if isinstance(v, list) and k not in UNUSED and v[0] not in (None, 'diffusers', 'transformers')]
+        if any(not k.isidentifier() or isinstance(v, list) and len(v) != 2 for k, v in parts.items()):
+            raise ValueError('its model_index.json is damaged')
         if code:
             raise ValueError(f'{code[0]} is code of its own, which is not run')
         return os.path.dirname(path), parts
@@ -1225,35 +1251,41 @@ def read_pipeline(spec):
                          f'reached: {first_line(e)}') from None
 
 
-def load_pipeline(spec, dtype):
-    """(Pipeline, Diffusion): a diffusers folder or hub id, with the process that its scheduler states. Nothing is guessed.
+def open_pipeline(spec, dtype, **given):
+    """(the pipeline of diffusers, its model_index.json) of a folder or hub id; parts that are `given` are not loaded.
     Raises ValueError with one line."""
     _, parts = read_pipeline(spec)
     from diffusers import DiffusionPipeline
-    skip = {k: None for k in UNUSED if k in parts}
+    given = {k: v for k, v in ({k: None for k in UNUSED} | given).items() if k in parts}
     if 'text_encoder' in parts and importlib.util.find_spec('transformers') is None:
         raise ValueError(f'{spec} has a text encoder, which needs the package transformers: pip install transformers')
     try:
         with one_first():
             try:
-                pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, **skip)
+                pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, **given)
             except (OSError, ValueError) as e:                                 # its only weights may be those in half precision
                 try:
-                    pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, variant='fp16', **skip)
+                    pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, variant='fp16', **given)
                 except (OSError, ValueError):
                     raise e from None
                 print(f"{spec}: weights in float16, computed in {str(dtype).removeprefix('torch.')}")
-        pipe = pipe.to(dtype)
+        return pipe.to(dtype), parts
     except Exception as e:
         raise ValueError(f"{spec}: its {parts.get('_class_name')} cannot be loaded: {first_line(e)}") from None
+
+
+def load_pipeline(spec, dtype):
+    """(Pipeline, Diffusion): a diffusers folder or hub id, with the process that its scheduler states. Nothing is
+    guessed. Raises ValueError with one line."""
+    pipe, parts = open_pipeline(spec, dtype)
     network, process = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None), pipe.scheduler.config
-    kind, c = type(network).__name__, getattr(network, 'config', {})
-    if kind not in ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel') or any(
-            c.get(k) not in (None, known) for k, known in (('num_class_embeds', None), ('class_embed_type', None),
-                                                           ('addition_embed_type', 'text'), ('encoder_hid_dim_type', 'text_proj'))):
-        raise ValueError(f'{spec}: a {type(pipe).__name__} with this {kind} is not supported; UNet2DModel, UNet2DConditionModel '
-                         '(with a text encoder), DiTTransformer2DModel and SD3Transformer2DModel are')
-    net = Pipeline(network, pipe if 'text_encoder' in parts else None)
+    try:
+        net = Pipeline(network, pipe if 'text_encoder' in parts else None)
+        if net.config.get('num_class_embeds') is not None:
+            raise ValueError(f'what the classes of a {type(network).__name__} mean is not known')
+    except ValueError as e:
+        raise ValueError(f'{spec}: {e}') from None
+    net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
     net.guided = parts.get('_guided', False)                                   # a student of ours that needs no guidance any more
     name, scheduler = type(pipe.scheduler).__name__, pipe.scheduler
     if name == 'FlowMatchEulerDiscreteScheduler' and not any(process.get(k) for k in (
@@ -1274,7 +1306,8 @@ def load_pipeline(spec, dtype):
 
 def load_denoiser(spec, dtype=torch.float32, **known):
     """(net, diffusion) from one string: a file of ours (.safetensors); an original ADM, DDPM-IP, DKDM, LDM or DiT
-    checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes; or a diffusers folder or hub id.
+    checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes; or a diffusers folder or hub id. A
+    file of ours may name a pipeline, from which it has its VAE and its text encoders.
 
     dtype: of a pipeline's weights (`pick_dtype`); ours are float32. `cast_frozen` casts them for a teacher.
     known: what an original checkpoint does not say, where the defaults are not right: image_size; num_head_channels
@@ -1292,10 +1325,21 @@ def load_denoiser(spec, dtype=torch.float32, **known):
             raise ValueError(f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}")
         refuse(known, spec)
         net, diffusion = build(header['net']), make('Diffusion', **header['diffusion'])
+        load_state(net, state, spec)
         net.guided = header.get('guided', False)                               # needs no guidance any more
-        if header.get('vae'):
-            set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
-        return load_state(net, state, spec).eval().requires_grad_(False), diffusion
+        net.source = header.get('pipeline') or header.get('vae', '')
+        try:
+            if header.get('vae'):
+                set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
+            if isinstance(net, Pipeline):
+                net.to(dtype)
+                if diffusion.config['schedule'] == 'flow':
+                    net.times = (diffusion.b[:-1] * diffusion.T).float()       # what SD3 calls t
+                if net.condition == 'text':
+                    read_pipeline(net.source)                                  # what set_prompts needs
+        except ValueError as e:
+            raise ValueError(f"{spec} needs its teacher's pipeline: {e}") from None
+        return net.eval().requires_grad_(False), diffusion
     # LDM keeps the network, its EMA and the autoencoder in one dict; DiT its EMA beside the weights
     state = tensors_in(state, spec, 'ema', 'state_dict')
     betas = state.get('betas')
@@ -1424,13 +1468,13 @@ class Autoencoder(nn.Module):
 
 
 def load_part(spec, *names):
-    """The first of a pipeline's parts that it has. Raises ValueError with one line."""
+    """The first of a pipeline's parts, VAE or scheduler, that it has. Raises ValueError with one line."""
     import diffusers
     root, parts = read_pipeline(spec)
     name = next((n for n in names if parts.get(n, [None])[0]), None)
     try:
-        if not parts[name][1].startswith(('Autoencoder', 'VQModel')):
-            raise ValueError(f'{parts[name][1]} is no VAE of diffusers')
+        if not re.match('.*Scheduler$' if name == 'scheduler' else 'Autoencoder|VQModel', parts[name][1]):
+            raise ValueError(f"{parts[name][1]} is no {'scheduler' if name == 'scheduler' else 'VAE'} of diffusers")
         with one_first():
             return getattr(diffusers, parts[name][1]).from_pretrained(root if os.path.isdir(spec) else spec,
                                                                       subfolder=name, low_cpu_mem_usage=False)
@@ -1462,126 +1506,6 @@ def load_vae(spec):
     if type(net).__name__ not in ('AutoencoderKL', 'AutoencoderTiny'):
         raise ValueError(f'{spec} is a {type(net).__name__}; AutoencoderKL and AutoencoderTiny are supported')
     return Autoencoder(net.float()).eval().requires_grad_(False)
-
-
-def ddpm_scheduler(diffusion):
-    """diffusers' DDPMScheduler of the same process. Raises ValueError for flow matching."""
-    from diffusers import DDPMScheduler
-    predicts = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}.get(diffusion.prediction)
-    if predicts is None:
-        raise ValueError(f"prediction {diffusion.prediction!r} has no DDPMScheduler; 'eps', 'v' and 'x0' have")
-    alpha_bar = diffusion.alpha_bar[:-1].cpu()
-    betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    return DDPMScheduler(diffusion.T, trained_betas=betas.tolist(), prediction_type=predicts, clip_sample=diffusion.clip,
-                         variance_type='learned_range' if diffusion.learn_sigma else 'fixed_small')
-
-
-def to_diffusers(net):
-    """A UNet as a UNet2DModel (the same outputs), a DiT with classes as a DiTTransformer2DModel (outputs within about 0.1 %:
-    diffusers spaces the frequencies of t by 127 steps where DiT's authors have 128).
-
-    Raises ValueError where the class does not fit: patch_size, channel_mult[0] != 1 or channels that are no multiples of 32
-    of a UNet; a DiT without classes.
-    """
-    import diffusers
-    c, old, new = net.config, net.state_dict(), {}
-
-    def copy(source, target, *names):
-        """Weights and biases; a layer of several outputs is cut into its targets."""
-        for kind in ('weight', 'bias'):
-            if f'{source}.{kind}' in old:
-                w = old[f'{source}.{kind}']
-                w = w[:, :, 0] if w.dim() == 3 else w                          # attention's 1-D convolutions are linear there
-                for name, part in zip(names or [''], w.chunk(len(names) or 1)):
-                    new[f'{target}{name}.{kind}'] = part.clone()
-    if c['class'] == 'DiT':
-        if not c['num_classes']:
-            raise ValueError('DiTTransformer2DModel has classes, this DiT has none')
-        other = diffusers.DiTTransformer2DModel(
-            c['num_heads'], c['hidden_size'] // c['num_heads'], c['in_channels'], net.out_channels, c['depth'], sample_size=c['image_size'],
-            patch_size=c['patch_size'], num_embeds_ada_norm=c['num_classes'], norm_elementwise_affine=False, norm_eps=1e-6)
-        copy('x_embedder.proj', 'pos_embed.proj')
-        for i in range(c['depth']):
-            a, b = f'blocks.{i}.', f'transformer_blocks.{i}.'
-            copy('t_embedder.mlp.0', b + 'norm1.emb.timestep_embedder.linear_1')
-            copy('t_embedder.mlp.2', b + 'norm1.emb.timestep_embedder.linear_2')
-            copy('y_embedder.embedding_table', b + 'norm1.emb.class_embedder.embedding_table')
-            copy(a + 'adaLN_modulation.1', b + 'norm1.linear')
-            copy(a + 'attn.qkv', b + 'attn1.', 'to_q', 'to_k', 'to_v')
-            copy(a + 'attn.proj', b + 'attn1.to_out.0')
-            copy(a + 'mlp.fc1', b + 'ff.net.0.proj')
-            copy(a + 'mlp.fc2', b + 'ff.net.2')
-        copy('final_layer.adaLN_modulation.1', 'proj_out_1')
-        copy('final_layer.linear', 'proj_out_2')
-    else:
-        widths, n = [int(mult * c['model_channels']) for mult in c['channel_mult']], c['num_res_blocks']
-        if c['patch_size'] > 1 or c['channel_mult'][0] != 1 or any(w % 32 for w in widths) or not c['use_new_attention_order'] \
-                or c['num_head_channels'] < 1:
-            raise ValueError('UNet2DModel has no patch_size, starts at model_channels, has groups of channels in 32 and the new '
-                             'order of attention heads')
-        at = [c['image_size'] // 2 ** i in c['attention_resolutions'] for i in range(len(widths))]
-        down, up = ('ResnetDownsampleBlock2D', 'ResnetUpsampleBlock2D') if c['resblock_updown'] else ('DownBlock2D', 'UpBlock2D')
-        how = 'resnet' if c['resblock_updown'] else 'conv'
-        other = diffusers.UNet2DModel(
-            c['image_size'], c['in_channels'], c['out_channels'], block_out_channels=widths, layers_per_block=n,
-            down_block_types=['AttnDownBlock2D' if a else down for a in at], up_block_types=['AttnUpBlock2D' if a else up for a in at[::-1]],
-            downsample_type=how, upsample_type=how, attention_head_dim=c['num_head_channels'], attn_norm_num_groups=32,
-            resnet_time_scale_shift='scale_shift' if c['use_scale_shift_norm'] else 'default', dropout=c['dropout'], freq_shift=0,
-            flip_sin_to_cos=True, downsample_padding=1, norm_eps=1e-5, num_class_embeds=c['num_classes'] + 1 if c['num_classes'] else None)
-
-        def layer(source, target):
-            if f'{source}.in_layers.0.weight' not in old:                      # a convolution
-                return copy(f'{source}.op' if f'{source}.op.weight' in old else source, target)
-            for a, b in (('in_layers.0', 'norm1'), ('in_layers.2', 'conv1'), ('emb_layers.1', 'time_emb_proj'), ('out_layers.0', 'norm2'),
-                         ('out_layers.3', 'conv2'), ('skip_connection', 'conv_shortcut')):
-                copy(f'{source}.{a}', f'{target}.{b}')
-
-        def attention(source, target):
-            copy(source + '.norm', target + '.group_norm')
-            copy(source + '.qkv', target + '.', 'to_q', 'to_k', 'to_v')
-            copy(source + '.proj_out', target + '.to_out.0')
-        copy('time_embed.0', 'time_embedding.linear_1')
-        copy('time_embed.2', 'time_embedding.linear_2')
-        if c['num_classes']:                                                   # the null condition adds nothing
-            new['class_embedding.weight'] = F.pad(old['label_emb.weight'], (0, 0, 0, 1))
-        copy('input_blocks.0.0', 'conv_in')
-        copy('out.0', 'conv_norm_out')
-        copy('out.2', 'conv_out')
-        layer('middle_block.0', 'mid_block.resnets.0')
-        attention('middle_block.1', 'mid_block.attentions.0')
-        layer('middle_block.2', 'mid_block.resnets.1')
-        for i in range(len(widths)):
-            last = i == len(widths) - 1
-            for j in range(n + (not last)):
-                source = f'input_blocks.{1 + i * (n + 1) + j}'
-                layer(source + '.0', f'down_blocks.{i}.' + (f'resnets.{j}' if j < n else 'downsamplers.0' + '.conv' * (how == 'conv')))
-                if j < n and at[i]:
-                    attention(source + '.1', f'down_blocks.{i}.attentions.{j}')
-            for j in range(n + 1):
-                source, target, a = f'output_blocks.{i * (n + 1) + j}', f'up_blocks.{i}.', at[::-1][i]
-                layer(source + '.0', f'{target}resnets.{j}')
-                if a:
-                    attention(source + '.1', f'{target}attentions.{j}')
-                if j == n and not last:
-                    source += '.2' if a else '.1'
-                    layer(source + '.conv' * (how == 'conv'), f'{target}upsamplers.0' + '.conv' * (how == 'conv'))
-    other.load_state_dict(new, strict=True)
-    return other.eval()
-
-
-def export(path, folder):
-    """Writes a denoiser of ours as a pipeline of diffusers: a DDPMPipeline, or, of a DiT with ImageNet's classes, a DiTPipeline
-    with the VAE of its latents. Raises ValueError with one line where the classes do not fit."""
-    from diffusers import DDIMScheduler, DDPMPipeline, DiTPipeline
-    net, diffusion = load_denoiser(path)
-    other, scheduler = to_diffusers(net), ddpm_scheduler(diffusion)
-    if net.config['class'] == 'UNet' and not net.num_classes and not has_vae(net):
-        DDPMPipeline(other, scheduler).save_pretrained(folder)
-    elif net.config['class'] == 'DiT' and has_vae(net) and net.num_classes == 1000:   # that pipeline's null condition is 1000
-        DiTPipeline(other, net.vae, DDIMScheduler.from_config(scheduler.config)).save_pretrained(folder)
-    else:
-        raise ValueError(f"{path}: no pipeline of diffusers has a {net.config['class']} with {net.num_classes} classes "
-                         f"of {'latents' if has_vae(net) else 'pixels'}; to_diffusers gives the network alone")
 
 
 def load_images(spec, train=True, image_size=0):

@@ -945,31 +945,55 @@ QUICK = ['--stride=250', '--batch_size=4', '--max_steps=2', '--sample_steps=2']
 
 
 def test_students_of_diffusers_go_back_to_diffusers(pipelines, tmp_path):
-    """Each kind of teacher, a student of its class: the result is a pipeline that samples, and eval_fid.py measures it."""
+    """Each kind of teacher, a student of its class: eval_fid.py measures its file, and as a pipeline it is the same."""
     from diffusers import DiffusionPipeline
-    more = {'dit': ['--guidance=2.0', '--uncond_prob=0.2', '--student_prediction=teacher'], 'sd': ['--prompts=names.txt', '--guidance=2.0'],
+    more = {'dit': ['--guidance=2.0', '--uncond_prob=0.2', '--student_prediction=teacher'],
+            'sd': ['--prompts=names.txt', '--guidance=2.0'],
             'sd3': ['--prompts=names.txt', '--guidance=2.0', '--student_prediction=teacher']}
 
     def one(case):
         name, part = case
         folder = tmp_path / name
-        out = run('dkdm.py', f'--teacher={name}', f'--student={name}.json', *QUICK, *more.get(name, []), f'--out_dir={folder}', cwd=pipelines)
-        assert f'--models={folder}' in out and os.path.getsize(folder / 'samples.png') > 0 and np.isfinite(losses(folder)).all()
-        pipe = DiffusionPipeline.from_pretrained(folder)
+        file, pipeline = folder / 'student.safetensors', folder / 'pipeline'
+        out = run('dkdm.py', f'--teacher={name}', f'--student={name}.json', *QUICK, *more.get(name, []),
+                  f'--out_dir={folder}', cwd=pipelines)
+        last = out.splitlines()[-1]
+        assert f'--models={file}' in out and last.endswith(f'export.py --model={file} --out_dir={pipeline}')
+        assert os.path.getsize(folder / 'samples.png') > 0 and np.isfinite(losses(folder)).all()
+        assert not os.path.exists(folder / part)
+        run(*last.split('python ')[1].split(), f'--link={name != "sd"}', cwd=tmp_path)
+        assert name == 'ddpm' or os.path.islink(pipeline / ('vqvae' if name == 'ldm' else 'vae')) == (name != 'sd')
+        pipe = DiffusionPipeline.from_pretrained(pipeline)
         pipe.set_progress_bar_config(disable=True)
         call = {'dit': dict(class_labels=[3]), 'sd': dict(prompt='one'), 'sd3': dict(prompt='one')}.get(name, {})
         assert np.isfinite(pipe(num_inference_steps=2, output_type='np', **call).images).all()
-        net, diffusion = M.load_denoiser(str(folder))
-        assert diffusion.prediction == {'dit': 'eps', 'sd3': 'flow'}.get(name, 'v') and M.has_vae(net) == (name != 'ddpm')
-        return folder
-    folders = at_once(one, TEACHERS)
-    out = run('eval_fid.py', f'--models={folders[0]},{folders[3]}', '--reference=images.npz', '--features=classifier.safetensors', '--num_samples=8',
-              '--steps=2', '--prompts=names.txt', f'--out_dir={tmp_path}/eval', cwd=pipelines)
-    assert len(metrics(tmp_path / 'eval')) == 2, out
+        nets = []
+        for spec in (str(file), str(pipeline)):
+            net, diffusion = M.load_denoiser(spec)
+            predicts = {'dit': 'eps', 'sd3': 'flow'}.get(name, 'v')
+            assert diffusion.prediction == predicts and M.has_vae(net) == (name != 'ddpm')
+            assert net.guided == (name in more)
+            if net.condition == 'text':
+                net.set_prompts(['one', 'two'])
+            C, H = net.config['in_channels'], net.config['image_size']
+            t = torch.tensor([diffusion.T // 3])
+            nets.append(M.decode(net, diffusion.predict_x0(net(wave(1, C, H, H), t, t * 0), wave(1, C, H, H), t)))
+        assert torch.allclose(*nets, atol=1e-5)
+        return str(file)
+    files = at_once(one, TEACHERS)
+    run('eval_fid.py', f'--models={files[0]},{files[3]}', '--reference=images.npz', '--features=classifier.safetensors',
+        '--num_samples=8', '--steps=2', '--prompts=names.txt', f'--out_dir={tmp_path}/eval', cwd=pipelines)
+    assert len(metrics(tmp_path / 'eval')) == 2
+    for i, key in ((1, 'vae'), (3, 'pipeline')):                               # whose teacher was moved away
+        state, header = M.read_weights(files[i])
+        M.write_tensors(state, f'{tmp_path}/moved.safetensors', header | {key: 'gone'})
+        with pytest.raises(ValueError, match="^.*moved.safetensors needs its teacher's pipeline: .* gone, .*$"):
+            M.load_denoiser(f'{tmp_path}/moved.safetensors')
 
 
 def test_students_of_another_kind(pipelines, tiny, tmp_path):
-    """A student of ours of each teacher with latents keeps its VAE; a student of diffusers of a teacher of ours is a DDPMPipeline."""
+    """A student of ours of each teacher with latents keeps its VAE, and so does its student; a student of diffusers of
+    a teacher of ours is a DDPMPipeline."""
     from diffusers import DiffusionPipeline
     ours = ['--student=dit', '--hidden_size=16', '--depth=1', '--num_heads=2']
 
@@ -984,13 +1008,16 @@ def test_students_of_another_kind(pipelines, tiny, tmp_path):
     (pipelines / 'grey.json').write_text(json.dumps(config))
     (pipelines / 'classes.json').write_text(json.dumps(config | dict(num_class_embeds=5)))
     latent, text, grey, classes = at_once(one, enumerate(cases))
-    for folder, labels in ((latent, 0), (text, 4)):
+    again = one(('again', [f'--teacher={latent}/student.safetensors', *ours]))
+    for folder, labels in ((latent, 0), (text, 4), (again, 0)):
         net, _ = M.load_denoiser(str(folder / 'student.safetensors'))
         assert M.decode(net, torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16) and net.num_classes == labels
-    pipe = DiffusionPipeline.from_pretrained(grey)
+    for folder in (grey, classes):
+        run('export.py', f'--model={folder}/student.safetensors', f'--out_dir={folder}/p', cwd=tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(grey / 'p')
     pipe.set_progress_bar_config(disable=True)
     assert np.isfinite(pipe(num_inference_steps=2, output_type='np').images).all()
-    assert not os.path.exists(classes / 'model_index.json') and os.path.exists(classes / 'unet/config.json')
+    assert sorted(os.listdir(classes / 'p')) == ['scheduler', 'unet']
 
 
 BAD_HUB = [
@@ -1297,7 +1324,8 @@ COMMANDS = {'dkdm.py': ['--teacher=teacher.safetensors', *SMALL, '--stride=10'],
             'distill_classifier.py': ['--teacher=classifier.safetensors', '--data=images.npz', '--holdout=8',
                                       '--batch_size=8'],
             'distill_vae.py': ['--teacher=lvae.safetensors', '--batch_size=4', '--max_steps=2'],
-            'eval_fid.py': ['--models=images.npz', '--reference=images.npz', '--features=classifier.safetensors']}
+            'eval_fid.py': ['--models=images.npz', '--reference=images.npz', '--features=classifier.safetensors'],
+            'export.py': ['--model=teacher.safetensors']}
 VALUES = {
     'dkdm.py': """
         rho=nan rho=-1.0 rho=1e999 stride=0 stride=-3 warmup_steps=-1 lam=-1 lam=nan guidance=-1 guidance=inf lr=-1.0
@@ -1336,13 +1364,19 @@ VALUES = {
     'eval_fid.py': """
         num_samples=-1 num_samples=nan n_two_sample=-1 batch_size=0 steps=0 guidance=-1 guidance=nan seed=-1
         seed=100000000000000000000000 sampler=x spacing=x save_stats=stats.txt save_stats=empty features=nothing~file
-        model_config={2:3}"""}
+        model_config={2:3}""",
+    'export.py': """
+        link=1 link=yes model=missing.safetensors~no model=broken~no model=classifier.safetensors~denoiser
+        model=lvae.safetensors~LVAE model=cut.safetensors~short model=teacher.safetensors~patch_size
+        out_dir=broken~other"""}
 FILES = [                                                                      # damaged files, folders that cannot be
     *[('dkdm.py', [f'--teacher=damaged_{name}.safetensors'], words) for name, words in [
         ('list', 'damaged'), ('json', 'cannot be read'), ('net', 'damaged'), ('class', "'Sequential'"),
         ('huge', 'no UNet'), ('depth', 'num_res_blocks'), ('odd', 'no UNet'), ('vae', 'damaged'),
-        ('steps', 'no Diffusion'), ('schedule', 'no Diffusion'), ('nan', 'not finite'),
-        ('none', 'no denoiser')]],
+        ('steps', 'no Diffusion'), ('schedule', 'no Diffusion'), ('nan', 'not finite'), ('none', 'no denoiser'),
+        ('pipeline', 'damaged'), ('gone', "needs its teacher's pipeline"), ('runs', "'DiffusionPipeline'"),
+        ('layers', 'layers_per_block'), ('long', 'block_out_channels'), ('wide', 'do not fit into memory'),
+        ('keys', 'unexpected'), ('side', 'sample_size'), ('kind', 'kind')]],
     *[('dkdm.py', [f'--teacher={name}.pt'], words) for name, words in [
         ('list', 'holds a list'), ('text', "but 'weight'"), ('nothing', 'no dict of tensors'),
         ('ints', 'no dict of tensors')]],
@@ -1376,6 +1410,14 @@ def damaged(bad):
                              depth={'net': net | {'num_res_blocks': 10 ** 9}, 'diffusion': diffusion},
                              odd={'net': net | {'shape': 4}, 'diffusion': diffusion},
                              vae={'net': net, 'diffusion': diffusion, 'vae': [1]},
+                             pipeline={'net': net, 'diffusion': diffusion, 'pipeline': 3},
+                             gone={'net': net, 'diffusion': diffusion, 'vae': 'gone'},
+                             kind={'net': net | {'kind': 'DiT'}, 'diffusion': diffusion},
+                             **{name: {'net': {'class': 'UNet2DModel', 'sample_size': 16} | config,
+                                       'diffusion': diffusion} for name, config in dict(
+                                 runs={'class': 'DiffusionPipeline'}, layers={'layers_per_block': 10 ** 9},
+                                 long={'block_out_channels': [8] * 10 ** 5}, keys={'trust_remote_code': True},
+                                 wide={'block_out_channels': [2 ** 20] * 4}, side={'sample_size': [16, 16]}).items()},
                              steps={'net': net, 'diffusion': diffusion | {'steps': 10 ** 12}},
                              schedule={'net': net, 'diffusion': diffusion | {'schedule': [2., 3.]}},
                              nan={'net': net, 'diffusion': diffusion},
@@ -1479,6 +1521,12 @@ def test_no_file_runs_code(pipelines, tiny, tmp_path):
     torch.save(mark, tmp_path / 'vae/diffusion_pytorch_model.bin')
     with pytest.raises(ValueError, match='custom code'):                       # diffusers itself, as required
         DiffusionPipeline.from_pretrained(tmp_path / 'component')
+    net = M.load_denoiser(str(pipelines / 'ddpm'))[0]
+    for name in ('component', 'scheduler'):                                    # a student that says where its parts are
+        M.save_model(net, f'{tmp_path}/vae_{name}.safetensors', M.Diffusion(), vae=f'{tmp_path}/{name}')
+        M.save_model(net, f'{tmp_path}/of_{name}.safetensors', M.Diffusion(), pipeline=f'{tmp_path}/{name}')
+        cases += [['dkdm.py', f'--teacher={tmp_path}/vae_{name}.safetensors'],
+                  ['export.py', f'--model={tmp_path}/of_{name}.safetensors']]
     names = 'a.pt', 'a.pth', 'a.ckpt', 'a.bin', 'raw.pt', 'raw.safetensors'
     cases += [['dkdm.py', f'--teacher={tmp_path}/{name}'] for name in names]
     cases += [['dkdm.py', '--method=data', f'--data={tmp_path}/{name}'] for name in ('a.npz', 'raw.npz', 'image')]
@@ -1507,11 +1555,17 @@ def test_no_file_runs_code(pipelines, tiny, tmp_path):
     lambda: M.UNet(16, 3, 3, 32, 1, (1, 2), (8,), use_scale_shift_norm=False, resblock_updown=False),
     lambda: M.DiT(8, 2, 4, 32, 2, 2, num_classes=5), lambda: M.DiT(8, 2, 4, 32, 1, 2, num_classes=5, learn_sigma=False)])
 @torch.no_grad()
-def test_our_networks_in_diffusers(make):
+def test_our_networks_in_diffusers(make, tmp_path):
+    import diffusers
     net = make()
     position = net.state_dict().get('pos_embed', torch.zeros(0)).clone()
     fill(net).load_state_dict({'pos_embed': position} if len(position) else {}, strict=False)
-    other, c = M.to_diffusers(net), net.config
+    M.save_model(net, str(tmp_path / 'net.safetensors'), M.Diffusion(learn_sigma=False))
+    run('export.py', '--model=net.safetensors', '--out_dir=o', cwd=tmp_path)
+    c = net.config
+    kind, part = ('UNet2DModel', 'unet') if c['class'] == 'UNet' else ('DiTTransformer2DModel', 'transformer')
+    assert os.path.exists(tmp_path / 'o/model_index.json') == (not c['num_classes'])
+    other = getattr(diffusers, kind).from_pretrained(tmp_path / 'o', subfolder=part)
     x, t, y = wave(2, c['in_channels'], c['image_size'], c['image_size']), torch.tensor([3, 40]), torch.tensor([1, -1])
     kw = {'class_labels': torch.where(y < 0, c['num_classes'], y)} if c['num_classes'] else {}
     ours, theirs = net(x, t, y), other(x, timestep=t, **kw).sample
@@ -1522,17 +1576,24 @@ def test_our_networks_in_diffusers(make):
 def test_export(pipelines, tmp_path):
     from diffusers import DiffusionPipeline
     unet, dit = M.UNet(16, 1, 2, 32, 1, (1, 2), (8,)), M.DiT(8, 2, 4, 32, 1, 2, num_classes=1000)
-    M.save_model(unet, str(tmp_path / 'unet.safetensors'), M.Diffusion(prediction='v'))
-    M.save_model(dit, str(tmp_path / 'dit.safetensors'), M.Diffusion('linear', clip=False), vae=str(pipelines / 'dit'))
-    for name, call in (('unet', {}), ('dit', dict(class_labels=[1], guidance_scale=2.0))):
-        M.export(str(tmp_path / f'{name}.safetensors'), str(tmp_path / name))
+    latents = M.UNet(8, 4, 4, 32, 1, (1, 2), (8,))
+    scaled = M.load_denoiser(str(pipelines / 'ldm'))[1]
+    for name, net, diffusion in [('unet', unet, M.Diffusion(prediction='v')),
+                                 ('dit', dit, M.Diffusion('linear', clip=False)),
+                                 ('ldm', latents, M.Diffusion(**scaled.config | {'prediction': 'v'}))]:
+        vae = str(pipelines / name) if name != 'unet' else ''
+        M.save_model(net, str(tmp_path / f'{name}.safetensors'), diffusion, vae=vae)
+        run('export.py', f'--model={name}.safetensors', f'--out_dir={name}', cwd=tmp_path)
         pipe = DiffusionPipeline.from_pretrained(tmp_path / name)
         pipe.set_progress_bar_config(disable=True)
+        call = dict(class_labels=[1], guidance_scale=2.0) if name == 'dit' else {}
         assert np.isfinite(pipe(num_inference_steps=2, output_type='np', **call).images).all()
-        net, diffusion = M.load_denoiser(str(tmp_path / name)) if name == 'dit' else (pipe.unet, None)
-    assert diffusion.learn_sigma and torch.allclose(diffusion.alpha_bar, M.Diffusion('linear').alpha_bar)
-    with pytest.raises(ValueError, match='patch_size'):
-        M.to_diffusers(M.UNet(16, patch_size=2, model_channels=32))
+        if vae:                                                                # its own process, not the teacher's
+            found = M.load_denoiser(str(tmp_path / name))[1]
+            assert found.prediction == diffusion.prediction and found.learn_sigma == (name == 'dit')
+            assert torch.allclose(found.alpha_bar, diffusion.alpha_bar)
+    assert '--link' in run('export.py', '--help', cwd=tmp_path)
+    assert len(os.listdir(tmp_path)) == 6                                      # the three files and folders
 
 
 # ---- VAEs ----
