@@ -12,11 +12,11 @@ import os
 import time
 
 # teacher
-teacher = 'pretrained/mnist_classes.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM, LDM or DiT checkpoint, or a
-                             # diffusers folder or hub id
+teacher = 'pretrained/mnist_classes.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM, LDM or DiT
+                             # checkpoint, or a diffusers folder or hub id
 teacher_source = ''          # where a missing teacher is to be had, for the message
-teacher_config = {}          # what an original checkpoint does not say: image_size, schedule, ... (models.load_denoiser)
-guidance = 0.0               # teachers with classes or texts are distilled at this guidance scale; 1 is none, 0 is 2 for them
+teacher_config = {}          # what an original checkpoint does not say: image_size, ... (models.load_denoiser)
+guidance = 0.0               # teachers with classes or texts are distilled at this scale; 1 is none, 0 is 2 for them
 prompts = ''                 # teachers with texts: a file of them, one per line
 # student
 student = 'unet'             # 'unet' or 'dit', whatever the teacher is; or the config.json of a model of diffusers
@@ -45,7 +45,7 @@ pool_dtype = 'float32'       # 'float32', 'float16' or 'bfloat16'
 lam = 0.001                  # weight of L_vlb, Eq. (19)
 uncond_prob = 0.0            # students with classes or texts: how often the null condition is trained
 # images, for 'data' and 'synthetic'
-data = ''                    # an .npz, a folder, or a torchvision name; for 'synthetic' with real_fraction: the real images
+data = ''                    # an .npz, a folder, or a torchvision name; with real_fraction: the real images
 synthetic = ''               # 'synthetic': images made earlier; '' makes them now
 synthetic_images = 2000      # how many to make
 synthetic_steps = 50         # sampling steps of each
@@ -65,7 +65,7 @@ weight_decay = 0.0
 beta2 = 0.99                 # AdamW's second beta
 grad_clip = 1.0              # largest norm of the gradient; 0 for none
 ema = 0.999                  # decay of the averaged weights, which are the result
-# when to stop: the distance of 1,000 images of the EMA student, sampled as samples.png is, goes to log.csv, and the best
+# when to stop: the distance of 1,000 images of the EMA student, sampled as samples.png is, goes to log.csv, the best
 # student to best.safetensors. A reference is data: who has none makes it from the teacher's own samples (eval_fid.py)
 eval_every = 0               # steps between distances; 0 is never
 eval_reference = 'pretrained/mnist_stats.npz'    # statistics that eval_fid.py --save_stats has made
@@ -76,7 +76,7 @@ init_from = 'scratch'        # 'scratch' or 'resume'
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
 sampler = 'ddim'             # of samples.png: 'ddpm', 'ddim' or 'dpm++'
-sample_steps = 8             # evaluations of each of its images; the paper has 50 of ddpm for pixels, 200 of ddim for latents
+sample_steps = 8             # evaluations of each image; the paper has 50 of ddpm for pixels, 200 of ddim for latents
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
@@ -86,12 +86,11 @@ _ranges = {                  # what configurator.py does not know of itself
     'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data'), 'init_from': ('scratch', 'resume'),
     'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'), 'sampler': ('ddpm', 'ddim', 'dpm++'),
     'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'), 'pool_dtype': ('float32', 'float16', 'bfloat16'),
-    'rho': (1e-30, 1e30),
-    'T': (2, 10 ** 6), 'channel_mult': (0.01, 100), 'dropout': (0, 0.99), 'uncond_prob': (0, 1),
+    'rho': (1e-30, 1e30), 'T': (2, 10 ** 6), 'channel_mult': (0.01, 100), 'dropout': (0, 0.99), 'uncond_prob': (0, 1),
     'real_fraction': (0, 1), 'beta2': (0, 0.999999), 'ema': (0, 0.999999), 'lr_warmup': (0, 10 ** 9),
     'batch_size': (1, 10 ** 6)}
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
-config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple, dict))}
+config = {k: globals()[k] for k in _defaults}
 
 import copy
 import importlib.util
@@ -107,153 +106,14 @@ from tqdm import tqdm
 
 import models as M
 
-# ---- check everything before any work starts ----
-walks = method in ('dynamic', 'shuffled', 'iterative')
-for wrong, message in [
-        (student not in ('unet', 'dit') and not student.endswith('.json'), f"student={student!r}: 'unet', 'dit', or a config.json of diffusers"),
-        (method == 'data' and guidance > 1, f"guidance={guidance}: method='data' has no teacher to guide; eval_fid.py guides what it samples"),
-        (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
-        (real_fraction and (method != 'synthetic' or not data),
-         f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'"),
-        (wandb and importlib.util.find_spec('wandb') is None, f'wandb={wandb} needs its package: pip install wandb')]:
-    if wrong:
-        M.die(message)
-device, autocast, rank, world = M.start(device, dtype, seed)
-if batch_size % (world * grad_accum):
-    M.die(f'batch_size={batch_size} is shared by {world} ranks x {grad_accum} accumulation steps: '
-          f'a multiple of {world * grad_accum}')
-micro_batch = batch_size // world // grad_accum                                # images of one forward pass
-
-# ---- teacher, images, student ----
-def diffusers_student():
-    """A network of random weights of the diffusers class and config that `student` names, with the teacher's texts."""
-    try:
-        with open(student) as f:
-            found = json.load(f)
-        kind = found['_class_name']
-        if kind not in M.DIFFUSERS:
-            raise ValueError(f'{kind!r} is none of ' + ', '.join(M.DIFFUSERS))
-        net = M.make(kind, **{k: v for k, v in found.items() if not k.startswith('_')})
-    except Exception as e:
-        raise ValueError(f"{student} is no config of a diffusers model ('_class_name', and what that takes): {M.first_line(e)}") from None
-    want = getattr(net_T, 'condition', 'class' if num_classes else '')
-    if net.condition != want or want == 'class' and net.num_classes != num_classes:
-        raise ValueError(f"{student}: the {kind} takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
-                         f"{num_classes or ''} {want or 'none'}" + (' (one more in num_class_embeds, for none)' if want == 'class' else ''))
-    net.num_classes = num_classes
-    if isinstance(net_T, M.Pipeline):
-        net.shared, net.times = net_T.shared, net_T.times
-    try:
-        with torch.no_grad():
-            t = torch.zeros(1, dtype=torch.long, device=device)
-            out = net.to(device)(torch.zeros(1, C, H, H, device=device), t, t if num_classes else None)
-    except Exception as e:
-        raise ValueError(f'{student}: the {kind} cannot take {C}x{H}x{H} images and this condition: {M.first_line(e)}') from None
-    if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)) or net.config['image_size'] != H:
-        raise ValueError(f"{student}: the {kind} of sample_size {net.config['image_size']} makes "
-                         f'{tuple(out.shape[1:])} of {(C, H, H)}')
-    return net
-
-
-try:
-    if method != 'data':
-        net_T, diffusion_T = M.load_denoiser(teacher, M.pick_dtype(device, dtype), **teacher_config)
-        config['teacher_digest'] = M.digest(net_T)
-        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
-        if getattr(net_T, 'condition', '') == 'text':
-            net_T.set_prompts(M.read_lines(prompts, f'{teacher} takes texts: --prompts=file.txt'),
-                              os.path.join(out_dir, 'prompts.safetensors'))
-        T, C, H = diffusion_T.T, net_T.config['in_channels'], net_T.config['image_size']
-        num_classes = net_T.num_classes
-        process = diffusion_T.config
-        if stride > T or warmup_steps > T:
-            raise ValueError(f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps')
-        guidance = guidance or (2. if num_classes else 1.)
-        if guidance != 1 and not num_classes:
-            raise ValueError(f'guidance={guidance}: {teacher} has no classes or texts to be guided to')
-        if method == 'synthetic' and not diffusion_T.clip:
-            raise ValueError("method='synthetic' stores images, and this teacher makes latents: method='dynamic' takes both")
-    if method == 'data':
-        net_T = None
-        sets = {data: M.load_images(data)}
-        C, H = sets[data][0].shape[1:3]
-        num_classes = int(sets[data][1].max()) + 1 if class_cond and sets[data][1] is not None else int(class_cond)
-        process = dict(schedule=schedule, steps=T)
-    else:
-        sets = {s: M.load_images(s) for s in (synthetic, data if real_fraction else '') if s and method == 'synthetic'}
-    for spec, (images, labels) in sets.items():
-        if images.shape[1:] != (C, H, H):
-            raise ValueError(f'{spec}: its images are {tuple(images.shape[1:])}, {(C, H, H)} are wanted')
-        if num_classes and (labels is None or labels.max() >= num_classes):
-            raise ValueError(f"{spec} needs labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)")
-    if prompts and getattr(net_T, 'condition', '') != 'text':
-        raise ValueError(f'prompts={prompts}: {teacher if net_T else method} takes no texts')
-    prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
-    if student.endswith('.json'):
-        net = diffusers_student()
-        learn_sigma = net.config['out_channels'] == 2 * C
-        flows = process.get('schedule') == 'flow'
-        if (prediction == 'flow') != flows or flows and (net_T is None or net.config['class'] != net_T.config['class']):
-            raise ValueError(f"{student}, student_prediction={student_prediction}: diffusers samples a flow only by the teacher's "
-                             'class, and flow predictions only of a flow: --student_prediction=teacher')
-    elif student == 'unet':
-        said = inspect.signature(M.UNet).parameters.keys() & config.keys() - {'num_heads'}   # which is dit's here
-        net = M.make('UNet', **{k: config[k] for k in said}, image_size=H, in_channels=C, num_classes=num_classes,
-                     out_channels=C * (1 + learn_sigma))
-    else:
-        net = M.make('DiT', image_size=H, patch_size=patch_size, in_channels=C, hidden_size=hidden_size, depth=depth,
-                     num_heads=num_heads, num_classes=num_classes, learn_sigma=learn_sigma)
-    diffusion = M.make('Diffusion', **process | dict(prediction=prediction, learn_sigma=learn_sigma))
-    M.sampling_steps(diffusion.T, sample_steps)
-    M.sampling_steps(diffusion.T, synthetic_steps if method == 'synthetic' and not synthetic else 1)
-    pool_batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
-    pool_size = pool_batches * batch_size // world if walks else 0
-    pool_bytes = pool_size * C * H * H * torch.finfo(getattr(torch, pool_dtype)).bits // 8
-    free = M.free_memory(device)
-    if pool_bytes > free:
-        raise ValueError(f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype} needs {pool_bytes / 2 ** 20:,.0f} MB, there are '
-                         f'{free / 2 ** 20:,.0f} MB: a smaller --rho or --batch_size, a larger --stride, or --pool_dtype=float16')
-    if eval_every:
-        net_F, space, D = M.load_features(eval_features, device)
-        made, wanted = 3 if M.has_vae(net_T) else C, net_F.config.get('in_channels', 3)
-        if made != wanted:
-            raise ValueError(f'eval_features={eval_features} takes {wanted} channels, the images have {made}')
-        reference = M.read_statistics(eval_reference, space, {'mu': D})
-        if reference is None:
-            raise ValueError(f'eval_reference={eval_reference} holds no statistics, eval_fid.py --save_stats makes them')
-    M.check_folder(out_dir, pool_bytes * world + 16 * sum(p.numel() for p in net.parameters()))
-    checkpoint = M.resume(config, rank)
-    if checkpoint:
-        shared, own = checkpoint
-        M.load_state(net, shared['net'], out_dir)
-except (ValueError, RuntimeError, TypeError) as e:
-    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
-if warmup_steps == 0:
-    warmup_steps = max(1, T // stride)
-
-net = net.to(device, memory_format=M.memory_format(device))
-net_ema = copy.deepcopy(net).eval().requires_grad_(False)
-opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, (0.9, beta2), weight_decay=weight_decay, fused=True)
-run_T, model = (torch.compile(n, dynamic=False) if compile and n else n for n in (net_T, net))  # the same weights, for the loop
-if world > 1:
-    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its own luck
-if prompts and rank == 0:
-    net_T.keep_prompts(os.path.join(out_dir, 'prompts.safetensors'))
-if rank == 0:
-    def millions(n): return f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M parameters'
-    if method != 'data':
-        print(f'teacher {teacher}: {millions(net_T)}, predicts {diffusion_T.prediction}' + (f', guidance {guidance:g}' if num_classes else ''))
-    print(f'student {student}: {millions(net)}, predicts {diffusion.prediction}; {method}, {max_steps:,} steps of {batch_size}'
-          f' images of {C}x{H}x{H} on {world} x {device.type}')
-    if walks:
-        print(f'pool: {pool_size * world:,} images, {pool_bytes * world / 2 ** 20:.1f} MB; warm-up: about '
-              f'{pool_size * world * warmup_steps // 2 if method != "iterative" else 0:,} teacher evaluations')
-    elif method == 'synthetic' and not synthetic:
-        print(f'synthetic images: {synthetic_images:,}, {synthetic_images * synthetic_steps:,} teacher evaluations')
-
-
-# ---- where (x_t, t, target) come from ----
+# ---- the method ----
+#   pool <- rho T / stride batches, each image walked by the teacher from noise to a t of its own      Alg. 1, line 1
+#   repeat:
+#       x_t, t <- any batch of the pool                                                                        line 4
+#       out_T = teacher(x_t, t);  out = student(x_t, t)
+#       student <- student - lr grad |out - out_T|^2 + lam KL(p_T || p_S)                    lines 5-7, Eqs. (19)-(21)
+#       x_s ~ p_T(x_s | x_t), s = t - stride: the teacher's own step moves the images                          line 8
+#       finished images leave the pool, fresh noise enters it
 def draw_labels(n):
     """Labels for n new images, -1 for the null condition; None for models without classes."""
     if not num_classes:
@@ -272,12 +132,12 @@ def teacher_eval(x_t, t, y):
 def shuffle_denoise():
     """Alg. 1, line 1: every image of the pool walks from noise to a t of its own, uniform over 0 ... T-1."""
     goal = torch.randint(T, (pool_size,)).sort().values if method != 'iterative' else torch.full((pool_size,), T - 1)
-    walkers = torch.bincount(goal, minlength=T).cumsum(0).tolist()            # how many have a goal up to t: the first so many
+    walkers = torch.bincount(goal, minlength=T).cumsum(0).tolist()             # so many, the first, have a goal up to t
     goal = goal.to(device)
     levels = torch.linspace(T - 1, -1, warmup_steps + 1).round().long().tolist()
     evaluations = 0
     for t, s in tqdm(list(zip(levels, levels[1:])), desc='filling the pool', disable=rank > 0, leave=False):
-        for i in range(0, walkers[t - 1] if t else 0, micro_batch):            # whole batches: those at their goal stay there
+        for i in range(0, walkers[t - 1] if t else 0, micro_batch):            # whole batches: some are at their goal
             x_t, x_goal = pool_x[i:i + micro_batch].float(), goal[i:i + micro_batch]
             tt, walking = torch.full_like(x_goal, t), x_goal < t
             out = teacher_eval(x_t, tt, None if pool_y is None else pool_y[i:i + micro_batch])
@@ -286,46 +146,6 @@ def shuffle_denoise():
             pool_t[i:i + micro_batch] = torch.where(walking, x_goal.clamp(min=s), pool_t[i:i + micro_batch])
             evaluations += micro_batch
     return evaluations
-
-
-@torch.no_grad()
-def make_synthetic(n):
-    """Data-Free Training: n images of the teacher, kept in out_dir, so that a resumed run has the same."""
-    path = os.path.join(out_dir, f'synthetic_rank{rank}.npz')
-    if not checkpoint:
-        parts, ys = [], []
-        for i in tqdm(range(0, n, micro_batch), desc='making images', disable=rank > 0, leave=False):
-            ys.append(draw_labels(min(micro_batch, n - i)))
-            with autocast:
-                x = M.sample(net_T, diffusion_T, (min(micro_batch, n - i), C, H, H), synthetic_steps, 'ddpm', ys[-1], guidance,
-                             spacing='even')
-            parts.append(M.to_uint8(x).cpu())
-        arrays = {'arr_0': torch.cat(parts).permute(0, 2, 3, 1).numpy()}
-        if num_classes:
-            arrays['arr_1'] = torch.cat(ys).cpu().numpy()
-        M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
-    return M.load_npz(path)
-
-
-t0, step, evaluations, best = time.time(), 0, 0, math.inf
-pool_x = pool_t = pool_y = None
-if walks and checkpoint:
-    pool_x, pool_t, pool_y = (v if v is None else v.to(device) for v in own['pool'])
-elif walks:
-    pool_x = torch.randn(pool_size, C, H, H, device=device).to(getattr(torch, pool_dtype))
-    pool_t = torch.full((pool_size,), T - 1, device=device)
-    pool_y = draw_labels(pool_size)
-    evaluations = shuffle_denoise()
-else:
-    images, labels = sets.get(data if method == 'data' else synthetic) or make_synthetic(synthetic_images // world)
-    if method == 'synthetic':
-        evaluations = 0 if synthetic else len(images) * synthetic_steps
-    if real_fraction:                                                          # Data-Limited Training
-        real, real_labels = sets[data]
-        picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed + rank))[:round(real_fraction * len(images))]
-        images = torch.cat([images[:len(images) - len(picked)], real[picked]])
-        labels = torch.cat([labels[:len(labels) - len(picked)], real_labels[picked]]) if num_classes else None
-    images, labels = images.to(device), labels.to(device) if num_classes else None
 
 
 def distill_batch(idx):
@@ -367,6 +187,194 @@ def image_batch(n):
     with autocast:
         out = model(x_t, t, y)
     return diffusion.training_loss(out, x0, x_t, t, noise, lam)
+
+
+# ---- check everything before any work starts ----
+walks = method in ('dynamic', 'shuffled', 'iterative')
+for wrong, message in [
+        (student not in ('unet', 'dit') and not student.endswith('.json'),
+         f"student={student!r}: 'unet', 'dit', or a config.json of diffusers"),
+        (method == 'data' and guidance > 1,
+         f"guidance={guidance}: method='data' has no teacher to guide; eval_fid.py guides what it samples"),
+        (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
+        (real_fraction and (method != 'synthetic' or not data),
+         f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'"),
+        (wandb and importlib.util.find_spec('wandb') is None, f'wandb={wandb} needs its package: pip install wandb')]:
+    if wrong:
+        M.die(message)
+device, autocast, rank, world = M.start(device, dtype, seed)
+if batch_size % (world * grad_accum):
+    M.die(f'batch_size={batch_size} is shared by {world} ranks x {grad_accum} accumulation steps: '
+          f'a multiple of {world * grad_accum}')
+micro_batch = batch_size // world // grad_accum                                # images of one forward pass
+
+# ---- teacher, images, student ----
+def diffusers_student():
+    """A network of random weights of the diffusers class and config in the file `student`, with the teacher's texts."""
+    try:
+        with open(student) as f:
+            found = json.load(f)
+        kind = found['_class_name']
+        if kind not in M.DIFFUSERS:
+            raise ValueError(f'{kind!r} is none of ' + ', '.join(M.DIFFUSERS))
+        net = M.make(kind, **{k: v for k, v in found.items() if not k.startswith('_')})
+        want = getattr(net_T, 'condition', 'class' if num_classes else '')
+        if net.condition != want or want == 'class' and net.num_classes != num_classes:
+            raise ValueError(f"it takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
+                             f"{num_classes or ''} {want or 'none'} (classes: one more in num_class_embeds, for none)")
+        net.num_classes = num_classes
+        if isinstance(net_T, M.Pipeline):
+            net.shared, net.times = net_T.shared, net_T.times
+        t = torch.zeros(1, dtype=torch.long, device=device)
+        with torch.no_grad():
+            out = net.to(device)(torch.zeros(1, C, H, H, device=device), t, t if num_classes else None)
+        if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)) or net.config['image_size'] != H:
+            raise ValueError(f"of sample_size {net.config['image_size']} it makes {tuple(out.shape[1:])}")
+        return net
+    except Exception as e:
+        raise ValueError(f'{student} is no config of a diffusers model for {C}x{H}x{H}: {M.first_line(e)}') from None
+
+
+try:
+    if method != 'data':
+        net_T, diffusion_T = M.load_denoiser(teacher, M.pick_dtype(device, dtype), **teacher_config)
+        config['teacher_digest'] = M.digest(net_T)
+        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
+        if getattr(net_T, 'condition', '') == 'text':
+            net_T.set_prompts(M.read_lines(prompts, f'{teacher} takes texts: --prompts=file.txt'),
+                              os.path.join(out_dir, 'prompts.safetensors'))
+        T, C, H = diffusion_T.T, net_T.config['in_channels'], net_T.config['image_size']
+        num_classes = net_T.num_classes
+        process = diffusion_T.config
+        if stride > T or warmup_steps > T:
+            raise ValueError(f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps')
+        guidance = guidance or (2. if num_classes else 1.)
+        if guidance != 1 and not num_classes:
+            raise ValueError(f'guidance={guidance}: {teacher} has no classes or texts to be guided to')
+        if method == 'synthetic' and not diffusion_T.clip:
+            raise ValueError("method='synthetic' stores images, this teacher makes latents: method='dynamic' can")
+    if method == 'data':
+        net_T = None
+        sets = {data: M.load_images(data)}
+        C, H = sets[data][0].shape[1:3]
+        num_classes = int(sets[data][1].max()) + 1 if class_cond and sets[data][1] is not None else int(class_cond)
+        process = dict(schedule=schedule, steps=T)
+    else:
+        sets = {s: M.load_images(s) for s in (synthetic, data if real_fraction else '') if s and method == 'synthetic'}
+    for spec, (images, labels) in sets.items():
+        if images.shape[1:] != (C, H, H):
+            raise ValueError(f'{spec}: its images are {tuple(images.shape[1:])}, {(C, H, H)} are wanted')
+        if num_classes and (labels is None or labels.max() >= num_classes):
+            raise ValueError(f"{spec} needs labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)")
+    if prompts and getattr(net_T, 'condition', '') != 'text':
+        raise ValueError(f'prompts={prompts}: {teacher if net_T else method} takes no texts')
+    prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
+    if student.endswith('.json'):
+        net = diffusers_student()
+        learn_sigma = net.config['out_channels'] == 2 * C
+        flows = process.get('schedule') == 'flow'
+        alike = net_T is not None and net.config['class'] == net_T.config['class']
+        if (prediction == 'flow') != flows or flows and not alike:
+            raise ValueError(f'{student}, student_prediction={student_prediction}: diffusers samples a flow only by '
+                             "the teacher's class, and flow predictions only of a flow: --student_prediction=teacher")
+    elif student == 'unet':
+        said = inspect.signature(M.UNet).parameters.keys() & config.keys() - {'num_heads'}   # which is dit's here
+        net = M.make('UNet', **{k: config[k] for k in said}, image_size=H, in_channels=C, num_classes=num_classes,
+                     out_channels=C * (1 + learn_sigma))
+    else:
+        net = M.make('DiT', image_size=H, patch_size=patch_size, in_channels=C, hidden_size=hidden_size, depth=depth,
+                     num_heads=num_heads, num_classes=num_classes, learn_sigma=learn_sigma)
+    diffusion = M.make('Diffusion', **process | dict(prediction=prediction, learn_sigma=learn_sigma))
+    M.sampling_steps(diffusion.T, sample_steps)
+    M.sampling_steps(diffusion.T, synthetic_steps if method == 'synthetic' and not synthetic else 1)
+    pool_batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
+    pool_size = pool_batches * batch_size // world if walks else 0
+    pool_bytes = pool_size * C * H * H * torch.finfo(getattr(torch, pool_dtype)).bits // 8
+    free = M.free_memory(device)
+    if pool_bytes > free:
+        raise ValueError(f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype} needs '
+                         f'{pool_bytes / 2 ** 20:,.0f} MB, there are {free / 2 ** 20:,.0f} MB: a smaller --rho or '
+                         '--batch_size, a larger --stride, or --pool_dtype=float16')
+    if eval_every:
+        net_F, space, D = M.load_features(eval_features, device)
+        made, wanted = 3 if M.has_vae(net_T) else C, net_F.config.get('in_channels', 3)
+        if made != wanted:
+            raise ValueError(f'eval_features={eval_features} takes {wanted} channels, the images have {made}')
+        reference = M.read_statistics(eval_reference, space, {'mu': D})
+        if reference is None:
+            raise ValueError(f'eval_reference={eval_reference} holds no statistics: eval_fid.py --save_stats')
+    M.check_folder(out_dir, pool_bytes * world + 16 * sum(p.numel() for p in net.parameters()))
+    checkpoint = M.resume(config, rank)
+    if checkpoint:
+        shared, own = checkpoint
+        M.load_state(net, shared['net'], out_dir)
+except (ValueError, RuntimeError, TypeError) as e:
+    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
+if warmup_steps == 0:
+    warmup_steps = max(1, T // stride)
+
+net = net.to(device, memory_format=M.memory_format(device))
+net_ema = copy.deepcopy(net).eval().requires_grad_(False)
+opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, (0.9, beta2), weight_decay=weight_decay,
+                        fused=True)
+# the same weights, for the loop
+run_T, model = (torch.compile(n, dynamic=False) if compile and n else n for n in (net_T, net))
+if world > 1:
+    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its luck
+if prompts and rank == 0:
+    net_T.keep_prompts(os.path.join(out_dir, 'prompts.safetensors'))
+if rank == 0:
+    names = [('student', student, net, diffusion)] + [('teacher', teacher, net_T, diffusion_T)] * (method != 'data')
+    for role, name, n, d in names:
+        size = sum(p.numel() for p in n.parameters())
+        print(f'{role} {name}: {size / 1e6:.2f} M parameters, predicts {d.prediction}')
+    print(f'{method}, {max_steps:,} steps of {batch_size} images of {C}x{H}x{H} on {world} x {device.type}'
+          + (f', guidance {guidance:g}' if guidance > 1 else '')
+          + (f'; a pool of {pool_size * world:,} images, {pool_bytes * world / 2 ** 20:.1f} MB' if walks else ''))
+
+
+# ---- where (x_t, t, target) come from ----
+@torch.no_grad()
+def make_synthetic(n):
+    """Data-Free Training: n images of the teacher, kept in out_dir, so that a resumed run has the same."""
+    path = os.path.join(out_dir, f'synthetic_rank{rank}.npz')
+    if not checkpoint:
+        parts, ys = [], []
+        for i in tqdm(range(0, n, micro_batch), desc='making images', disable=rank > 0, leave=False):
+            shape = min(micro_batch, n - i), C, H, H
+            ys.append(draw_labels(shape[0]))
+            with autocast:
+                x = M.sample(net_T, diffusion_T, shape, synthetic_steps, 'ddpm', ys[-1], guidance, spacing='even')
+            parts.append(M.to_uint8(x).cpu())
+        arrays = {'arr_0': torch.cat(parts).permute(0, 2, 3, 1).numpy()}
+        if num_classes:
+            arrays['arr_1'] = torch.cat(ys).cpu().numpy()
+        M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
+    return M.load_npz(path)
+
+
+t0, step, evaluations, best = time.time(), 0, 0, math.inf
+pool_x = pool_t = pool_y = None
+if walks and checkpoint:
+    pool_x, pool_t, pool_y = (v if v is None else v.to(device) for v in own['pool'])
+elif walks:
+    pool_x = torch.randn(pool_size, C, H, H, device=device).to(getattr(torch, pool_dtype))
+    pool_t = torch.full((pool_size,), T - 1, device=device)
+    pool_y = draw_labels(pool_size)
+    evaluations = shuffle_denoise()
+else:
+    images, labels = sets.get(data if method == 'data' else synthetic) or make_synthetic(synthetic_images // world)
+    if method == 'synthetic':
+        evaluations = 0 if synthetic else len(images) * synthetic_steps
+    if real_fraction:                                                          # Data-Limited Training
+        real, real_labels = sets[data]
+        picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed + rank))
+        picked = picked[:round(real_fraction * len(images))]
+        made = len(images) - len(picked)
+        images = torch.cat([images[:made], real[picked]])
+        labels = torch.cat([labels[:made], real_labels[picked]]) if num_classes else None
+    images, labels = images.to(device), labels.to(device) if num_classes else None
 
 
 # ---- results on disk ----
@@ -439,7 +447,8 @@ while step < max_steps:
     opt.param_groups[0]['lr'] = lr * scale
     if walks:
         # B_j^s: any batch of the pool (Alg. 1, line 4); the other methods have no other
-        order = (torch.randperm(pool_size, device=device) if method == 'dynamic' else torch.arange(pool_size, device=device))
+        draw = torch.randperm if method == 'dynamic' else torch.arange
+        order = draw(pool_size, device=device)
     for i in range(grad_accum):
         if world > 1:
             model.require_backward_grad_sync = i == grad_accum - 1
@@ -447,7 +456,7 @@ while step < max_steps:
         (losses['loss'].mean() / grad_accum).backward()
         sums[:3] += torch.stack([losses[k].detach().mean() for k in ('loss', 'mse', 'vb')]) / grad_accum
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
-    opt.found_inf = (~norm.isfinite()).float()                                 # the fused step then changes nothing, on any rank
+    opt.found_inf = (~norm.isfinite()).float()                                 # the fused step then changes nothing
     sums[3:] += torch.stack([norm, torch.ones_like(norm)])                     # ... and the number of steps
     opt.step()
     opt.zero_grad(set_to_none=True)
@@ -459,7 +468,7 @@ while step < max_steps:
     evaluating = eval_every and (step % eval_every == 0 or step == max_steps)
     if step % log_every == 0 or saving or evaluating:
         loss, mse, vb, norm, _ = (sums / sums[-1]).tolist()
-        if not math.isfinite(norm):                                            # the same on all ranks: gradients are shared
+        if not math.isfinite(norm):                                            # the same on all ranks, as gradients are
             bar.close()
             M.die(f'step {step}: the loss or its gradient was not finite since the last row; nothing of that reached '
                   f'the weights. Try a smaller --lr (now {lr * scale:.2g})')
@@ -480,7 +489,7 @@ while step < max_steps:
                 wb.log({k: v for k, v in row.items() if v != ''}, step=step)
         sums.zero_()
     if saving:
-        save_checkpoint()                                                      # first: who stops us may not wait for pictures
+        save_checkpoint()                                                      # first: who stops us may not wait
         if rank == 0:
             save_result()
     if leaving:
