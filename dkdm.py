@@ -325,8 +325,10 @@ torch.manual_seed(seed * 1000 + rank + 1)                                      #
 if prompts and rank == 0:
     net_T.keep_prompts(os.path.join(out_dir, 'prompts.safetensors'))
 if rank == 0:
-    names = [('student', student, net, diffusion)] + [('teacher', teacher, net_T, diffusion_T)] * (method != 'data')
-    for role, name, n, d in names:
+    both = [('student', student, net, diffusion)]
+    if method != 'data':
+        both += [('teacher', teacher, net_T, diffusion_T)]
+    for role, name, n, d in both:
         size = sum(p.numel() for p in n.parameters())
         print(f'{role} {name}: {size / 1e6:.2f} M parameters, predicts {d.prediction}')
     print(f'{method}, {max_steps:,} steps of {batch_size} images of {C}x{H}x{H} on {world} x {device.type}'
