@@ -10,7 +10,7 @@ where a denoiser has the classifier's classes, how often the classifier agrees w
 
 The statistics of a reference are made once with --save_stats; where there are no data, from the teacher's own samples:
     python eval_fid.py --reference=mnist --save_stats=pretrained/mnist_stats.npz
-    python eval_fid.py --reference=pretrained/mnist_classes.safetensors --guidance=2.0 --save_stats=out/teacher_stats.npz
+    python eval_fid.py --reference=pretrained/mnist_classes.safetensors --guidance=2.0 --save_stats=out/stats.npz
 
 Only in the features of Inception is the Frechet distance called FID. Its statistics are accumulated as a stream; of the
 features the first 10,000 of the reference and 50,000 of a model are kept for the other metrics. 50,000 images of 32x32
@@ -20,10 +20,10 @@ import os
 import time
 
 # what is measured
-models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders of images, torchvision names
+models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders, torchvision names
 model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 reference = 'pretrained/mnist_stats.npz'  # as above, or stored statistics, ours or ADM's
-features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier (models.load_classifier)
+features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier
 inception_weights = ''       # Inception's weights as a file, where there is no network
 save_stats = ''              # write the reference's statistics to this .npz
 n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images of each set; 0 leaves them out
@@ -119,7 +119,7 @@ def two_sample(real, fake):
 specs = [s for s in models.split(',') if s]
 inception = features == 'inception'
 if not specs and not save_stats:
-    M.die('nothing to measure: --models=student.safetensors, an .npz, a folder of images, or several of them with commas')
+    M.die('nothing to measure: --models=student.safetensors, an .npz, a folder of images, or several with commas')
 if save_stats and (not save_stats.endswith('.npz') or os.path.isdir(save_stats)):
     M.die(f'save_stats={save_stats}: a name that ends in .npz')
 device, autocast, rank, world = M.start(device, dtype, seed)
@@ -150,7 +150,7 @@ def load_inception():
         raise ValueError(f'the weights of Inception are not to be had ({M.first_line(e)}): put '
                          f'{os.path.basename(file)} from {os.path.dirname(url)} to {file}, or name the file with '
                          '--inception_weights') from None
-    with open(inception_weights or file, 'rb') as f:                           # the genuine file's name ends in its hash
+    with open(inception_weights or file, 'rb') as f:                           # the genuine file's name has its hash
         name = hashlib.sha256(f.read()).hexdigest()[:8]
     return net, 'inception' if name in file else f'inception {name}'
 
@@ -229,8 +229,8 @@ class Moments:
 
 @torch.inference_mode()
 def extract(batches, total, keep):
-    """What is known of a set of images, uint8 (B, C, H, W) per batch with their places in the set: count, mu and sigma (of
-    the spatial features too), and the first `keep` features and logits, in the order of the set; all on the device."""
+    """What is known of a set of images, uint8 (B, C, H, W) per batch with their places in the set: count, mu and sigma
+    (of the spatial features too), and the first `keep` features and logits, in order; all on the device."""
     moments, moments_s = Moments(D), Moments(2023) if inception else None
     kept = torch.zeros(min(keep, total), D + classes, device=exact)
     for places, x in tqdm(batches, total=-(-total // batch_size // world), disable=rank > 0, leave=False):
@@ -313,6 +313,11 @@ if save_stats and rank == 0:
     print(f"{save_stats}: statistics of {ref['n']:,} images of {reference} in the space of {space}")
 
 # ---- the models ----
+def written(v):
+    """A cell of the table."""
+    return '' if v is None else v if isinstance(v, str) else f'{v:,}' if isinstance(v, int) else f'{v:.4g}'
+
+
 table = []
 for spec, source in zip(specs, inputs):
     kept, seconds, row = [], [], {'model': spec}
@@ -328,7 +333,8 @@ for spec, source in zip(specs, inputs):
             net(x, torch.zeros(1, dtype=torch.long, device=device)) if diffusion else net.generate(net.noise(1))
         row |= {'parameters': sum(p.numel() for p in net.parameters()),
                 'MB': os.path.getsize(spec) / 2 ** 20 if os.path.isfile(spec) else None,
-                'MFLOPs': flops.get_total_flops() / 1e6, 'ms/image': 1000 * np.mean(seconds), '+-': 1000 * np.std(seconds)}
+                'MFLOPs': flops.get_total_flops() / 1e6, 'ms/image': 1000 * np.mean(seconds),
+                '+-': 1000 * np.std(seconds)}
     row['images'] = total
     row['FID' if inception else 'Frechet'], singular = M.frechet_distance(
         found['mu'], found['sigma'], moments['mu'], moments['sigma'])
@@ -363,8 +369,7 @@ for spec, source in zip(specs, inputs):
     M.save_grid(os.path.join(out_dir, f'{name}.png'), M.to_float(kept[0]), 10)
 if table:
     columns = list(dict.fromkeys(k for row in table for k in row))
-    cells = [columns] + [['' if (v := row.get(k)) is None else f'{v:,}' if isinstance(v, int) else v if isinstance(v, str) else f'{v:.4g}'
-                          for k in columns] for row in table]
+    cells = [columns] + [[written(row.get(k)) for k in columns] for row in table]
     widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
     print(f"features of {space}; reference {reference}" + (f" ({int(ref['n']):,} images)" if 'n' in ref else '')
           + f'; denoisers: {sampler}, {steps} steps, {spacing}; seed {seed}')
