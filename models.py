@@ -1,10 +1,21 @@
 """
-Everything that the scripts share: the networks, the diffusion process, loading and saving, and the few lines
-that running on several GPUs needs.
+Everything that the scripts share, in the order in which a reader needs it:
+
+    networks            UNet, DiT: denoisers; classifier, preprocess: ResNets, Wide ResNets, VGGs, torchvision's;
+                        LVAE, combine, gaussian_kl: the ladder VAE
+    diffusion           Diffusion: the process, its steps and losses; guided, sampling_steps, sample
+    loading and saving  files: die, explained, read_lines, check_folder, write_atomically
+                        weights: make, build, save_model, read_weights, load_state, digest
+                        diffusers: Pipeline, decode, read_pipeline, open_pipeline, load_part
+                        load_denoiser, load_classifier, load_vae
+                        images: load_images, resize, to_float, to_uint8, save_grid
+    measuring           features, load_features, read_statistics, frechet_distance
+    running             start, pick_dtype, cast_frozen, on_all, one_first, stop_flag, leave, update_ema;
+                        checkpoints: claim, save_checkpoint, load_checkpoint, resume; Log
 
 Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ... T-1; `x_t` at `t` is what the
 network sees when it predicts the step to `t-1`; `s = -1` means the clean image. A class label of -1 is the null
-condition of classifier-free guidance.
+condition of classifier-free guidance. What is wrong with a file, a setting or a network is a ValueError of one line.
 """
 import contextlib
 import csv
@@ -23,6 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import OrderedDict
 from datetime import timedelta
 
 import numpy as np
@@ -56,13 +68,15 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-def upsample(x):
-    """Every pixel of (B, C, H, W) four times; on CPUs by two copies, which are several times faster than F.interpolate."""
-    if not x.is_cpu:
-        return F.interpolate(x, scale_factor=2.)
-    B, C, H, W = x.shape
-    x = torch.stack([x, x], dim=-1).flatten(3)
-    return torch.cat([x, x], dim=-1).view(B, C, 2 * H, 2 * W)
+class Upsample(nn.Module):
+    """Every pixel of (B, C, H, W) four times; on CPUs by two copies, several times faster than F.interpolate."""
+
+    def forward(self, x):
+        if not x.is_cpu:
+            return F.interpolate(x, scale_factor=2.)
+        B, C, H, W = x.shape
+        x = torch.stack([x, x], dim=-1).flatten(3)
+        return torch.cat([x, x], dim=-1).view(B, C, 2 * H, 2 * W)
 
 
 class ResBlock(nn.Module):
@@ -70,7 +84,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_ch, out_ch, emb_ch, dropout, scale_shift, resample=None):
         super().__init__()
-        self.scale_shift, self.resample = scale_shift, resample
+        self.scale_shift = scale_shift
+        self.resample = {None: nn.Identity(), 'down': nn.AvgPool2d(2), 'up': Upsample()}[resample]
         self.in_layers = nn.Sequential(group_norm(in_ch), nn.SiLU(), nn.Conv2d(in_ch, out_ch, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_ch, (2 if scale_shift else 1) * out_ch))
         self.out_layers = nn.Sequential(group_norm(out_ch), nn.SiLU(), nn.Dropout(dropout),
@@ -79,19 +94,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         (norm1, act, conv1), (norm2, _, dropout, conv2) = self.in_layers, self.out_layers
-        h = act(norm1(x))
-        if self.resample == 'down':
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == 'up':
-            h, x = upsample(h), upsample(x)
-        h = conv1(h)
+        h = conv1(self.resample(act(norm1(x))))
         emb = self.emb_layers(emb)[:, :, None, None]
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = norm2(h) * (1 + scale) + shift
         else:
             h = norm2(h + emb)
-        return self.skip_connection(x) + conv2(dropout(act(h)))
+        return self.skip_connection(self.resample(x)) + conv2(dropout(act(h)))
 
 
 class AttentionBlock(nn.Module):
@@ -104,7 +114,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x, emb):
+    def forward(self, x):
         B, C, H, W = x.shape
         # the 1x1 convolutions as linear layers: with the channels last in memory attention takes its fast path
         h = self.norm(x).flatten(2).transpose(1, 2)                            # (B, H*W, C)
@@ -118,30 +128,12 @@ class AttentionBlock(nn.Module):
         return x + h.transpose(1, 2).reshape(B, C, H, W)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x, emb):
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x, emb):
-        return self.conv(upsample(x))
-
-
 class Stack(nn.ModuleList):
-    """Layers in a row, each of which may look at the time embedding."""
+    """Layers in a row, of which the residual blocks look at the time embedding."""
 
     def forward(self, x, emb):
         for layer in self:
-            x = layer(x) if isinstance(layer, nn.Conv2d) else layer(x, emb)
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
@@ -179,33 +171,34 @@ class UNet(nn.Module):
                 raise ValueError(f'{ch} channels cannot be cut into {heads} attention heads')
             return AttentionBlock(ch, heads, use_new_attention_order)
 
-        ch = int(channel_mult[0] * model_channels)
+        def layers(in_ch, out_ch):                                             # at the present side
+            return [res(in_ch, out_ch)] + ([attention(out_ch)] if side in attention_resolutions else [])
+
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        ch = widths[0]
         self.input_blocks = nn.ModuleList([Stack([nn.Conv2d(in_channels * patch_size ** 2, ch, 3, padding=1)])])
         skips = [ch]
-        for level, mult in enumerate(channel_mult):
+        for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers = [res(ch, int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if side in attention_resolutions:
-                    layers.append(attention(ch))
-                self.input_blocks.append(Stack(layers))
+                self.input_blocks.append(Stack(layers(ch, width)))
+                ch = width
                 skips.append(ch)
-            if level < len(channel_mult) - 1:
-                self.input_blocks.append(Stack([res(ch, ch, 'down') if resblock_updown else Downsample(ch)]))
+            if level < len(widths) - 1:
+                self.input_blocks.append(Stack([res(ch, ch, 'down') if resblock_updown else nn.Sequential(
+                    OrderedDict(op=nn.Conv2d(ch, ch, 3, stride=2, padding=1)))]))
                 skips.append(ch)
                 side //= 2
         self.middle_block = Stack([res(ch, ch), attention(ch), res(ch, ch)])
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for i in range(num_res_blocks + 1):
-                layers = [res(ch + skips.pop(), int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if side in attention_resolutions:
-                    layers.append(attention(ch))
+                block = Stack(layers(ch + skips.pop(), width))
+                ch = width
                 if level and i == num_res_blocks:
-                    layers.append(res(ch, ch, 'up') if resblock_updown else Upsample(ch))
+                    block.append(res(ch, ch, 'up') if resblock_updown else nn.Sequential(
+                        OrderedDict(up=Upsample(), conv=nn.Conv2d(ch, ch, 3, padding=1))))
                     side *= 2
-                self.output_blocks.append(Stack(layers))
+                self.output_blocks.append(block)
         self.out = nn.Sequential(group_norm(ch), nn.SiLU(),
                                  zero_init(nn.Conv2d(ch, out_channels * patch_size ** 2, 3, padding=1)))
 
@@ -214,7 +207,7 @@ class UNet(nn.Module):
         dtype = emb.dtype                                                      # what autocast computes in
         if self.num_classes and y is not None:
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
-        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 would round small noise on x_t away
+        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 rounds small noise away
             h = self.input_blocks[0](F.pixel_unshuffle(x, self.patch_size), emb).to(dtype)
         skips = [h]
         for block in self.input_blocks[1:]:
@@ -295,7 +288,7 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y=None):
         B, p = len(x), self.patch_size
-        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 would round small noise on x_t away
+        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 rounds small noise away
             h = self.x_embedder['proj'](x)
         grid = h.shape[-1]
         h = h.flatten(2).transpose(1, 2) + self.pos_embed                      # (B, grid*grid, hidden)
@@ -312,19 +305,22 @@ class DiT(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """conv-BN-ReLU ... conv-BN plus shortcut, whose name `skip` differs between families: 3x3 twice, or, a bottleneck,
-    1x1 - 3x3 - 1x1 at a quarter of the width."""
+    """conv-BN-ReLU ... conv-BN plus shortcut, then ReLU: 3x3 twice or, a bottleneck, 1x1 - 3x3 - 1x1 at a quarter of
+    the width. The shortcut's name differs between families, and a ladder's stands before the rest."""
 
-    def __init__(self, in_ch, out_ch, stride, skip, make_skip, bottleneck=False):
+    def __init__(self, in_ch, out_ch, stride, skip, make_skip, bottleneck=False, skip_first=False):
         super().__init__()
         mid = out_ch // 4
         convs = ((in_ch, mid, 1, 1), (mid, mid, 3, stride), (mid, out_ch, 1, 1)) if bottleneck else (
             (in_ch, out_ch, 3, stride), (out_ch, out_ch, 3, 1))
+        if skip_first:
+            self.add_module(skip, make_skip(in_ch, out_ch, stride))
         for i, (a, b, kernel, by) in enumerate(convs, 1):
             self.add_module(f'conv{i}', nn.Conv2d(a, b, kernel, by, kernel // 2, bias=False))
             self.add_module(f'bn{i}', nn.BatchNorm2d(b))
+        if not skip_first:
+            self.add_module(skip, make_skip(in_ch, out_ch, stride))
         self.depth, self.skip = len(convs), skip
-        self.add_module(skip, nn.Identity() if in_ch == out_ch and stride == 1 else make_skip(in_ch, out_ch, stride))
 
     def forward(self, x):
         h = x
@@ -349,39 +345,6 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.extra, self.extra))
 
 
-class ResNet(nn.Module):
-    """CIFAR ResNets: depth 6n+2 has three stages (He et al. 2016); 18, 34 and 50 are ImageNet's with a 3x3 stem."""
-
-    def __init__(self, depth, num_classes=10, in_channels=3, width=None, shortcut='conv'):
-        super().__init__()
-        deep = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-        counts, bottleneck = deep.get(depth) or [(depth - 2) // 6] * 3, depth == 50
-        make_skip = {'conv': conv_shortcut, 'pad': PadShortcut}[shortcut]
-        skip, self.head_name = ('shortcut', 'linear') if depth in deep else ('downsample', 'fc')
-        width = width or (64 if depth in deep else 16)
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        ch = width
-        for i, count in enumerate(counts):
-            out_ch = width * 2 ** i * (4 if bottleneck else 1)
-            layers = []
-            for j in range(count):
-                layers.append(ResidualBlock(ch, out_ch, 2 if i and j == 0 else 1, skip, make_skip, bottleneck))
-                ch = out_ch
-            self.add_module(f'layer{i + 1}', nn.Sequential(*layers))
-        self.stages = len(counts)
-        self.add_module(self.head_name, nn.Linear(ch, num_classes))
-
-    def forward_features(self, x):
-        h, maps = F.relu(self.bn1(self.conv1(x))), []
-        for i in range(self.stages):
-            h = self.get_submodule(f'layer{i + 1}')(h)
-            maps.append(h)
-        return self.get_submodule(self.head_name)(h.mean((2, 3))), maps
-
-    def forward(self, x):
-        return self.forward_features(x)[0]
-
-
 class WideBlock(nn.Module):
     """BN-ReLU-conv twice; where the width changes, the shortcut starts after the first BN-ReLU."""
 
@@ -398,59 +361,84 @@ class WideBlock(nn.Module):
         return skip + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
 
-class WideResNet(nn.Module):
+def stage(block, count, in_ch, out_ch, stride, *more):
+    return nn.Sequential(*[block(in_ch if j == 0 else out_ch, out_ch, stride if j == 0 else 1, *more)
+                           for j in range(count)])
+
+
+class Classifier(nn.Module):
+    """Named layers in a row, some of which end a stage; the last is linear and sees the mean of the last map."""
+
+    def __init__(self, layers, ends):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.ends, self.head_name = ends, name
+
+    def forward_features(self, x):
+        maps = []
+        *layers, (_, head) = self.named_children()
+        for name, layer in layers:
+            x = layer['layer'](x) if isinstance(layer, nn.ModuleDict) else layer(x)   # a stage of a Wide ResNet
+            if name in self.ends:
+                maps.append(x)
+        return head(x.mean((2, 3))), maps
+
+    def forward(self, x):
+        return self.forward_features(x)[0]
+
+
+def resnet(depth, num_classes=10, in_channels=3, width=None, shortcut='conv'):
+    """CIFAR ResNets: depth 6n+2 has three stages (He et al. 2016); 18, 34 and 50 are ImageNet's with a 3x3 stem."""
+    deep = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+    counts, bottleneck = deep.get(depth) or [(depth - 2) // 6] * 3, depth == 50
+    make = {'conv': conv_shortcut, 'pad': PadShortcut}[shortcut]
+
+    def make_skip(in_ch, out_ch, stride):
+        return nn.Identity() if in_ch == out_ch and stride == 1 else make(in_ch, out_ch, stride)
+    skip, head = ('shortcut', 'linear') if depth in deep else ('downsample', 'fc')
+    ch = width = width or (64 if depth in deep else 16)
+    layers = {'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), 'bn1': nn.BatchNorm2d(width),
+              'relu': nn.ReLU()}
+    for i, count in enumerate(counts):
+        out_ch = width * 2 ** i * (4 if bottleneck else 1)
+        layers[f'layer{i + 1}'] = stage(ResidualBlock, count, ch, out_ch, 2 if i else 1, skip, make_skip, bottleneck)
+        ch = out_ch
+    return Classifier(layers | {head: nn.Linear(ch, num_classes)}, [f'layer{i + 1}' for i in range(len(counts))])
+
+
+def wide_resnet(depth, widen, num_classes=10, in_channels=3):
     """Wide ResNet (Zagoruyko & Komodakis 2016), depth 6n+4."""
+    layers, ch = {'conv1': nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)}, 16
+    for i in range(3):
+        out_ch = 16 * widen * 2 ** i
+        layers[f'block{i + 1}'] = nn.ModuleDict({
+            'layer': stage(WideBlock, (depth - 4) // 6, ch, out_ch, 2 if i else 1)})
+        ch = out_ch
+    layers |= {'bn1': nn.BatchNorm2d(ch), 'relu': nn.ReLU(), 'fc': nn.Linear(ch, num_classes)}
+    return Classifier(layers, ('block1', 'block2', 'relu'))
 
-    def __init__(self, depth, widen, num_classes=10, in_channels=3):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        ch = 16
-        for i in range(3):
-            layers = []
-            for j in range((depth - 4) // 6):
-                layers.append(WideBlock(ch, 16 * widen * 2 ** i, 2 if i and j == 0 else 1))
-                ch = 16 * widen * 2 ** i
-            self.add_module(f'block{i + 1}', nn.ModuleDict({'layer': nn.Sequential(*layers)}))
-        self.bn1, self.fc, self.head_name = nn.BatchNorm2d(ch), nn.Linear(ch, num_classes), 'fc'
 
-    def forward_features(self, x):
-        h, maps = self.conv1(x), []
-        for block in (self.block1, self.block2, self.block3):
-            h = block['layer'](h)
-            maps.append(h)
-        maps[-1] = F.relu(self.bn1(h))
-        return self.fc(maps[-1].mean((2, 3))), maps
+class PoolLarge(nn.MaxPool2d):
+    """The fourth halving of a VGG, of images from 64 pixels on: the last map of 32 and of 64 pixels is 4x4."""
 
     def forward(self, x):
-        return self.forward_features(x)[0]
+        return super().forward(x) if x.shape[-1] >= 8 else x
 
 
-class VGG(nn.Module):
+def vgg(depth, num_classes=10, in_channels=3):
     """VGG with BatchNorm and one linear layer (Simonyan & Zisserman 2015), as used on CIFAR."""
-
-    def __init__(self, depth, num_classes=10, in_channels=3):
-        super().__init__()
-        counts = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}[depth]
-        ch = in_channels
-        for i, (count, out_ch) in enumerate(zip(counts, (64, 128, 256, 512, 512))):
-            layers = []
-            for _ in range(count):
-                layers += [nn.Conv2d(ch, out_ch, 3, padding=1), nn.BatchNorm2d(out_ch), nn.ReLU()]
-                ch = out_ch
-            self.add_module(f'block{i}', nn.Sequential(*layers))
-        self.classifier, self.head_name = nn.Linear(ch, num_classes), 'classifier'
-
-    def forward_features(self, x):
-        # three or four halvings, so that the last map of a 32- and of a 64-pixel image is 4x4
-        h, maps, pools = x, [], (0, 1, 2, 3) if x.shape[-1] >= 64 else (0, 1, 2)
-        for i in range(5):
-            h = self.get_submodule(f'block{i}')(h)
-            maps.append(h)
-            h = F.max_pool2d(h, 2) if i in pools else h
-        return self.classifier(h.mean((2, 3))), maps
-
-    def forward(self, x):
-        return self.forward_features(x)[0]
+    counts = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}[depth]
+    layers, ch = {}, in_channels
+    for i, (count, out_ch) in enumerate(zip(counts, (64, 128, 256, 512, 512))):
+        block = []
+        for _ in range(count):
+            block += [nn.Conv2d(ch, out_ch, 3, padding=1), nn.BatchNorm2d(out_ch), nn.ReLU()]
+            ch = out_ch
+        layers[f'block{i}'] = nn.Sequential(*block)
+        if i < 4:
+            layers[f'pool{i}'] = nn.MaxPool2d(2) if i < 3 else PoolLarge(2)
+    return Classifier(layers | {'classifier': nn.Linear(ch, num_classes)}, [f'block{i}' for i in range(5)])
 
 
 class Torchvision(nn.Module):
@@ -465,9 +453,12 @@ class Torchvision(nn.Module):
         self.head_name = [f'net.{k}' for k, m in self.net.named_modules() if isinstance(m, nn.Linear)][-1]
 
     def forward_features(self, x):
-        maps, body = {}, getattr(self.net, 'features', self.net)
-        hooks = [m.register_forward_hook(lambda m, args, out: maps.update({out.shape[2:]: out}) if out.dim() == 4 else None)
-                 for m in body.children()]
+        maps = {}
+
+        def keep(module, args, out):
+            if out.dim() == 4:
+                maps[out.shape[2:]] = out
+        hooks = [m.register_forward_hook(keep) for m in getattr(self.net, 'features', self.net).children()]
         logits = self.net(x)
         for h in hooks:
             h.remove()
@@ -486,19 +477,21 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
     linear layer sees. `image_size`, `mean` and `std` (of images in [0, 1]) belong to `preprocess`.
     Raises ValueError for an unknown name.
     """
-    family, _, size = name.partition('resnet') if name.startswith('resnet') else (name[:3], '', name[3:])
     try:
-        if name.startswith('resnet') and (int(size) in (18, 34, 50) or int(size) in range(8, 1210, 6)):
-            net = ResNet(int(size), num_classes, **kw)
-        elif family == 'wrn' and int(size.split('_')[0]) in range(10, 1000, 6):
-            net = WideResNet(*map(int, size.split('_')), num_classes, **kw)
-        elif family == 'vgg' and size in ('11', '13', '16', '19'):
-            net = VGG(int(size), num_classes, **kw)
-        elif name.startswith('torchvision:'):
+        family, sizes = re.match('[a-z]*', name)[0], [int(n) for n in re.findall('[0-9]+', name)]
+        if name.startswith('torchvision:'):
             net = Torchvision(name.partition(':')[2], num_classes, **kw)
+        elif name != family + '_'.join(map(str, sizes)):
+            raise ValueError
+        elif family == 'resnet' and (sizes[0] in (18, 34, 50) or sizes[0] in range(8, 1210, 6)):
+            net = resnet(*sizes, num_classes=num_classes, **kw)
+        elif family == 'wrn' and sizes[0] in range(10, 1000, 6):
+            net = wide_resnet(*sizes, num_classes=num_classes, **kw)
+        elif family == 'vgg':
+            net = vgg(*sizes, num_classes=num_classes, **kw)
         else:
             raise ValueError
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, LookupError):
         raise ValueError(f'no classifier {name!r} with {kw}: resnet8, 14, 20 ... 110 or resnet18, 34, 50 (in_channels, '
                          'width, shortcut), wrn16_1 ... wrn40_2, vgg11, 13, 16, 19 (in_channels), torchvision:resnet34 '
                          'and its like') from None
@@ -510,31 +503,34 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
     return net
 
 
+def resize(images, size):
+    """Float images (B, C, H, W) as squares of `size` a side."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
+
+
 def preprocess(net, images):
-    """What a classifier of ours expects of images (B, C, H, W) in [-1, 1]: its size, its mean and standard deviation."""
-    size = net.config['image_size']
-    if images.shape[-1] != size:
-        images = F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
+    """What a classifier of ours expects of images (B, C, H, W) in [-1, 1]: its size, mean and standard deviation."""
     if getattr(net, 'mean', None) is None or net.mean.device != images.device:   # sent to the device once
-        net.mean, net.std = (torch.tensor(net.config[k], device=images.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
+        net.mean, net.std = (torch.tensor(net.config[k], device=images.device).view(1, -1, 1, 1)
+                             for k in ('mean', 'std'))
+    images = resize(images, net.config['image_size'])
     return ((images + 1) / 2 - net.mean.to(images)) / net.std.to(images)
 
 
-class LadderBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN plus shortcut, at half (`downsample`) or twice (`upsample`, to `side`) the resolution or none."""
+class LadderBlock(ResidualBlock):
+    """A residual block at half ('downsample') or twice ('upsample', to `side`) the resolution, or at the same."""
 
     def __init__(self, in_ch, out_ch, resample=None, side=None):
-        super().__init__()
-        self.resample, self.side, stride = resample, side, 2 if resample == 'downsample' else 1
-        if resample:
-            self.add_module(resample, nn.Conv2d(in_ch, out_ch, 1, stride, bias=False))
-        self.conv1, self.bn1 = nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False), nn.BatchNorm2d(out_ch)
-        self.conv2, self.bn2 = nn.Conv2d(out_ch, out_ch, 3, 1, 1, bias=False), nn.BatchNorm2d(out_ch)
+        def make_skip(in_ch, out_ch, stride):
+            return nn.Conv2d(in_ch, out_ch, 1, stride, bias=False) if resample else nn.Identity()
+        stride = 2 if resample == 'downsample' else 1
+        super().__init__(in_ch, out_ch, stride, resample or 'same', make_skip, skip_first=True)
+        self.side = side
 
     def forward(self, x):
-        x = F.interpolate(x, size=(self.side, self.side)) if self.resample == 'upsample' else x
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(h + (self.get_submodule(self.resample)(x) if self.resample else x))
+        return super().forward(F.interpolate(x, size=(self.side, self.side)) if self.side else x)
 
 
 class LadderLevel(nn.Module):
@@ -553,8 +549,8 @@ def gaussian(out):
 
 
 class LVAE(nn.Module):
-    """Ladder VAE (Sonderby et al. 2016) with 16-channel latents at every halving of the image down to 1x1: 16, 8, 4, 2, 1
-    for 32 pixels, one more for 64; 14, 7, 4, 2, 1 for 28. Width 128 at 32 pixels is the slides' teacher, 8 their student.
+    """Ladder VAE (Sonderby et al. 2016) with 16-channel latents at every halving of the image down to 1x1: 16, 8, 4,
+    2, 1 for 32 pixels, 14, 7, 4, 2, 1 for 28. Width 128 at 32 pixels is the slides' teacher, 8 their student.
 
     Images (B, C, H, W) are in [0, 1] here. Lists over levels start at the finest; noise is a list of (B, 16, h, w).
     A decoder's output has 2C channels, of which the first C are the mean of the pixels; their std is sqrt(beta / 2).
@@ -579,7 +575,8 @@ class LVAE(nn.Module):
         return [torch.randn(n, 16, side, side, generator=generator, device=device) for side in self.sides[1:]]
 
     def encode(self, x):
-        """What the image alone says of each level: a list of (mean, std), bottom-up. Raises ValueError outside [0, 1]."""
+        """What the image alone says of each level: a list of (mean, std), bottom-up. Raises ValueError outside
+        [0, 1]."""
         check_images(x, self.config)
         h, found = self.u1[0](x), []
         for i in range(1, self.levels + 1):
@@ -589,8 +586,8 @@ class LVAE(nn.Module):
         return found
 
     def decode(self, noise, seen=None):
-        """(out, q, p) on the way down with z = mean + std noise: p the prior Gaussians, each given the z above it, and q
-        those that z is drawn from. Without `seen` that is the prior; with it, from `encode`, the two are weighted by
+        """(out, q, p) on the way down with z = mean + std noise: p the prior Gaussians, each given the z above it, and
+        q those that z is drawn from. Without `seen` that is the prior; with it, from `encode`, the two are weighted by
         their precisions, and the top is what the image says."""
         top = self.levels - 1
         p, q = [None] * self.levels, [None] * self.levels
@@ -627,8 +624,8 @@ def check_images(x, config):
     wait for a GPU: there the scripts' uint8 / 255 has to do."""
     side = config['image_size'] if config['class'] == 'LVAE' else x.shape[2]
     if x.shape[1:] != (config['in_channels'], side, side) or x.is_cpu and (x.min() < 0 or x.max() > 1):
-        raise ValueError(f"images {tuple(x.shape[1:])} in [{x.min().item():.2f}, {x.max().item():.2f}]: this {config['class']} takes "
-                         f"{(config['in_channels'], side, side)} in [0, 1]")
+        raise ValueError(f'images {tuple(x.shape[1:])} in [{x.min().item():.2f}, {x.max().item():.2f}]: this '
+                         f"{config['class']} takes {(config['in_channels'], side, side)} in [0, 1]")
 
 
 def combine(a, b):
@@ -642,16 +639,6 @@ def gaussian_kl(q, p):
     """KL(q || p) of diagonal Gaussians (mean, std), (B,)."""
     kl = (p[1] / q[1]).log() + (q[1] ** 2 + (q[0] - p[0]) ** 2) / (2 * p[1] ** 2) - 0.5
     return kl.sum((1, 2, 3))
-
-
-def wasserstein(a, b):
-    """Squared 2-Wasserstein distance of diagonal Gaussians (mean, std), averaged over their numbers."""
-    return ((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2).mean()
-
-
-def output_kl(out_S, out_T, channels, beta=0.1):
-    """KL of two decoders' pixels, Gaussians of variance beta / 2, summed over an image and averaged over the batch."""
-    return ((out_S[:, :channels] - out_T[:, :channels]) ** 2).sum((1, 2, 3)).mean() / beta
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -694,8 +681,8 @@ class Diffusion:
         self.prediction, self.learn_sigma, self.clip = prediction, learn_sigma, clip
         if schedule == 'flow':
             if prediction == 'eps':
-                raise ValueError("prediction 'eps' on schedule 'flow': nothing of x_0 is left at t = T-1, so eps does not "
-                                 "tell it; 'flow', 'v' or 'x0' do")
+                raise ValueError("prediction 'eps' on schedule 'flow': nothing of x_0 is left at t = T-1, so eps does "
+                                 "not tell it; 'flow', 'v' or 'x0' do")
             b = np.arange(1, steps + 1) / steps
             b = shift * b / (1 + (shift - 1) * b)
             a = 1 - b
@@ -708,10 +695,11 @@ class Diffusion:
         # index -1 (the last entry) is the clean image; float64, cast where it meets images
         self.a, self.b = (torch.tensor([*v, end], dtype=torch.float64) for v, end in ((a, 1.), (b, 0.)))
         self.alpha_bar = self.a ** 2 / (self.a ** 2 + self.b ** 2)
-        self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()  # of a variance, where its logarithm is taken
+        # of a variance, where its logarithm is taken
+        self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()
 
     def ab(self, t, like):
-        """(a_t, b_t) in float64 (MPS has no such), shaped to broadcast against images. An int costs no copy to a GPU."""
+        """(a_t, b_t) in float64 (MPS has none), shaped to broadcast against images. An int costs no copy to a GPU."""
         if self.a.device != like.device:
             dtype = torch.float32 if like.device.type == 'mps' else torch.float64
             self.a, self.b = self.a.to(like.device, dtype), self.b.to(like.device, dtype)
@@ -819,7 +807,7 @@ class Diffusion:
 
 
 def pixel_nll(x, mean, logvar):
-    """-log of the Gaussian's mass in the 8-bit bin of x in [-1, 1] (Ho et al. 2020, Eq. (13)); the outer bins are open."""
+    """-log of the Gaussian's mass in the 8-bit bin of x in [-1, 1] (Ho et al. 2020, Eq. (13)); outer bins are open."""
     def cdf(z):
         return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
     inv_std = (-0.5 * logvar).exp()
@@ -841,8 +829,9 @@ def guided(net, x_t, t, y=None, guidance=1.):
 
 
 def sampling_steps(T, steps, spacing='trailing'):
-    """Timesteps, from noise to image: 'trailing' evenly from T-1, the last jump as long as the others (Lin et al. 2024);
-    'even' with both ends, T-1 and 0 (Improved DDPM); 'leading' at multiples of T // steps, which starts below T-1 (DDIM)."""
+    """Timesteps, from noise to image: 'trailing' evenly from T-1, the last jump as long as the others (Lin et al.
+    2024); 'even' with both ends, T-1 and 0 (Improved DDPM); 'leading' at multiples of T // steps, from below T-1
+    (DDIM)."""
     if not 1 <= steps <= T:
         raise ValueError(f'{steps} sampling steps: from 1 to {T}')
     if spacing == 'leading':
@@ -872,8 +861,10 @@ def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, gui
         tt = torch.full((len(x),), t, device=device)
         out = guided(net, x, tt, y, guidance)
         noise = randn_tensor(x.shape, generator, device) if sampler == 'ddpm' or eta else None
-        x = diffusion.ddpm_step(out, x, tt, s, noise) if sampler == 'ddpm' else \
-            diffusion.ddim_step(out, x, tt, s, eta, noise)
+        if sampler == 'ddpm':
+            x = diffusion.ddpm_step(out, x, tt, s, noise)
+        else:
+            x = diffusion.ddim_step(out, x, tt, s, eta, noise)
     return x
 
 
@@ -893,6 +884,7 @@ def sample_dpm(net, diffusion, x, ts, y, guidance):
         x0 = diffusion.predict_x0(guided(net, x_t, tt, y, guidance), x_t, tt)
         x = scheduler.step(x0, t, x, return_dict=False)[0]
     return x
+
 
 # ----------------------------------------------------------------------------------------------------------------
 # loading and saving
