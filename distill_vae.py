@@ -139,11 +139,9 @@ def build_vae(config, teacher):
     kw = {k: v for k, v in config.items() if k not in ('class', '_class_name')}
     if kind == 'LVAE':
         return M.make('LVAE', **kw)
-    try:
-        import diffusers
+    import diffusers
+    with M.explained(f'student_config makes no {kind}'):
         return M.Autoencoder(getattr(diffusers, kind).from_config(kw))
-    except Exception as e:
-        raise ValueError(f'student_config makes no {kind}: {M.first_line(e)}') from None
 
 
 try:

@@ -1,17 +1,15 @@
 """
 Everything that the scripts share, in the order in which a reader needs it:
 
-    networks            UNet, DiT: denoisers; classifier, preprocess: ResNets, Wide ResNets, VGGs, torchvision's;
-                        LVAE, combine, gaussian_kl: the ladder VAE
+    networks            UNet, DiT; classifier, preprocess; LVAE, combine, gaussian_kl
     diffusion           Diffusion: the process, its steps and losses; guided, sampling_steps, sample
     loading and saving  files: die, explained, read_lines, check_folder, write_atomically
-                        weights: make, build, save_model, read_weights, load_state, digest
+                        weights: make, save_model, read_weights, load_state, digest
                         diffusers: Pipeline, decode, read_pipeline, open_pipeline, load_part
-                        load_denoiser, load_classifier, load_vae
-                        images: load_images, resize, to_float, to_uint8, save_grid
+                        load_denoiser, load_classifier, load_vae; load_images, to_float, to_uint8, save_grid
     measuring           features, load_features, read_statistics, frechet_distance
-    running             start, pick_dtype, cast_frozen, on_all, one_first, stop_flag, leave, update_ema;
-                        checkpoints: claim, save_checkpoint, load_checkpoint, resume; Log
+    running             start, pick_dtype, cast_frozen, on_all, one_first, stop_flag, leave, update_ema
+                        checkpoints: claim, save_checkpoint, load_checkpoint, resume, Log
 
 Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ... T-1; `x_t` at `t` is what the
 network sees when it predicts the step to `t-1`; `s = -1` means the clean image. A class label of -1 is the null
@@ -27,6 +25,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -330,21 +329,6 @@ class ResidualBlock(nn.Module):
         return h
 
 
-def conv_shortcut(in_ch, out_ch, stride):
-    return nn.Sequential(nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch))
-
-
-class PadShortcut(nn.Module):
-    """Option A of He et al. (2016), without parameters: every other pixel, and zeros for the new channels."""
-
-    def __init__(self, in_ch, out_ch, stride):
-        super().__init__()
-        self.stride, self.extra = stride, (out_ch - in_ch) // 2
-
-    def forward(self, x):
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.extra, self.extra))
-
-
 class WideBlock(nn.Module):
     """BN-ReLU-conv twice; where the width changes, the shortcut starts after the first BN-ReLU."""
 
@@ -392,10 +376,16 @@ def resnet(depth, num_classes=10, in_channels=3, width=None, shortcut='conv'):
     """CIFAR ResNets: depth 6n+2 has three stages (He et al. 2016); 18, 34 and 50 are ImageNet's with a 3x3 stem."""
     deep = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
     counts, bottleneck = deep.get(depth) or [(depth - 2) // 6] * 3, depth == 50
-    make = {'conv': conv_shortcut, 'pad': PadShortcut}[shortcut]
+    if shortcut not in ('conv', 'pad'):
+        raise ValueError(shortcut)
 
     def make_skip(in_ch, out_ch, stride):
-        return nn.Identity() if in_ch == out_ch and stride == 1 else make(in_ch, out_ch, stride)
+        if in_ch == out_ch and stride == 1:
+            return nn.Identity()
+        if shortcut == 'pad':                                                  # option A: zeros for the new channels
+            extra = (out_ch - in_ch) // 2
+            return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, extra, extra)))
+        return nn.Sequential(nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch))
     skip, head = ('shortcut', 'linear') if depth in deep else ('downsample', 'fc')
     ch = width = width or (64 if depth in deep else 16)
     layers = {'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), 'bn1': nn.BatchNorm2d(width),
@@ -453,16 +443,13 @@ class Torchvision(nn.Module):
         self.head_name = [f'net.{k}' for k, m in self.net.named_modules() if isinstance(m, nn.Linear)][-1]
 
     def forward_features(self, x):
-        maps = {}
-
-        def keep(module, args, out):
-            if out.dim() == 4:
-                maps[out.shape[2:]] = out
-        hooks = [m.register_forward_hook(keep) for m in getattr(self.net, 'features', self.net).children()]
+        maps = {}                                                              # the sides of a map -> the map
+        hooks = [m.register_forward_hook(lambda m, args, out: maps.update({out.shape[2:]: out}))
+                 for m in getattr(self.net, 'features', self.net).children()]
         logits = self.net(x)
         for h in hooks:
             h.remove()
-        return logits, [m for m in maps.values() if m.shape[-1] > 1][-4:]
+        return logits, [m for m in maps.values() if m.dim() == 4 and m.shape[-1] > 1][-4:]
 
     def forward(self, x):
         return self.net(x)
@@ -470,28 +457,24 @@ class Torchvision(nn.Module):
 
 def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **kw):
     """An image classifier by name: resnet8...110 (6n+2), resnet18/34/50, wrn16_1...40_2, vgg11/13/16/19, or
-    torchvision:NAME.
+    torchvision:NAME. kw: in_channels; width and shortcut ('conv' or 'pad') of the ResNets.
 
-    kw: in_channels; width and shortcut ('conv' or 'pad') of the ResNets. `forward(x)` gives logits (B, num_classes),
-    `forward_features(x)` also the last map of every stage; the mean of the last one over its pixels is what the
-    linear layer sees. `image_size`, `mean` and `std` (of images in [0, 1]) belong to `preprocess`.
-    Raises ValueError for an unknown name.
+    `forward(x)` gives logits (B, num_classes), `forward_features(x)` also the last map of every stage; the mean of the
+    last one over its pixels is what the linear layer sees. `image_size`, `mean` and `std` (of images in [0, 1]) belong
+    to `preprocess`. Raises ValueError for an unknown name.
     """
     try:
-        family, sizes = re.match('[a-z]*', name)[0], [int(n) for n in re.findall('[0-9]+', name)]
         if name.startswith('torchvision:'):
             net = Torchvision(name.partition(':')[2], num_classes, **kw)
-        elif name != family + '_'.join(map(str, sizes)):
-            raise ValueError
-        elif family == 'resnet' and (sizes[0] in (18, 34, 50) or sizes[0] in range(8, 1210, 6)):
-            net = resnet(*sizes, num_classes=num_classes, **kw)
-        elif family == 'wrn' and sizes[0] in range(10, 1000, 6):
-            net = wide_resnet(*sizes, num_classes=num_classes, **kw)
-        elif family == 'vgg':
-            net = vgg(*sizes, num_classes=num_classes, **kw)
         else:
-            raise ValueError
-    except (ValueError, TypeError, LookupError):
+            family, sizes = re.fullmatch('([a-z]+)([0-9_]+)', name).groups()
+            family, depths = {'resnet': (resnet, {18, 34, 50, *range(8, 1210, 6)}), 'vgg': (vgg, {11, 13, 16, 19}),
+                              'wrn': (wide_resnet, range(10, 1000, 6))}[family]
+            depth, *widen = map(int, sizes.split('_'))
+            if depth not in depths:
+                raise ValueError
+            net = family(depth, *widen, num_classes=num_classes, **kw)
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f'no classifier {name!r} with {kw}: resnet8, 14, 20 ... 110 or resnet18, 34, 50 (in_channels, '
                          'width, shortcut), wrn16_1 ... wrn40_2, vgg11, 13, 16, 19 (in_channels), torchvision:resnet34 '
                          'and its like') from None
@@ -645,22 +628,6 @@ def gaussian_kl(q, p):
 # diffusion
 # ----------------------------------------------------------------------------------------------------------------
 
-def alpha_bars(schedule, steps, beta_range):
-    """Cumulative products of 1 - beta for t = 0 ... T-1, float64. 'linear', 'cosine' and 'sqrt_linear' (LDM)."""
-    if not isinstance(schedule, str):
-        betas = np.asarray(schedule, dtype=np.float64)
-    elif schedule == 'cosine':                                                 # Improved DDPM, Eq. (17)
-        f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
-    elif schedule == 'linear':
-        betas = np.linspace(*np.array(beta_range) * 1000 / steps, steps)
-    elif schedule == 'sqrt_linear':
-        betas = np.linspace(*np.sqrt(beta_range), steps) ** 2
-    else:
-        raise ValueError(f"no schedule {schedule!r}: 'cosine', 'linear', 'sqrt_linear', 'flow' or a list of betas")
-    return np.cumprod(1 - betas)
-
-
 class Diffusion:
     """A forward process x_t = a_t x_0 + b_t eps and what can be computed from a network's output on it.
 
@@ -687,7 +654,18 @@ class Diffusion:
             b = shift * b / (1 + (shift - 1) * b)
             a = 1 - b
         else:
-            alpha_bar = alpha_bars(schedule, steps, beta_range)
+            if not isinstance(schedule, str):
+                betas = np.asarray(schedule, dtype=np.float64)
+            elif schedule == 'cosine':                                         # Improved DDPM, Eq. (17)
+                f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+                betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+            elif schedule == 'linear':
+                betas = np.linspace(*np.array(beta_range) * 1000 / steps, steps)
+            elif schedule == 'sqrt_linear':                                    # LDM
+                betas = np.linspace(*np.sqrt(beta_range), steps) ** 2
+            else:
+                raise ValueError(f"no schedule {schedule!r}: 'cosine', 'linear', 'sqrt_linear', 'flow' or betas")
+            alpha_bar = np.cumprod(1 - betas)
             a, b = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
         if len(a) < 2 or not (np.isfinite(a) & (b > 0) & (b <= 1)).all():
             raise ValueError('fewer than two steps, or betas outside 0 ... 1')
@@ -953,10 +931,9 @@ def write_atomically(path, write):
 
 
 def save_model(net, path, diffusion=None, **more):
-    """A self-describing safetensors file: the weights, and as JSON in the header `net.config`, `diffusion.config` and
-    what more there is: `vae`, the pipeline that decodes a denoiser's latents, `pipeline`, the one with the texts and
-    the scheduler of a network of diffusers, and `guided`, that its predictions are guided. Weights that are not finite
-    are never saved."""
+    """A self-describing safetensors file: the weights, if they are finite, and as JSON in the header `net.config`,
+    `diffusion.config` and what more there is: `vae`, the pipeline that decodes a denoiser's latents, `pipeline`, the
+    one with the texts and the scheduler of a network of diffusers, and `guided`, that its predictions are guided."""
     if odd := not_finite(net.state_dict()):
         die(f'{path} is not saved, its {odd} is not finite: a smaller --lr')
     more = {'diffusion': diffusion and diffusion.config} | more
@@ -966,11 +943,7 @@ def save_model(net, path, diffusion=None, **more):
 def write_tensors(tensors, path, header):
     """A safetensors file with a dict as JSON in its header, which `read_weights` reads."""
     data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {'config': json.dumps(header)})
-
-    def write(tmp):                                                            # save_file's are nobody else's to read
-        with open(tmp, 'wb') as f:
-            f.write(data)
-    write_atomically(path, write)
+    write_atomically(path, lambda tmp: pathlib.Path(tmp).write_bytes(data))    # save_file's are nobody else's to read
 
 
 def not_finite(state):
@@ -1131,8 +1104,8 @@ class Pipeline(nn.Module):
             'class': kind, 'image_size': c.sample_size, 'out_channels': c.get('out_channels') or c.in_channels}
 
     def set_prompts(self, prompts, cache=''):
-        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go, or finds them in the
-        file `cache`, where `keep_prompts` left them. Raises ValueError."""
+        """Embeds the texts by all of the pipeline's text encoders, which are then let go, or finds them in the file
+        `cache`, where `keep_prompts` left them. Raises ValueError."""
         given = dict(unet=self.net, transformer=self.net, vae=None)            # only the text encoders are wanted
         self.pipe = self.pipe or open_pipeline(self.source, self.net.dtype, **given)[0]
         encoders = [e for i in ('', '_2', '_3') if (e := getattr(self.pipe, f'text_encoder{i}', None)) is not None]
@@ -1225,8 +1198,7 @@ def read_pipeline(spec):
 
 
 def open_pipeline(spec, dtype, **given):
-    """(the pipeline of diffusers, its model_index.json) of a folder or hub id; parts that are `given` are not loaded.
-    Raises ValueError."""
+    """(the pipeline, its model_index.json) of a folder or hub id; parts that are `given` are not loaded."""
     _, parts = read_pipeline(spec)
     from diffusers import DiffusionPipeline
     kw = {k: v for k, v in (dict.fromkeys(UNUSED) | given).items() if k in parts} | {'low_cpu_mem_usage': False}
@@ -1476,8 +1448,7 @@ class Autoencoder(nn.Module):
 
 def load_vae(spec):
     """A frozen VAE in eval mode: an LVAE of ours (.safetensors), or diffusers' AutoencoderKL or AutoencoderTiny as a
-    folder or hub id, of its own or as the `vae` of a pipeline. Its `encode` and `decode` are LVAE's. Raises
-    ValueError."""
+    folder or hub id, of its own or as a pipeline's. Its `encode` and `decode` are LVAE's. Raises ValueError."""
     if spec.endswith(WEIGHTS):
         state, header = read_weights(spec)
         kind = header.get('net', {}).get('class', 'model without a description')
