@@ -228,7 +228,7 @@ class DiTBlock(nn.Module):
         self.attn = nn.ModuleDict({'qkv': nn.Linear(hidden_size, 3 * hidden_size),
                                    'proj': nn.Linear(hidden_size, hidden_size)})
         self.mlp = nn.ModuleDict({'fc1': nn.Linear(hidden_size, mlp), 'fc2': nn.Linear(mlp, hidden_size)})
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_init(nn.Linear(hidden_size, 6 * hidden_size)))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
         B, N, D = x.shape
@@ -278,10 +278,9 @@ class DiT(nn.Module):
                 nn.init.zeros_(m.bias)
         nn.init.xavier_uniform_(self.x_embedder['proj'].weight.view(hidden_size, -1))
         nn.init.zeros_(self.x_embedder['proj'].bias)
-        for m in [self.t_embedder['mlp'][0], self.t_embedder['mlp'][2]]:
+        tables = [self.y_embedder['embedding_table']] if num_classes else []
+        for m in [self.t_embedder['mlp'][0], self.t_embedder['mlp'][2], *tables]:
             nn.init.normal_(m.weight, std=0.02)
-        if num_classes:
-            nn.init.normal_(self.y_embedder['embedding_table'].weight, std=0.02)
         for m in [b.adaLN_modulation for b in self.blocks] + list(self.final_layer.values()):
             zero_init(m)
 
@@ -961,9 +960,11 @@ def free_memory(device):
 DIFFUSERS = 'UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel'    # its networks
 
 
-def make(kind, /, **kw):
-    """The network, of ours or of diffusers (as a Pipeline), or the Diffusion, of keywords. Raises ValueError that names
-    them, for sizes without sense or beyond this machine's memory before any is taken."""
+def make(kind=None, /, **kw):
+    """The network, of ours or of diffusers (as a Pipeline), or the Diffusion, of keywords; a `net.config` has its kind,
+    'class', among them. Raises ValueError, for sizes without sense or beyond the machine's memory before any is taken.
+    """
+    kind = kind or kw.pop('class', None)
     with explained(f'no {kind} of ' + ', '.join(f'{k}={v!r}'[:60] for k, v in kw.items())[:500]):
         if kind in DIFFUSERS:                                                  # others may run what they find
             import diffusers
@@ -988,11 +989,6 @@ def make(kind, /, **kw):
             if min(sizes) == 0 or 4 * sum(sizes) > free_memory(torch.device('cpu')):
                 raise ValueError(f'{sum(sizes):,} parameters' + ' do not fit into memory' * (min(sizes) > 0))
         return make_it(**kw)
-
-
-def build(config):
-    """The network that a `net.config` describes."""
-    return make(config.get('class'), **{k: v for k, v in config.items() if k != 'class'})
 
 
 def read_weights(path):
@@ -1284,7 +1280,7 @@ def load_own(spec, state, header, dtype):
     """A file of `save_model`."""
     if 'diffusion' not in header or 'net' not in header:
         raise ValueError(f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}")
-    net, diffusion = build(header['net']), make('Diffusion', **header['diffusion'])
+    net, diffusion = make(**header['net']), make('Diffusion', **header['diffusion'])
     load_state(net, state, spec)
     net.guided = header.get('guided', False)                                   # needs no guidance any more
     net.source = header.get('pipeline') or header.get('vae', '')
@@ -1378,7 +1374,7 @@ def load_classifier(spec, **known):
     state, header = read_weights(spec)
     if header.get('net', {}).get('class') == 'classifier':
         refuse(known, spec)
-        return load_state(build(header['net']), state, spec).eval().requires_grad_(False)
+        return load_state(make(**header['net']), state, spec).eval().requires_grad_(False)
     with explained(f'{spec} is no classifier that this code knows'):
         if header:
             raise ValueError(f"it holds a {header.get('net', {}).get('class', 'model')}")
@@ -1454,7 +1450,7 @@ def load_vae(spec):
         kind = header.get('net', {}).get('class', 'model without a description')
         if kind != 'LVAE':
             raise ValueError(f'{spec} is no VAE of ours, it holds a {kind}')
-        return load_state(build(header['net']), state, spec).eval().requires_grad_(False)
+        return load_state(make(**header['net']), state, spec).eval().requires_grad_(False)
     import diffusers
     try:
         net = load_part(spec, 'vae')
@@ -1544,26 +1540,26 @@ def load_npz(path):
 
 def load_image_files(spec, image_size, classes):
     from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, default_loader
-    folder, notes = spec, os.path.join(spec, 'val_annotations.txt')            # Tiny-ImageNet's: file, class and box
+    notes = os.path.join(spec, 'val_annotations.txt')                          # Tiny-ImageNet's: file, class and box
     if spec.endswith('.txt'):
-        folder = os.path.dirname(spec)
-        files = [line.rsplit(' ', 1) for line in read_lines(spec, f'{spec}: a list of images')]
-        if any(len(f) < 2 or not f[1].isdecimal() for f in files):
+        rows = [line.rsplit(' ', 1) for line in read_lines(spec, f'{spec}: a list of images')]
+        if any(len(r) < 2 or not r[1].isdecimal() for r in rows):
             raise ValueError(f'{spec}: every line must be a file and a label')
-        files = [(f, int(y)) for f, y in files]
+        files = [(os.path.join(os.path.dirname(spec), f), int(y)) for f, y in rows]
     elif os.path.exists(notes):
         rows = [f'{line}\t'.split('\t') for line in read_lines(notes, notes)]
         names = sorted({r[1] for r in rows})                                   # as the folders of `train` are numbered
-        files = [(os.path.join('images', r[0]), names.index(r[1])) for r in rows]
+        files = [(os.path.join(spec, 'images', r[0]), names.index(r[1])) for r in rows]
     else:
         try:
-            files, folder = ImageFolder(spec).samples, ''
+            files = ImageFolder(spec).samples
         except FileNotFoundError:                                              # no subfolders: images without labels
-            files = [(f, None) for f in sorted(os.listdir(spec)) if f.lower().endswith(IMG_EXTENSIONS)]
+            names = sorted(f for f in os.listdir(spec) if f.lower().endswith(IMG_EXTENSIONS))
+            files = [(os.path.join(spec, f), None) for f in names]
 
     def load(f):
-        with explained(f'{os.path.join(folder, f)} is no image that can be read'):   # PIL's do not all name the file
-            return default_loader(os.path.join(folder, f))
+        with explained(f'{f} is no image that can be read'):                   # PIL's errors do not all name the file
+            return default_loader(f)
     return stack_images(((load(f), y) for f, y in files if classes is None or y in classes), spec, image_size)
 
 

@@ -95,7 +95,7 @@ def test_networks_agree_with_the_original(make, shape, y, parameters, first, mea
     out = net(*args)
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert np.allclose(out.flatten()[:4], first, atol=5e-6) and abs(out.mean() - mean) < 1e-6
-    rebuilt = M.build(json.loads(json.dumps(net.config)))
+    rebuilt = M.make(**json.loads(json.dumps(net.config)))
     rebuilt.load_state_dict(net.state_dict())
     assert torch.equal(rebuilt.eval()(*args), out)
 
