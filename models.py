@@ -1262,8 +1262,8 @@ def load_pipeline(spec, dtype):
         net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
         net.guided = parts.get('_guided', False)                               # a student of ours: no guidance any more
         set_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
-        bent = 'use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', *(
-            f'use_{kind}_sigmas' for kind in ('karras', 'exponential', 'beta'))
+        bent = ('use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas',
+                'use_exponential_sigmas', 'use_beta_sigmas')
         if name == 'FlowMatchEulerDiscreteScheduler' and not any(process.get(k) for k in bent):
             return net, Diffusion('flow', process.num_train_timesteps, 'flow', False, clip=False, shift=process.shift)
         prediction = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}.get(process.get('prediction_type'))
