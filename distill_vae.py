@@ -59,6 +59,16 @@ import models as M
 #   out_T, p_T = teacher.decode(noise);  out, p = student.decode(noise)
 #   L = KL(N(out_T, beta / 2) || N(out, beta / 2)) + lam_z sum over levels of W2^2(p_T, p)
 # On images x the same once more below the encoders' Gaussians: q_T from teacher.encode(x), q from student.encode(x).
+def wasserstein(a, b):
+    """Squared 2-Wasserstein distance of diagonal Gaussians (mean, std), averaged over their numbers."""
+    return ((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2).mean()
+
+
+def output_kl(out_S, out_T):
+    """KL of two decoders' pixels, Gaussians of variance beta / 2, summed over an image and averaged over the batch."""
+    return ((out_S[:, :channels] - out_T[:, :channels]) ** 2).sum((1, 2, 3)).mean() / beta
+
+
 def below_prior(seen, n):
     """An encoder's Gaussians with n rows before them that say nothing (an infinite std; at the top, the prior itself):
     the decoder then takes both in one batch, and its BatchNorm keeps the statistics of both."""
@@ -95,11 +105,11 @@ class Losses(torch.nn.Module):
         q, q_T = ([(mean[n:], std[n:]) for mean, std in gaussians] for gaussians in (q, q_T))   # ... and the images'
         terms = {}
         if n:
-            terms['z'] = lam_z * sum(map(M.wasserstein, p, p_T))
-            terms['out'] = M.output_kl(out[:n], out_T[:n], channels, beta)
+            terms['z'] = lam_z * sum(map(wasserstein, p, p_T))
+            terms['out'] = output_kl(out[:n], out_T[:n])
         if x is not None:
-            terms['z_x'] = lam_z * sum(map(M.wasserstein, q, q_T))
-            terms['out_x'] = M.output_kl(out[n:], out_T[n:], channels, beta)
+            terms['z_x'] = lam_z * sum(map(wasserstein, q, q_T))
+            terms['out_x'] = output_kl(out[n:], out_T[n:])
         return terms
 
 
@@ -129,11 +139,9 @@ def build_vae(config, teacher):
     kw = {k: v for k, v in config.items() if k not in ('class', '_class_name')}
     if kind == 'LVAE':
         return M.make('LVAE', **kw)
-    try:
-        import diffusers
+    import diffusers
+    with M.explained(f'student_config makes no {kind}'):
         return M.Autoencoder(getattr(diffusers, kind).from_config(kw))
-    except Exception as e:
-        raise ValueError(f'student_config makes no {kind}: {M.first_line(e)}') from None
 
 
 try:

@@ -1,10 +1,19 @@
 """
-Everything that the scripts share: the networks, the diffusion process, loading and saving, and the few lines
-that running on several GPUs needs.
+Everything that the scripts share, in the order in which a reader needs it:
+
+    networks            UNet, DiT; classifier, preprocess; LVAE, combine, gaussian_kl
+    diffusion           Diffusion: the process, its steps and losses; guided, sampling_steps, sample
+    loading and saving  files: die, explained, read_lines, check_folder, write_atomically
+                        weights: make, save_model, read_weights, load_state, digest
+                        diffusers: Pipeline, decode, read_pipeline, open_pipeline, load_part
+                        load_denoiser, load_classifier, load_vae; load_images, to_float, to_uint8, save_grid
+    measuring           features, load_features, read_statistics, frechet_distance
+    running             start, pick_dtype, cast_frozen, on_all, one_first, stop_flag, leave, update_ema
+                        checkpoints: claim, save_checkpoint, load_checkpoint, resume, Log
 
 Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ... T-1; `x_t` at `t` is what the
 network sees when it predicts the step to `t-1`; `s = -1` means the clean image. A class label of -1 is the null
-condition of classifier-free guidance.
+condition of classifier-free guidance. What is wrong with a file, a setting or a network is a ValueError of one line.
 """
 import contextlib
 import csv
@@ -16,6 +25,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -23,6 +33,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import OrderedDict
 from datetime import timedelta
 
 import numpy as np
@@ -56,13 +67,15 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-def upsample(x):
-    """Every pixel of (B, C, H, W) four times; on CPUs by two copies, which are several times faster than F.interpolate."""
-    if not x.is_cpu:
-        return F.interpolate(x, scale_factor=2.)
-    B, C, H, W = x.shape
-    x = torch.stack([x, x], dim=-1).flatten(3)
-    return torch.cat([x, x], dim=-1).view(B, C, 2 * H, 2 * W)
+class Upsample(nn.Module):
+    """Every pixel of (B, C, H, W) four times; on CPUs by two copies, several times faster than F.interpolate."""
+
+    def forward(self, x):
+        if not x.is_cpu:
+            return F.interpolate(x, scale_factor=2.)
+        B, C, H, W = x.shape
+        x = torch.stack([x, x], dim=-1).flatten(3)
+        return torch.cat([x, x], dim=-1).view(B, C, 2 * H, 2 * W)
 
 
 class ResBlock(nn.Module):
@@ -70,7 +83,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_ch, out_ch, emb_ch, dropout, scale_shift, resample=None):
         super().__init__()
-        self.scale_shift, self.resample = scale_shift, resample
+        self.scale_shift = scale_shift
+        self.resample = {None: nn.Identity(), 'down': nn.AvgPool2d(2), 'up': Upsample()}[resample]
         self.in_layers = nn.Sequential(group_norm(in_ch), nn.SiLU(), nn.Conv2d(in_ch, out_ch, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_ch, (2 if scale_shift else 1) * out_ch))
         self.out_layers = nn.Sequential(group_norm(out_ch), nn.SiLU(), nn.Dropout(dropout),
@@ -79,19 +93,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         (norm1, act, conv1), (norm2, _, dropout, conv2) = self.in_layers, self.out_layers
-        h = act(norm1(x))
-        if self.resample == 'down':
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == 'up':
-            h, x = upsample(h), upsample(x)
-        h = conv1(h)
+        h = conv1(self.resample(act(norm1(x))))
         emb = self.emb_layers(emb)[:, :, None, None]
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = norm2(h) * (1 + scale) + shift
         else:
             h = norm2(h + emb)
-        return self.skip_connection(x) + conv2(dropout(act(h)))
+        return self.skip_connection(self.resample(x)) + conv2(dropout(act(h)))
 
 
 class AttentionBlock(nn.Module):
@@ -104,7 +113,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x, emb):
+    def forward(self, x):
         B, C, H, W = x.shape
         # the 1x1 convolutions as linear layers: with the channels last in memory attention takes its fast path
         h = self.norm(x).flatten(2).transpose(1, 2)                            # (B, H*W, C)
@@ -118,30 +127,12 @@ class AttentionBlock(nn.Module):
         return x + h.transpose(1, 2).reshape(B, C, H, W)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x, emb):
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x, emb):
-        return self.conv(upsample(x))
-
-
 class Stack(nn.ModuleList):
-    """Layers in a row, each of which may look at the time embedding."""
+    """Layers in a row, of which the residual blocks look at the time embedding."""
 
     def forward(self, x, emb):
         for layer in self:
-            x = layer(x) if isinstance(layer, nn.Conv2d) else layer(x, emb)
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
@@ -179,33 +170,34 @@ class UNet(nn.Module):
                 raise ValueError(f'{ch} channels cannot be cut into {heads} attention heads')
             return AttentionBlock(ch, heads, use_new_attention_order)
 
-        ch = int(channel_mult[0] * model_channels)
+        def layers(in_ch, out_ch):                                             # at the present side
+            return [res(in_ch, out_ch)] + ([attention(out_ch)] if side in attention_resolutions else [])
+
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        ch = widths[0]
         self.input_blocks = nn.ModuleList([Stack([nn.Conv2d(in_channels * patch_size ** 2, ch, 3, padding=1)])])
         skips = [ch]
-        for level, mult in enumerate(channel_mult):
+        for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers = [res(ch, int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if side in attention_resolutions:
-                    layers.append(attention(ch))
-                self.input_blocks.append(Stack(layers))
+                self.input_blocks.append(Stack(layers(ch, width)))
+                ch = width
                 skips.append(ch)
-            if level < len(channel_mult) - 1:
-                self.input_blocks.append(Stack([res(ch, ch, 'down') if resblock_updown else Downsample(ch)]))
+            if level < len(widths) - 1:
+                self.input_blocks.append(Stack([res(ch, ch, 'down') if resblock_updown else nn.Sequential(
+                    OrderedDict(op=nn.Conv2d(ch, ch, 3, stride=2, padding=1)))]))
                 skips.append(ch)
                 side //= 2
         self.middle_block = Stack([res(ch, ch), attention(ch), res(ch, ch)])
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for i in range(num_res_blocks + 1):
-                layers = [res(ch + skips.pop(), int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if side in attention_resolutions:
-                    layers.append(attention(ch))
+                block = Stack(layers(ch + skips.pop(), width))
+                ch = width
                 if level and i == num_res_blocks:
-                    layers.append(res(ch, ch, 'up') if resblock_updown else Upsample(ch))
+                    block.append(res(ch, ch, 'up') if resblock_updown else nn.Sequential(
+                        OrderedDict(up=Upsample(), conv=nn.Conv2d(ch, ch, 3, padding=1))))
                     side *= 2
-                self.output_blocks.append(Stack(layers))
+                self.output_blocks.append(block)
         self.out = nn.Sequential(group_norm(ch), nn.SiLU(),
                                  zero_init(nn.Conv2d(ch, out_channels * patch_size ** 2, 3, padding=1)))
 
@@ -214,7 +206,7 @@ class UNet(nn.Module):
         dtype = emb.dtype                                                      # what autocast computes in
         if self.num_classes and y is not None:
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
-        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 would round small noise on x_t away
+        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 rounds small noise away
             h = self.input_blocks[0](F.pixel_unshuffle(x, self.patch_size), emb).to(dtype)
         skips = [h]
         for block in self.input_blocks[1:]:
@@ -236,7 +228,7 @@ class DiTBlock(nn.Module):
         self.attn = nn.ModuleDict({'qkv': nn.Linear(hidden_size, 3 * hidden_size),
                                    'proj': nn.Linear(hidden_size, hidden_size)})
         self.mlp = nn.ModuleDict({'fc1': nn.Linear(hidden_size, mlp), 'fc2': nn.Linear(mlp, hidden_size)})
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_init(nn.Linear(hidden_size, 6 * hidden_size)))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
         B, N, D = x.shape
@@ -286,16 +278,15 @@ class DiT(nn.Module):
                 nn.init.zeros_(m.bias)
         nn.init.xavier_uniform_(self.x_embedder['proj'].weight.view(hidden_size, -1))
         nn.init.zeros_(self.x_embedder['proj'].bias)
-        for m in [self.t_embedder['mlp'][0], self.t_embedder['mlp'][2]]:
+        tables = [self.y_embedder['embedding_table']] if num_classes else []
+        for m in [self.t_embedder['mlp'][0], self.t_embedder['mlp'][2], *tables]:
             nn.init.normal_(m.weight, std=0.02)
-        if num_classes:
-            nn.init.normal_(self.y_embedder['embedding_table'].weight, std=0.02)
         for m in [b.adaLN_modulation for b in self.blocks] + list(self.final_layer.values()):
             zero_init(m)
 
     def forward(self, x, t, y=None):
         B, p = len(x), self.patch_size
-        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 would round small noise on x_t away
+        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 rounds small noise away
             h = self.x_embedder['proj'](x)
         grid = h.shape[-1]
         h = h.flatten(2).transpose(1, 2) + self.pos_embed                      # (B, grid*grid, hidden)
@@ -312,19 +303,22 @@ class DiT(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """conv-BN-ReLU ... conv-BN plus shortcut, whose name `skip` differs between families: 3x3 twice, or, a bottleneck,
-    1x1 - 3x3 - 1x1 at a quarter of the width."""
+    """conv-BN-ReLU ... conv-BN plus shortcut, then ReLU: 3x3 twice or, a bottleneck, 1x1 - 3x3 - 1x1 at a quarter of
+    the width. The shortcut's name differs between families, and a ladder's stands before the rest."""
 
-    def __init__(self, in_ch, out_ch, stride, skip, make_skip, bottleneck=False):
+    def __init__(self, in_ch, out_ch, stride, skip, make_skip, bottleneck=False, skip_first=False):
         super().__init__()
         mid = out_ch // 4
         convs = ((in_ch, mid, 1, 1), (mid, mid, 3, stride), (mid, out_ch, 1, 1)) if bottleneck else (
             (in_ch, out_ch, 3, stride), (out_ch, out_ch, 3, 1))
+        if skip_first:
+            self.add_module(skip, make_skip(in_ch, out_ch, stride))
         for i, (a, b, kernel, by) in enumerate(convs, 1):
             self.add_module(f'conv{i}', nn.Conv2d(a, b, kernel, by, kernel // 2, bias=False))
             self.add_module(f'bn{i}', nn.BatchNorm2d(b))
+        if not skip_first:
+            self.add_module(skip, make_skip(in_ch, out_ch, stride))
         self.depth, self.skip = len(convs), skip
-        self.add_module(skip, nn.Identity() if in_ch == out_ch and stride == 1 else make_skip(in_ch, out_ch, stride))
 
     def forward(self, x):
         h = x
@@ -332,54 +326,6 @@ class ResidualBlock(nn.Module):
             h = self.get_submodule(f'bn{i}')(self.get_submodule(f'conv{i}')(h))
             h = F.relu(h if i < self.depth else h + self.get_submodule(self.skip)(x))
         return h
-
-
-def conv_shortcut(in_ch, out_ch, stride):
-    return nn.Sequential(nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch))
-
-
-class PadShortcut(nn.Module):
-    """Option A of He et al. (2016), without parameters: every other pixel, and zeros for the new channels."""
-
-    def __init__(self, in_ch, out_ch, stride):
-        super().__init__()
-        self.stride, self.extra = stride, (out_ch - in_ch) // 2
-
-    def forward(self, x):
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.extra, self.extra))
-
-
-class ResNet(nn.Module):
-    """CIFAR ResNets: depth 6n+2 has three stages (He et al. 2016); 18, 34 and 50 are ImageNet's with a 3x3 stem."""
-
-    def __init__(self, depth, num_classes=10, in_channels=3, width=None, shortcut='conv'):
-        super().__init__()
-        deep = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-        counts, bottleneck = deep.get(depth) or [(depth - 2) // 6] * 3, depth == 50
-        make_skip = {'conv': conv_shortcut, 'pad': PadShortcut}[shortcut]
-        skip, self.head_name = ('shortcut', 'linear') if depth in deep else ('downsample', 'fc')
-        width = width or (64 if depth in deep else 16)
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        ch = width
-        for i, count in enumerate(counts):
-            out_ch = width * 2 ** i * (4 if bottleneck else 1)
-            layers = []
-            for j in range(count):
-                layers.append(ResidualBlock(ch, out_ch, 2 if i and j == 0 else 1, skip, make_skip, bottleneck))
-                ch = out_ch
-            self.add_module(f'layer{i + 1}', nn.Sequential(*layers))
-        self.stages = len(counts)
-        self.add_module(self.head_name, nn.Linear(ch, num_classes))
-
-    def forward_features(self, x):
-        h, maps = F.relu(self.bn1(self.conv1(x))), []
-        for i in range(self.stages):
-            h = self.get_submodule(f'layer{i + 1}')(h)
-            maps.append(h)
-        return self.get_submodule(self.head_name)(h.mean((2, 3))), maps
-
-    def forward(self, x):
-        return self.forward_features(x)[0]
 
 
 class WideBlock(nn.Module):
@@ -398,59 +344,90 @@ class WideBlock(nn.Module):
         return skip + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
 
-class WideResNet(nn.Module):
+def stage(block, count, in_ch, out_ch, stride, *more):
+    return nn.Sequential(*[block(in_ch if j == 0 else out_ch, out_ch, stride if j == 0 else 1, *more)
+                           for j in range(count)])
+
+
+class Classifier(nn.Module):
+    """Named layers in a row, some of which end a stage; the last is linear and sees the mean of the last map."""
+
+    def __init__(self, layers, ends):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.ends, self.head_name = ends, name
+
+    def forward_features(self, x):
+        maps = []
+        *layers, (_, head) = self.named_children()
+        for name, layer in layers:
+            x = layer['layer'](x) if isinstance(layer, nn.ModuleDict) else layer(x)   # a stage of a Wide ResNet
+            if name in self.ends:
+                maps.append(x)
+        return head(x.mean((2, 3))), maps
+
+    def forward(self, x):
+        return self.forward_features(x)[0]
+
+
+def resnet(depth, num_classes=10, in_channels=3, width=None, shortcut='conv'):
+    """CIFAR ResNets: depth 6n+2 has three stages (He et al. 2016); 18, 34 and 50 are ImageNet's with a 3x3 stem."""
+    deep = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+    counts, bottleneck = deep.get(depth) or [(depth - 2) // 6] * 3, depth == 50
+    if shortcut not in ('conv', 'pad'):
+        raise ValueError(shortcut)
+
+    def make_skip(in_ch, out_ch, stride):
+        if in_ch == out_ch and stride == 1:
+            return nn.Identity()
+        if shortcut == 'pad':                                                  # option A: zeros for the new channels
+            extra = (out_ch - in_ch) // 2
+            return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, extra, extra)))
+        return nn.Sequential(nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch))
+    skip, head = ('shortcut', 'linear') if depth in deep else ('downsample', 'fc')
+    ch = width = width or (64 if depth in deep else 16)
+    layers = {'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), 'bn1': nn.BatchNorm2d(width),
+              'relu': nn.ReLU()}
+    for i, count in enumerate(counts):
+        out_ch = width * 2 ** i * (4 if bottleneck else 1)
+        layers[f'layer{i + 1}'] = stage(ResidualBlock, count, ch, out_ch, 2 if i else 1, skip, make_skip, bottleneck)
+        ch = out_ch
+    return Classifier(layers | {head: nn.Linear(ch, num_classes)}, [f'layer{i + 1}' for i in range(len(counts))])
+
+
+def wide_resnet(depth, widen, num_classes=10, in_channels=3):
     """Wide ResNet (Zagoruyko & Komodakis 2016), depth 6n+4."""
+    layers, ch = {'conv1': nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)}, 16
+    for i in range(3):
+        out_ch = 16 * widen * 2 ** i
+        layers[f'block{i + 1}'] = nn.ModuleDict({
+            'layer': stage(WideBlock, (depth - 4) // 6, ch, out_ch, 2 if i else 1)})
+        ch = out_ch
+    layers |= {'bn1': nn.BatchNorm2d(ch), 'relu': nn.ReLU(), 'fc': nn.Linear(ch, num_classes)}
+    return Classifier(layers, ('block1', 'block2', 'relu'))
 
-    def __init__(self, depth, widen, num_classes=10, in_channels=3):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        ch = 16
-        for i in range(3):
-            layers = []
-            for j in range((depth - 4) // 6):
-                layers.append(WideBlock(ch, 16 * widen * 2 ** i, 2 if i and j == 0 else 1))
-                ch = 16 * widen * 2 ** i
-            self.add_module(f'block{i + 1}', nn.ModuleDict({'layer': nn.Sequential(*layers)}))
-        self.bn1, self.fc, self.head_name = nn.BatchNorm2d(ch), nn.Linear(ch, num_classes), 'fc'
 
-    def forward_features(self, x):
-        h, maps = self.conv1(x), []
-        for block in (self.block1, self.block2, self.block3):
-            h = block['layer'](h)
-            maps.append(h)
-        maps[-1] = F.relu(self.bn1(h))
-        return self.fc(maps[-1].mean((2, 3))), maps
+class PoolLarge(nn.MaxPool2d):
+    """The fourth halving of a VGG, of images from 64 pixels on: the last map of 32 and of 64 pixels is 4x4."""
 
     def forward(self, x):
-        return self.forward_features(x)[0]
+        return super().forward(x) if x.shape[-1] >= 8 else x
 
 
-class VGG(nn.Module):
+def vgg(depth, num_classes=10, in_channels=3):
     """VGG with BatchNorm and one linear layer (Simonyan & Zisserman 2015), as used on CIFAR."""
-
-    def __init__(self, depth, num_classes=10, in_channels=3):
-        super().__init__()
-        counts = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}[depth]
-        ch = in_channels
-        for i, (count, out_ch) in enumerate(zip(counts, (64, 128, 256, 512, 512))):
-            layers = []
-            for _ in range(count):
-                layers += [nn.Conv2d(ch, out_ch, 3, padding=1), nn.BatchNorm2d(out_ch), nn.ReLU()]
-                ch = out_ch
-            self.add_module(f'block{i}', nn.Sequential(*layers))
-        self.classifier, self.head_name = nn.Linear(ch, num_classes), 'classifier'
-
-    def forward_features(self, x):
-        # three or four halvings, so that the last map of a 32- and of a 64-pixel image is 4x4
-        h, maps, pools = x, [], (0, 1, 2, 3) if x.shape[-1] >= 64 else (0, 1, 2)
-        for i in range(5):
-            h = self.get_submodule(f'block{i}')(h)
-            maps.append(h)
-            h = F.max_pool2d(h, 2) if i in pools else h
-        return self.classifier(h.mean((2, 3))), maps
-
-    def forward(self, x):
-        return self.forward_features(x)[0]
+    counts = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}[depth]
+    layers, ch = {}, in_channels
+    for i, (count, out_ch) in enumerate(zip(counts, (64, 128, 256, 512, 512))):
+        block = []
+        for _ in range(count):
+            block += [nn.Conv2d(ch, out_ch, 3, padding=1), nn.BatchNorm2d(out_ch), nn.ReLU()]
+            ch = out_ch
+        layers[f'block{i}'] = nn.Sequential(*block)
+        if i < 4:
+            layers[f'pool{i}'] = nn.MaxPool2d(2) if i < 3 else PoolLarge(2)
+    return Classifier(layers | {'classifier': nn.Linear(ch, num_classes)}, [f'block{i}' for i in range(5)])
 
 
 class Torchvision(nn.Module):
@@ -465,13 +442,13 @@ class Torchvision(nn.Module):
         self.head_name = [f'net.{k}' for k, m in self.net.named_modules() if isinstance(m, nn.Linear)][-1]
 
     def forward_features(self, x):
-        maps, body = {}, getattr(self.net, 'features', self.net)
-        hooks = [m.register_forward_hook(lambda m, args, out: maps.update({out.shape[2:]: out}) if out.dim() == 4 else None)
-                 for m in body.children()]
+        maps = {}                                                              # the sides of a map -> the map
+        hooks = [m.register_forward_hook(lambda m, args, out: maps.update({out.shape[2:]: out}))
+                 for m in getattr(self.net, 'features', self.net).children()]
         logits = self.net(x)
         for h in hooks:
             h.remove()
-        return logits, [m for m in maps.values() if m.shape[-1] > 1][-4:]
+        return logits, [m for m in maps.values() if m.dim() == 4 and m.shape[-1] > 1][-4:]
 
     def forward(self, x):
         return self.net(x)
@@ -479,26 +456,24 @@ class Torchvision(nn.Module):
 
 def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **kw):
     """An image classifier by name: resnet8...110 (6n+2), resnet18/34/50, wrn16_1...40_2, vgg11/13/16/19, or
-    torchvision:NAME.
+    torchvision:NAME. kw: in_channels; width and shortcut ('conv' or 'pad') of the ResNets.
 
-    kw: in_channels; width and shortcut ('conv' or 'pad') of the ResNets. `forward(x)` gives logits (B, num_classes),
-    `forward_features(x)` also the last map of every stage; the mean of the last one over its pixels is what the
-    linear layer sees. `image_size`, `mean` and `std` (of images in [0, 1]) belong to `preprocess`.
-    Raises ValueError for an unknown name.
+    `forward(x)` gives logits (B, num_classes), `forward_features(x)` also the last map of every stage; the mean of the
+    last one over its pixels is what the linear layer sees. `image_size`, `mean` and `std` (of images in [0, 1]) belong
+    to `preprocess`. Raises ValueError for an unknown name.
     """
-    family, _, size = name.partition('resnet') if name.startswith('resnet') else (name[:3], '', name[3:])
     try:
-        if name.startswith('resnet') and (int(size) in (18, 34, 50) or int(size) in range(8, 1210, 6)):
-            net = ResNet(int(size), num_classes, **kw)
-        elif family == 'wrn' and int(size.split('_')[0]) in range(10, 1000, 6):
-            net = WideResNet(*map(int, size.split('_')), num_classes, **kw)
-        elif family == 'vgg' and size in ('11', '13', '16', '19'):
-            net = VGG(int(size), num_classes, **kw)
-        elif name.startswith('torchvision:'):
+        if name.startswith('torchvision:'):
             net = Torchvision(name.partition(':')[2], num_classes, **kw)
         else:
-            raise ValueError
-    except (ValueError, TypeError, KeyError):
+            family, sizes = re.fullmatch('([a-z]+)([0-9_]+)', name).groups()
+            family, depths = {'resnet': (resnet, {18, 34, 50, *range(8, 1210, 6)}), 'vgg': (vgg, {11, 13, 16, 19}),
+                              'wrn': (wide_resnet, range(10, 1000, 6))}[family]
+            depth, *widen = map(int, sizes.split('_'))
+            if depth not in depths:
+                raise ValueError
+            net = family(depth, *widen, num_classes=num_classes, **kw)
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f'no classifier {name!r} with {kw}: resnet8, 14, 20 ... 110 or resnet18, 34, 50 (in_channels, '
                          'width, shortcut), wrn16_1 ... wrn40_2, vgg11, 13, 16, 19 (in_channels), torchvision:resnet34 '
                          'and its like') from None
@@ -510,31 +485,34 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
     return net
 
 
+def resize(images, size):
+    """Float images (B, C, H, W) as squares of `size` a side."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
+
+
 def preprocess(net, images):
-    """What a classifier of ours expects of images (B, C, H, W) in [-1, 1]: its size, its mean and standard deviation."""
-    size = net.config['image_size']
-    if images.shape[-1] != size:
-        images = F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
+    """What a classifier of ours expects of images (B, C, H, W) in [-1, 1]: its size, mean and standard deviation."""
     if getattr(net, 'mean', None) is None or net.mean.device != images.device:   # sent to the device once
-        net.mean, net.std = (torch.tensor(net.config[k], device=images.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
+        net.mean, net.std = (torch.tensor(net.config[k], device=images.device).view(1, -1, 1, 1)
+                             for k in ('mean', 'std'))
+    images = resize(images, net.config['image_size'])
     return ((images + 1) / 2 - net.mean.to(images)) / net.std.to(images)
 
 
-class LadderBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN plus shortcut, at half (`downsample`) or twice (`upsample`, to `side`) the resolution or none."""
+class LadderBlock(ResidualBlock):
+    """A residual block at half ('downsample') or twice ('upsample', to `side`) the resolution, or at the same."""
 
     def __init__(self, in_ch, out_ch, resample=None, side=None):
-        super().__init__()
-        self.resample, self.side, stride = resample, side, 2 if resample == 'downsample' else 1
-        if resample:
-            self.add_module(resample, nn.Conv2d(in_ch, out_ch, 1, stride, bias=False))
-        self.conv1, self.bn1 = nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False), nn.BatchNorm2d(out_ch)
-        self.conv2, self.bn2 = nn.Conv2d(out_ch, out_ch, 3, 1, 1, bias=False), nn.BatchNorm2d(out_ch)
+        def make_skip(in_ch, out_ch, stride):
+            return nn.Conv2d(in_ch, out_ch, 1, stride, bias=False) if resample else nn.Identity()
+        stride = 2 if resample == 'downsample' else 1
+        super().__init__(in_ch, out_ch, stride, resample or 'same', make_skip, skip_first=True)
+        self.side = side
 
     def forward(self, x):
-        x = F.interpolate(x, size=(self.side, self.side)) if self.resample == 'upsample' else x
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(h + (self.get_submodule(self.resample)(x) if self.resample else x))
+        return super().forward(F.interpolate(x, size=(self.side, self.side)) if self.side else x)
 
 
 class LadderLevel(nn.Module):
@@ -553,8 +531,8 @@ def gaussian(out):
 
 
 class LVAE(nn.Module):
-    """Ladder VAE (Sonderby et al. 2016) with 16-channel latents at every halving of the image down to 1x1: 16, 8, 4, 2, 1
-    for 32 pixels, one more for 64; 14, 7, 4, 2, 1 for 28. Width 128 at 32 pixels is the slides' teacher, 8 their student.
+    """Ladder VAE (Sonderby et al. 2016) with 16-channel latents at every halving of the image down to 1x1: 16, 8, 4,
+    2, 1 for 32 pixels, 14, 7, 4, 2, 1 for 28. Width 128 at 32 pixels is the slides' teacher, 8 their student.
 
     Images (B, C, H, W) are in [0, 1] here. Lists over levels start at the finest; noise is a list of (B, 16, h, w).
     A decoder's output has 2C channels, of which the first C are the mean of the pixels; their std is sqrt(beta / 2).
@@ -579,7 +557,8 @@ class LVAE(nn.Module):
         return [torch.randn(n, 16, side, side, generator=generator, device=device) for side in self.sides[1:]]
 
     def encode(self, x):
-        """What the image alone says of each level: a list of (mean, std), bottom-up. Raises ValueError outside [0, 1]."""
+        """What the image alone says of each level: a list of (mean, std), bottom-up. Raises ValueError outside
+        [0, 1]."""
         check_images(x, self.config)
         h, found = self.u1[0](x), []
         for i in range(1, self.levels + 1):
@@ -589,8 +568,8 @@ class LVAE(nn.Module):
         return found
 
     def decode(self, noise, seen=None):
-        """(out, q, p) on the way down with z = mean + std noise: p the prior Gaussians, each given the z above it, and q
-        those that z is drawn from. Without `seen` that is the prior; with it, from `encode`, the two are weighted by
+        """(out, q, p) on the way down with z = mean + std noise: p the prior Gaussians, each given the z above it, and
+        q those that z is drawn from. Without `seen` that is the prior; with it, from `encode`, the two are weighted by
         their precisions, and the top is what the image says."""
         top = self.levels - 1
         p, q = [None] * self.levels, [None] * self.levels
@@ -627,8 +606,8 @@ def check_images(x, config):
     wait for a GPU: there the scripts' uint8 / 255 has to do."""
     side = config['image_size'] if config['class'] == 'LVAE' else x.shape[2]
     if x.shape[1:] != (config['in_channels'], side, side) or x.is_cpu and (x.min() < 0 or x.max() > 1):
-        raise ValueError(f"images {tuple(x.shape[1:])} in [{x.min().item():.2f}, {x.max().item():.2f}]: this {config['class']} takes "
-                         f"{(config['in_channels'], side, side)} in [0, 1]")
+        raise ValueError(f'images {tuple(x.shape[1:])} in [{x.min().item():.2f}, {x.max().item():.2f}]: this '
+                         f"{config['class']} takes {(config['in_channels'], side, side)} in [0, 1]")
 
 
 def combine(a, b):
@@ -644,35 +623,9 @@ def gaussian_kl(q, p):
     return kl.sum((1, 2, 3))
 
 
-def wasserstein(a, b):
-    """Squared 2-Wasserstein distance of diagonal Gaussians (mean, std), averaged over their numbers."""
-    return ((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2).mean()
-
-
-def output_kl(out_S, out_T, channels, beta=0.1):
-    """KL of two decoders' pixels, Gaussians of variance beta / 2, summed over an image and averaged over the batch."""
-    return ((out_S[:, :channels] - out_T[:, :channels]) ** 2).sum((1, 2, 3)).mean() / beta
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # diffusion
 # ----------------------------------------------------------------------------------------------------------------
-
-def alpha_bars(schedule, steps, beta_range):
-    """Cumulative products of 1 - beta for t = 0 ... T-1, float64. 'linear', 'cosine' and 'sqrt_linear' (LDM)."""
-    if not isinstance(schedule, str):
-        betas = np.asarray(schedule, dtype=np.float64)
-    elif schedule == 'cosine':                                                 # Improved DDPM, Eq. (17)
-        f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
-    elif schedule == 'linear':
-        betas = np.linspace(*np.array(beta_range) * 1000 / steps, steps)
-    elif schedule == 'sqrt_linear':
-        betas = np.linspace(*np.sqrt(beta_range), steps) ** 2
-    else:
-        raise ValueError(f"no schedule {schedule!r}: 'cosine', 'linear', 'sqrt_linear', 'flow' or a list of betas")
-    return np.cumprod(1 - betas)
-
 
 class Diffusion:
     """A forward process x_t = a_t x_0 + b_t eps and what can be computed from a network's output on it.
@@ -694,13 +647,24 @@ class Diffusion:
         self.prediction, self.learn_sigma, self.clip = prediction, learn_sigma, clip
         if schedule == 'flow':
             if prediction == 'eps':
-                raise ValueError("prediction 'eps' on schedule 'flow': nothing of x_0 is left at t = T-1, so eps does not "
-                                 "tell it; 'flow', 'v' or 'x0' do")
+                raise ValueError("prediction 'eps' on schedule 'flow': nothing of x_0 is left at t = T-1, so eps does "
+                                 "not tell it; 'flow', 'v' or 'x0' do")
             b = np.arange(1, steps + 1) / steps
             b = shift * b / (1 + (shift - 1) * b)
             a = 1 - b
         else:
-            alpha_bar = alpha_bars(schedule, steps, beta_range)
+            if not isinstance(schedule, str):
+                betas = np.asarray(schedule, dtype=np.float64)
+            elif schedule == 'cosine':                                         # Improved DDPM, Eq. (17)
+                f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+                betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+            elif schedule == 'linear':
+                betas = np.linspace(*np.array(beta_range) * 1000 / steps, steps)
+            elif schedule == 'sqrt_linear':                                    # LDM
+                betas = np.linspace(*np.sqrt(beta_range), steps) ** 2
+            else:
+                raise ValueError(f"no schedule {schedule!r}: 'cosine', 'linear', 'sqrt_linear', 'flow' or betas")
+            alpha_bar = np.cumprod(1 - betas)
             a, b = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
         if len(a) < 2 or not (np.isfinite(a) & (b > 0) & (b <= 1)).all():
             raise ValueError('fewer than two steps, or betas outside 0 ... 1')
@@ -708,10 +672,11 @@ class Diffusion:
         # index -1 (the last entry) is the clean image; float64, cast where it meets images
         self.a, self.b = (torch.tensor([*v, end], dtype=torch.float64) for v, end in ((a, 1.), (b, 0.)))
         self.alpha_bar = self.a ** 2 / (self.a ** 2 + self.b ** 2)
-        self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()  # of a variance, where its logarithm is taken
+        # of a variance, where its logarithm is taken
+        self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()
 
     def ab(self, t, like):
-        """(a_t, b_t) in float64 (MPS has no such), shaped to broadcast against images. An int costs no copy to a GPU."""
+        """(a_t, b_t) in float64 (MPS has none), shaped to broadcast against images. An int costs no copy to a GPU."""
         if self.a.device != like.device:
             dtype = torch.float32 if like.device.type == 'mps' else torch.float64
             self.a, self.b = self.a.to(like.device, dtype), self.b.to(like.device, dtype)
@@ -819,7 +784,7 @@ class Diffusion:
 
 
 def pixel_nll(x, mean, logvar):
-    """-log of the Gaussian's mass in the 8-bit bin of x in [-1, 1] (Ho et al. 2020, Eq. (13)); the outer bins are open."""
+    """-log of the Gaussian's mass in the 8-bit bin of x in [-1, 1] (Ho et al. 2020, Eq. (13)); outer bins are open."""
     def cdf(z):
         return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
     inv_std = (-0.5 * logvar).exp()
@@ -841,8 +806,9 @@ def guided(net, x_t, t, y=None, guidance=1.):
 
 
 def sampling_steps(T, steps, spacing='trailing'):
-    """Timesteps, from noise to image: 'trailing' evenly from T-1, the last jump as long as the others (Lin et al. 2024);
-    'even' with both ends, T-1 and 0 (Improved DDPM); 'leading' at multiples of T // steps, which starts below T-1 (DDIM)."""
+    """Timesteps, from noise to image: 'trailing' evenly from T-1, the last jump as long as the others (Lin et al.
+    2024); 'even' with both ends, T-1 and 0 (Improved DDPM); 'leading' at multiples of T // steps, from below T-1
+    (DDIM)."""
     if not 1 <= steps <= T:
         raise ValueError(f'{steps} sampling steps: from 1 to {T}')
     if spacing == 'leading':
@@ -872,8 +838,10 @@ def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, gui
         tt = torch.full((len(x),), t, device=device)
         out = guided(net, x, tt, y, guidance)
         noise = randn_tensor(x.shape, generator, device) if sampler == 'ddpm' or eta else None
-        x = diffusion.ddpm_step(out, x, tt, s, noise) if sampler == 'ddpm' else \
-            diffusion.ddim_step(out, x, tt, s, eta, noise)
+        if sampler == 'ddpm':
+            x = diffusion.ddpm_step(out, x, tt, s, noise)
+        else:
+            x = diffusion.ddim_step(out, x, tt, s, eta, noise)
     return x
 
 
@@ -893,6 +861,7 @@ def sample_dpm(net, diffusion, x, ts, y, guidance):
         x0 = diffusion.predict_x0(guided(net, x_t, tt, y, guidance), x_t, tt)
         x = scheduler.step(x0, t, x, return_dict=False)[0]
     return x
+
 
 # ----------------------------------------------------------------------------------------------------------------
 # loading and saving
@@ -914,15 +883,21 @@ def first_line(e):
     return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
 
 
+@contextlib.contextmanager
+def explained(what):
+    """Whatever goes wrong inside becomes a ValueError of one line: what it was about, and what the library says."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f'{what}: {first_line(e)}') from None
+
+
 def read_lines(path, why):
-    """The lines of a text file that are not empty. Raises ValueError with one line."""
+    """The lines of a text file that are not empty. Raises ValueError."""
     if not os.path.isfile(path):
         raise ValueError(f'{why}; there is no file {path!r}')
-    try:
-        with open(path, encoding='utf-8') as f:
-            lines = [line.strip() for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f'{why}; {path} cannot be read: {first_line(e)}') from None
+    with explained(f'{why}; {path} cannot be read'), open(path, encoding='utf-8') as f:
+        lines = [line.strip() for line in f if line.strip()]
     if not lines:
         raise ValueError(f'{why}; {path} is empty')
     return lines
@@ -930,15 +905,13 @@ def read_lines(path, why):
 
 def check_folder(path, need=0):
     """Raises ValueError unless a folder is or can be made and has room for `need` bytes. Leaves nothing behind."""
-    try:
+    with explained(f'results cannot be written to {path!r}'):
         parent = os.path.abspath(path)
         while not os.path.lexists(parent):
             parent = os.path.dirname(parent)
         with tempfile.TemporaryDirectory(dir=parent) as tmp:
             os.makedirs(os.path.join(tmp, os.path.relpath(path, parent)), exist_ok=True)     # relpath: not of ''
         free = shutil.disk_usage(parent).free
-    except Exception as e:
-        raise ValueError(f'results cannot be written to {path!r}: {first_line(e)}') from None
     if need > free:
         raise ValueError(f'{path} has room for {free / 2 ** 20:,.0f} MB, a checkpoint needs {need / 2 ** 20:,.0f} MB')
 
@@ -957,24 +930,19 @@ def write_atomically(path, write):
 
 
 def save_model(net, path, diffusion=None, **more):
-    """A self-describing safetensors file: the weights, and as JSON in the header `net.config`, `diffusion.config` and what
-    more there is: `vae`, the pipeline that decodes a denoiser's latents, `pipeline`, the one with the texts and the
-    scheduler of a network of diffusers, and `guided`, that its predictions are guided.
-    Weights that are not finite are never saved."""
+    """A self-describing safetensors file: the weights, if they are finite, and as JSON in the header `net.config`,
+    `diffusion.config` and what more there is: `vae`, the pipeline that decodes a denoiser's latents, `pipeline`, the
+    one with the texts and the scheduler of a network of diffusers, and `guided`, that its predictions are guided."""
     if odd := not_finite(net.state_dict()):
         die(f'{path} is not saved, its {odd} is not finite: a smaller --lr')
-    config = {'net': net.config} | ({'diffusion': diffusion.config} if diffusion else {}) | {k: v for k, v in more.items() if v}
-    write_tensors(net.state_dict(), path, config)
+    more = {'diffusion': diffusion and diffusion.config} | more
+    write_tensors(net.state_dict(), path, {'net': net.config} | {k: v for k, v in more.items() if v})
 
 
 def write_tensors(tensors, path, header):
     """A safetensors file with a dict as JSON in its header, which `read_weights` reads."""
-    state = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-
-    def write(tmp):                                                            # save_file's own files are nobody else's to read
-        with open(tmp, 'wb') as f:
-            f.write(save(state, metadata={'config': json.dumps(header)}))
-    write_atomically(path, write)
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {'config': json.dumps(header)})
+    write_atomically(path, lambda tmp: pathlib.Path(tmp).write_bytes(data))    # save_file's are nobody else's to read
 
 
 def not_finite(state):
@@ -992,14 +960,18 @@ def free_memory(device):
 DIFFUSERS = 'UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel'    # its networks
 
 
-def make(kind, /, **kw):
-    """The network, of ours or of diffusers (as a Pipeline), or the Diffusion, of keywords. Raises ValueError with one
-    line that names them, for sizes without sense or beyond this machine's memory before any is taken."""
-    try:
+def make(kind=None, /, **kw):
+    """The network, of ours or of diffusers (as a Pipeline), or the Diffusion, of keywords; a `net.config` has its kind,
+    'class', among them. Raises ValueError, for sizes without sense or beyond the machine's memory before any is taken.
+    """
+    kind = kind or kw.pop('class', None)
+    with explained(f'no {kind} of ' + ', '.join(f'{k}={v!r}'[:60] for k, v in kw.items())[:500]):
         if kind in DIFFUSERS:                                                  # others may run what they find
             import diffusers
             kw.pop('image_size', None)
-            make_it = lambda **kw: Pipeline(getattr(diffusers, kind)(**kw))
+
+            def make_it(**kw):
+                return Pipeline(getattr(diffusers, kind)(**kw))
         else:
             make_it = {'UNet': UNet, 'DiT': DiT, 'LVAE': LVAE, 'classifier': classifier, 'Diffusion': Diffusion}[kind]
         for k, value in kw.items():
@@ -1017,21 +989,11 @@ def make(kind, /, **kw):
             if min(sizes) == 0 or 4 * sum(sizes) > free_memory(torch.device('cpu')):
                 raise ValueError(f'{sum(sizes):,} parameters' + ' do not fit into memory' * (min(sizes) > 0))
         return make_it(**kw)
-    except Exception as e:
-        said = ', '.join(f'{k}={v!r}'[:60] for k, v in kw.items())[:500]
-        raise ValueError(f'no {kind} of {said}: {first_line(e)}') from None
-
-
-def build(config):
-    """The network that a `net.config` describes."""
-    return make(config.get('class'), **{k: v for k, v in config.items() if k != 'class'})
 
 
 def read_weights(path):
-    """(state dict, header dict) of a .safetensors or a torch file. Code in a file is never run.
-
-    Raises ValueError with one line for a file that is missing, cut short or something else.
-    """
+    """(state dict, header dict) of a .safetensors or a torch file. Code in a file is never run. Raises ValueError for a
+    file that is missing, cut short or something else."""
     if not os.path.isfile(path):
         raise ValueError(f'no file {path}')
     try:
@@ -1045,12 +1007,12 @@ def read_weights(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f'it holds a {type(state).__name__}, not a dict of tensors')
+        return state, {}
     except Exception as e:
         if 'weights_only' in str(e) or 'Unsupported global' in str(e):
-            raise ValueError(f'{path} holds more than tensors, and loading that would run its code: save its '
-                             "state_dict alone, torch.save(checkpoint['state_dict'], ...), where you trust it") from None
+            raise ValueError(f'{path} holds more than tensors, and loading that would run its code: where you trust '
+                             "it, save its state_dict alone, torch.save(checkpoint['state_dict'], ...)") from None
         raise ValueError(f'{path} cannot be read, it may be cut short or no checkpoint: {first_line(e)}') from None
-    return state, {}
 
 
 def class_in(path):
@@ -1099,25 +1061,7 @@ def load_state(net, state, path):
     return net
 
 
-def unet_config(state):
-    """The architecture of an ADM or LDM U-Net, read off its shapes: all but the sizes of images and of heads."""
-    outputs = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('output_blocks.'))
-    # the first output block that also upsamples ends a level of num_res_blocks + 1
-    ups = [int(k.split('.')[1]) for k in state if k.startswith('output_blocks.') and k.split('.')[2] != '0'
-           and k.endswith(('.in_layers.0.weight', '.conv.weight'))]
-    num_res_blocks = min(ups, default=outputs - 1)
-    firsts = [f'input_blocks.{1 + level * (num_res_blocks + 1)}' for level in range(outputs // (num_res_blocks + 1))]
-    model_channels = state['time_embed.0.weight'].shape[1]
-    mults = [state[f'{f}.0.out_layers.3.weight'].shape[0] / model_channels for f in firsts]
-    return dict(in_channels=state['input_blocks.0.0.weight'].shape[1], out_channels=len(state['out.2.bias']),
-                model_channels=model_channels, num_res_blocks=num_res_blocks,
-                channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
-                downsampled_attention=[2 ** i for i, f in enumerate(firsts) if f'{f}.1.qkv.weight' in state],
-                use_scale_shift_norm=len(state[f'{firsts[0]}.0.emb_layers.1.bias']) == 2 * model_channels * mults[0],
-                resblock_updown='input_blocks.%d.0.op.weight' % (num_res_blocks + 1) not in state,
-                num_classes=len(state.get('label_emb.weight', ())))
-
-
+# ---- diffusers ----
 class Shared(dict):
     """Tensors that belong to a network and all its copies: neither parameters nor buffers, so that no EMA copies and no
     DistributedDataParallel sends them."""
@@ -1129,10 +1073,10 @@ class Shared(dict):
 class Pipeline(nn.Module):
     """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t (B,), y (B,).
 
-    `condition` is '', 'class' or 'text'; y indexes the classes, the last of which is the null condition, or the texts given
-    to `set_prompts`, and -1 is the null condition. `source` is where its pipeline is to be had, `pipe` the pipeline
-    itself where it is loaded already; `shared` holds the texts embedded, 'prompts' (N, L, D) and perhaps 'pooled'
-    (N, D). Raises ValueError for a network that is not supported.
+    `condition` is '', 'class' or 'text'; y indexes the classes, the last of which is the null condition, or the texts
+    given to `set_prompts`, and -1 is the null condition. `source` is where its pipeline is to be had, `pipe` the
+    pipeline itself where it is loaded already; `shared` holds the texts embedded, 'prompts' (N, L, D) and perhaps
+    'pooled' (N, D). Raises ValueError for a network that is not supported.
     """
 
     def __init__(self, net, pipe=None):
@@ -1146,9 +1090,9 @@ class Pipeline(nn.Module):
             raise ValueError(f'sample_size={c.sample_size!r} of a {kind} must be one number')
         takes = inspect.signature(net.forward).parameters
         self.net, self.pipe, self.source, self.shared = net, pipe, '', Shared()
-        self.register_buffer('times', None, persistent=False)                  # t as the network wants it, where that differs
-        for m in net.modules():                                                # DiT's would drop labels in train mode, each layer its own
-            if type(m).__name__ == 'LabelEmbedding':
+        self.register_buffer('times', None, persistent=False)                  # t as the network wants it, or None
+        for m in net.modules():                                                # DiT's drops labels in train mode
+            if type(m).__name__ == 'LabelEmbedding':                           # ... in each layer others
                 m.dropout_prob = 0.
         self.num_classes = c.get('num_embeds_ada_norm') or max(0, (c.get('num_class_embeds') or 0) - 1)
         self.condition = 'text' if 'encoder_hidden_states' in takes else 'class' if self.num_classes else ''
@@ -1156,8 +1100,8 @@ class Pipeline(nn.Module):
             'class': kind, 'image_size': c.sample_size, 'out_channels': c.get('out_channels') or c.in_channels}
 
     def set_prompts(self, prompts, cache=''):
-        """Embeds the texts once, by all of the pipeline's text encoders, which are then let go, or finds them in the
-        file `cache`, where `keep_prompts` left them. Raises ValueError with one line."""
+        """Embeds the texts by all of the pipeline's text encoders, which are then let go, or finds them in the file
+        `cache`, where `keep_prompts` left them. Raises ValueError."""
         given = dict(unet=self.net, transformer=self.net, vae=None)            # only the text encoders are wanted
         self.pipe = self.pipe or open_pipeline(self.source, self.net.dtype, **given)[0]
         encoders = [e for i in ('', '_2', '_3') if (e := getattr(self.pipe, f'text_encoder{i}', None)) is not None]
@@ -1179,14 +1123,11 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def embed(self, texts):
         """{'prompts': (N, L, D)} of N texts, with 'pooled' (N, D) where the network takes that too; on the CPU."""
-        parts, device, kind = [], self.net.device, type(self.pipe).__name__
+        parts, encode = [], self.pipe.encode_prompt
+        kw = dict(device=self.net.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        kw |= dict.fromkeys({'prompt_2', 'prompt_3'} & inspect.signature(encode).parameters.keys())   # as the first
         for i in range(0, len(texts), 256):
-            if kind == 'IFPipeline':
-                out = self.pipe.encode_prompt(texts[i:i + 256], False, 1, device)[:1]
-            elif kind == 'StableDiffusion3Pipeline':
-                out = self.pipe.encode_prompt(texts[i:i + 256], None, None, device, do_classifier_free_guidance=False)[::2]
-            else:
-                out = self.pipe.encode_prompt(texts[i:i + 256], device, 1, False)[:1]
+            out = encode(prompt=texts[i:i + 256], **kw)[::2]                   # without the negative ones
             parts.append([o.cpu() for o in out])
         return {name: torch.cat(rows) for name, rows in zip(('prompts', 'pooled'), zip(*parts))}
 
@@ -1201,13 +1142,18 @@ class Pipeline(nn.Module):
         return self.net(x.to(self.net.dtype), timestep=t, **kw).sample.float()
 
 
+def set_vae(net, vae):
+    """Gives a network the VAE of its latents, which is neither one of its parameters nor saved with it."""
+    net.__dict__['vae'] = None if vae is None else vae.eval().requires_grad_(False)
+
+
 def has_vae(net):
     return net is not None and net.__dict__.get('vae') is not None
 
 
 def decode(net, z):
-    """A network's latents (B, C, h, w) as images (B, 3, H, W) in [-1, 1], by the VAE that belongs to it, four at a time;
-    pixels stay."""
+    """A network's latents (B, C, h, w) as images (B, 3, H, W) in [-1, 1], by the VAE that belongs to it, four at a
+    time; pixels stay."""
     if not has_vae(net):
         return z
     vae = net.vae.to(z.device)
@@ -1215,16 +1161,11 @@ def decode(net, z):
     return torch.cat([vae.decode(part).sample.float() for part in z.split(4)])
 
 
-def set_vae(net, vae):
-    """Gives a network the VAE of its latents, which is neither one of its parameters nor saved with it."""
-    net.__dict__['vae'] = None if vae is None else vae.eval().requires_grad_(False)
-
-
 UNUSED = 'safety_checker', 'feature_extractor', 'image_encoder', 'watermarker'  # parts of pipelines
 
 
 def read_pipeline(spec):
-    """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises ValueError with one line."""
+    """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises ValueError."""
     import huggingface_hub
     from diffusers.utils.logging import disable_progress_bar
     disable_progress_bar()
@@ -1245,65 +1186,46 @@ def read_pipeline(spec):
             raise ValueError(f'{code[0]} is code of its own, which is not run')
         return os.path.dirname(path), parts
     except huggingface_hub.errors.GatedRepoError:
-        raise ValueError(f'{spec} is gated: accept its terms on huggingface.co/{spec} and log in with `hf auth login`') from None
+        raise ValueError(f'{spec} is gated: accept its terms on huggingface.co/{spec} and log in with '
+                         '`hf auth login`') from None
     except Exception as e:
-        raise ValueError(f'no diffusers pipeline at {spec}, neither a folder with model_index.json nor a hub id that can be '
-                         f'reached: {first_line(e)}') from None
+        raise ValueError(f'no diffusers pipeline at {spec}, neither a folder with model_index.json nor a hub id that '
+                         f'can be reached: {first_line(e)}') from None
 
 
 def open_pipeline(spec, dtype, **given):
-    """(the pipeline of diffusers, its model_index.json) of a folder or hub id; parts that are `given` are not loaded.
-    Raises ValueError with one line."""
+    """(the pipeline, its model_index.json) of a folder or hub id; parts that are `given` are not loaded."""
     _, parts = read_pipeline(spec)
     from diffusers import DiffusionPipeline
-    given = {k: v for k, v in ({k: None for k in UNUSED} | given).items() if k in parts}
+    kw = {k: v for k, v in (dict.fromkeys(UNUSED) | given).items() if k in parts} | {'low_cpu_mem_usage': False}
     if 'text_encoder' in parts and importlib.util.find_spec('transformers') is None:
         raise ValueError(f'{spec} has a text encoder, which needs the package transformers: pip install transformers')
-    try:
-        with one_first():
+    with explained(f"{spec}: its {parts.get('_class_name')} cannot be loaded"), one_first():
+        try:
+            pipe = DiffusionPipeline.from_pretrained(spec, **kw)
+        except (OSError, ValueError) as e:                                     # there may only be half precision
             try:
-                pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, **given)
-            except (OSError, ValueError) as e:                                 # its only weights may be those in half precision
-                try:
-                    pipe = DiffusionPipeline.from_pretrained(spec, low_cpu_mem_usage=False, variant='fp16', **given)
-                except (OSError, ValueError):
-                    raise e from None
-                print(f"{spec}: weights in float16, computed in {str(dtype).removeprefix('torch.')}")
+                pipe = DiffusionPipeline.from_pretrained(spec, variant='fp16', **kw)
+            except (OSError, ValueError):
+                raise e from None
+            print(f"{spec}: weights in float16, computed in {str(dtype).removeprefix('torch.')}")
         return pipe.to(dtype), parts
-    except Exception as e:
-        raise ValueError(f"{spec}: its {parts.get('_class_name')} cannot be loaded: {first_line(e)}") from None
 
 
-def load_pipeline(spec, dtype):
-    """(Pipeline, Diffusion): a diffusers folder or hub id, with the process that its scheduler states. Nothing is
-    guessed. Raises ValueError with one line."""
-    pipe, parts = open_pipeline(spec, dtype)
-    network, process = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None), pipe.scheduler.config
-    try:
-        net = Pipeline(network, pipe if 'text_encoder' in parts else None)
-        if net.config.get('num_class_embeds') is not None:
-            raise ValueError(f'what the classes of a {type(network).__name__} mean is not known')
-    except ValueError as e:
-        raise ValueError(f'{spec}: {e}') from None
-    net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
-    net.guided = parts.get('_guided', False)                                   # a student of ours that needs no guidance any more
-    name, scheduler = type(pipe.scheduler).__name__, pipe.scheduler
-    if name == 'FlowMatchEulerDiscreteScheduler' and not any(process.get(k) for k in (
-            'use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas')):
-        diffusion = Diffusion('flow', process.num_train_timesteps, 'flow', learn_sigma=False, clip=False, shift=process.shift)
-        net.times = (diffusion.b[:-1] * diffusion.T).float()                   # what SD3 calls t
-    else:
-        prediction = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}.get(process.get('prediction_type'))
-        thresholding = process.get('thresholding')                             # DeepFloyd IF's: a clamp that scales x_0 first
-        if prediction is None or not hasattr(scheduler, 'betas') or thresholding and type(pipe).__name__ != 'IFPipeline':
-            raise ValueError(f'{spec}: its {name} is not a process x_t = a x_0 + b eps with a list of betas and a stated '
-                             'prediction_type, without thresholding, nor flow matching with a fixed shift')
-        diffusion = Diffusion(scheduler.betas.tolist(), prediction=prediction, clip=bool(process.get('clip_sample') or thresholding),
-                              learn_sigma=net.config['out_channels'] == 2 * net.config['in_channels'])
-    set_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
-    return net.eval().requires_grad_(False), diffusion
+def load_part(spec, *names):
+    """The first of a pipeline's parts, VAE or scheduler, that it has. Raises ValueError."""
+    import diffusers
+    root, parts = read_pipeline(spec)
+    name = next((n for n in names if parts.get(n, [None])[0]), None)
+    with explained(f"{spec}: its {name or ' or '.join(names)} cannot be loaded"), one_first():
+        kind, wanted = parts[name][1], 'scheduler' if name == 'scheduler' else 'VAE'
+        if not re.match('.*Scheduler$' if wanted == 'scheduler' else 'Autoencoder|VQModel', kind):
+            raise ValueError(f'{kind} is no {wanted} of diffusers')
+        return getattr(diffusers, kind).from_pretrained(root if os.path.isdir(spec) else spec, subfolder=name,
+                                                        low_cpu_mem_usage=False)
 
 
+# ---- denoisers ----
 def load_denoiser(spec, dtype=torch.float32, **known):
     """(net, diffusion) from one string: a file of ours (.safetensors); an original ADM, DDPM-IP, DKDM, LDM or DiT
     checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes; or a diffusers folder or hub id. A
@@ -1313,124 +1235,152 @@ def load_denoiser(spec, dtype=torch.float32, **known):
     known: what an original checkpoint does not say, where the defaults are not right: image_size; num_head_channels
     (32) or num_heads, use_new_attention_order (ADM: True, LDM: False); num_heads of a DiT; schedule ('cosine' for
     ADM, 'linear' for DiT, the checkpoint's own betas for LDM), steps, beta_range, prediction ('eps'), clip (pixels
-    True, latents False). The network is in eval mode and frozen. Raises ValueError with one line.
+    True, latents False). The network is in eval mode and frozen. Raises ValueError.
     """
-    if os.path.isdir(spec) or (spec.count('/') == 1 and not spec.endswith(WEIGHTS) and
-                              not os.path.exists(spec)):
+    hub_id = spec.count('/') == 1 and not spec.endswith(WEIGHTS) and not os.path.exists(spec)
+    if os.path.isdir(spec) or hub_id:
         refuse(known, spec)
-        return load_pipeline(spec, dtype)
-    state, header = read_weights(spec)
-    if header:
-        if 'diffusion' not in header or 'net' not in header:
-            raise ValueError(f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}")
-        refuse(known, spec)
-        net, diffusion = build(header['net']), make('Diffusion', **header['diffusion'])
-        load_state(net, state, spec)
-        net.guided = header.get('guided', False)                               # needs no guidance any more
-        net.source = header.get('pipeline') or header.get('vae', '')
-        try:
-            if header.get('vae'):
-                set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
-            if isinstance(net, Pipeline):
-                net.to(dtype)
-                if diffusion.config['schedule'] == 'flow':
-                    net.times = (diffusion.b[:-1] * diffusion.T).float()       # what SD3 calls t
-                if net.condition == 'text':
-                    read_pipeline(net.source)                                  # what set_prompts needs
-        except ValueError as e:
-            raise ValueError(f"{spec} needs its teacher's pipeline: {e}") from None
-        return net.eval().requires_grad_(False), diffusion
-    # LDM keeps the network, its EMA and the autoencoder in one dict; DiT its EMA beside the weights
+        net, diffusion = load_pipeline(spec, dtype)
+    else:
+        state, header = read_weights(spec)
+        refuse(known if header else {}, spec)
+        net, diffusion = load_own(spec, state, header, dtype) if header else load_original(spec, state, known)
+    if isinstance(net, Pipeline) and diffusion.config['schedule'] == 'flow':
+        net.times = (diffusion.b[:-1] * diffusion.T).float()                   # what SD3 calls t
+    return net.eval().requires_grad_(False), diffusion
+
+
+def load_pipeline(spec, dtype):
+    """A diffusers folder or hub id, with the process that its scheduler states. Nothing is guessed."""
+    pipe, parts = open_pipeline(spec, dtype)
+    with explained(spec):
+        scheduler, process, name = pipe.scheduler, pipe.scheduler.config, type(pipe.scheduler).__name__
+        network = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None)
+        net = Pipeline(network, pipe if 'text_encoder' in parts else None)
+        if net.config.get('num_class_embeds') is not None:
+            raise ValueError(f'what the classes of a {type(network).__name__} mean is not known')
+        net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
+        net.guided = parts.get('_guided', False)                               # a student of ours: no guidance any more
+        set_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
+        bent = ('use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas',
+                'use_exponential_sigmas', 'use_beta_sigmas')
+        if name == 'FlowMatchEulerDiscreteScheduler' and not any(process.get(k) for k in bent):
+            return net, Diffusion('flow', process.num_train_timesteps, 'flow', False, clip=False, shift=process.shift)
+        prediction = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}.get(process.get('prediction_type'))
+        scaled = process.get('thresholding')                                   # DeepFloyd IF's clamp scales x_0 first
+        if prediction is None or not hasattr(scheduler, 'betas') or scaled and type(pipe).__name__ != 'IFPipeline':
+            raise ValueError(f'its {name} is not a process x_t = a x_0 + b eps with a list of betas and a stated '
+                             'prediction_type, without thresholding, nor flow matching with a fixed shift')
+        return net, Diffusion(scheduler.betas.tolist(), prediction=prediction,
+                              clip=bool(process.get('clip_sample') or scaled),
+                              learn_sigma=net.config['out_channels'] == 2 * net.config['in_channels'])
+
+
+def load_own(spec, state, header, dtype):
+    """A file of `save_model`."""
+    if 'diffusion' not in header or 'net' not in header:
+        raise ValueError(f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}")
+    net, diffusion = make(**header['net']), make('Diffusion', **header['diffusion'])
+    load_state(net, state, spec)
+    net.guided = header.get('guided', False)                                   # needs no guidance any more
+    net.source = header.get('pipeline') or header.get('vae', '')
+    with explained(f"{spec} needs its teacher's pipeline"):
+        if header.get('vae'):
+            set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
+        if isinstance(net, Pipeline):
+            net.to(dtype)
+            if net.condition == 'text':
+                read_pipeline(net.source)                                      # what set_prompts needs
+    return net, diffusion
+
+
+def load_original(spec, state, known):
+    """An original checkpoint. LDM keeps the network, its EMA and the autoencoder in one dict; DiT its EMA beside the
+    weights."""
     state = tensors_in(state, spec, 'ema', 'state_dict')
     betas = state.get('betas')
-    if any(k.startswith('model.diffusion_model.') for k in state):
-        names = [k.removeprefix('model.') for k in state if k.startswith('model.diffusion_model.')]
+    names = [k.removeprefix('model.') for k in state if k.startswith('model.diffusion_model.')]
+    if names:
         state = {k.removeprefix('diffusion_model.'): state.get('model_ema.' + k.replace('.', ''), state['model.' + k])
                  for k in names}
-    process = {k: known.pop(k) for k in ('schedule', 'steps', 'beta_range', 'prediction', 'clip') if k in known}
-    try:
+    told = {k: known.pop(k) for k in ('schedule', 'steps', 'beta_range', 'prediction', 'clip') if k in known}
+    with explained(f'{spec} is no denoiser that this code knows'):
         if 'x_embedder.proj.weight' in state:
-            hidden, channels, patch, _ = state['x_embedder.proj.weight'].shape
-            config = dict(image_size=patch * math.isqrt(state['pos_embed'].shape[1]), patch_size=patch,
-                          in_channels=channels, hidden_size=hidden, num_heads=hidden // (72 if hidden == 1152 else 64),
-                          depth=1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.')),
-                          mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
-                          num_classes=len(state.get('y_embedder.embedding_table.weight', [0])) - 1,
-                          learn_sigma=len(state['final_layer.linear.bias']) == 2 * channels * patch ** 2)
+            config = dit_config(state)
             net = make('DiT', **config | known)
-            process = dict(schedule='linear', learn_sigma=config['learn_sigma'], clip=False) | process
+            process = dict(schedule='linear', learn_sigma=config['learn_sigma'], clip=False)
         elif 'input_blocks.0.0.weight' in state:
             config = unet_config(state)
             latent = not config['resblock_updown'] and betas is not None
             config |= dict(image_size=64 if latent else 32, use_new_attention_order=not latent) | known
-            config['attention_resolutions'] = tuple(config['image_size'] // ds
-                                                    for ds in config.pop('downsampled_attention'))
+            config['attention_resolutions'] = tuple(config['image_size'] // ds for ds in config.pop('downsampled'))
             net = make('UNet', **config)
             process = dict(schedule=betas.tolist() if latent else 'cosine', clip=not latent,
-                           learn_sigma=config['out_channels'] == 2 * config['in_channels']) | process
+                           learn_sigma=config['out_channels'] == 2 * config['in_channels'])
         else:
             raise ValueError('no keys of a U-Net (input_blocks...) or DiT (x_embedder...) in it')
-    except Exception as e:
-        raise ValueError(f'{spec} is no denoiser that this code knows: {first_line(e)}') from None
-    return load_state(net, state, spec).eval().requires_grad_(False), make('Diffusion', **process)
+    return load_state(net, state, spec), make('Diffusion', **process | told)
 
 
-def classifier_config(state):
-    """The architecture of a classifier in the wild, read off its keys and shapes, with its family's usual images."""
-    blocks = sum(k.endswith('.conv1.weight') for k in state)
-    cifar = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
-    imagenet = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    if 'block1.layer.0.conv1.weight' in state:
-        return dict(name=f"wrn{2 * blocks + 4}_{state['fc.weight'].shape[1] // 64}", num_classes=len(state['fc.bias']),
-                    in_channels=state['conv1.weight'].shape[1]) | cifar
-    if 'block4.0.weight' in state:
-        return dict(name=f'vgg{sum(v.dim() == 4 for v in state.values()) + 3}', num_classes=len(state['classifier.bias']),
-                    in_channels=state['block0.0.weight'].shape[1]) | cifar
-    if 'layer1.0.conv1.weight' not in state:
-        raise ValueError('no keys of a ResNet (layer1...), Wide ResNet (block1.layer...) or VGG (block0...) in it')
-    width, channels, kernel, _ = state['conv1.weight'].shape
-    config = dict(num_classes=len(state['fc.bias' if 'fc.bias' in state else 'linear.bias']), in_channels=channels)
-    if 'layer4.0.conv1.weight' in state:
-        depth = {8: 18, 16: 50 if 'layer1.0.conv3.weight' in state else 34}.get(blocks)
-        if kernel == 7:
-            return config | dict(name=f'torchvision:resnet{depth}', image_size=224) | imagenet
-        return config | dict(name=f'resnet{depth}', width=width) | cifar
-    shortcut = 'conv' if 'layer2.0.downsample.0.weight' in state else 'pad'
-    return config | dict(name=f'resnet{2 * blocks + 2}', width=width, shortcut=shortcut) | imagenet
+def dit_config(state):
+    """The architecture of a DiT, read off its shapes."""
+    hidden, channels, patch, _ = state['x_embedder.proj.weight'].shape
+    return dict(image_size=patch * math.isqrt(state['pos_embed'].shape[1]), patch_size=patch, in_channels=channels,
+                hidden_size=hidden, num_heads=hidden // (72 if hidden == 1152 else 64),
+                depth=1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.')),
+                mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
+                num_classes=len(state.get('y_embedder.embedding_table.weight', [0])) - 1,
+                learn_sigma=len(state['final_layer.linear.bias']) == 2 * channels * patch ** 2)
 
 
+def unet_config(state):
+    """The architecture of an ADM or LDM U-Net, read off its shapes: all but the sizes of images and of heads."""
+    outputs = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('output_blocks.'))
+    # the first output block that also upsamples ends a level of num_res_blocks + 1
+    ups = [int(k.split('.')[1]) for k in state if k.startswith('output_blocks.') and k.split('.')[2] != '0'
+           and k.endswith(('.in_layers.0.weight', '.conv.weight'))]
+    num_res_blocks = min(ups, default=outputs - 1)
+    firsts = [f'input_blocks.{1 + level * (num_res_blocks + 1)}' for level in range(outputs // (num_res_blocks + 1))]
+    model_channels = state['time_embed.0.weight'].shape[1]
+    mults = [state[f'{f}.0.out_layers.3.weight'].shape[0] / model_channels for f in firsts]
+    return dict(in_channels=state['input_blocks.0.0.weight'].shape[1], out_channels=len(state['out.2.bias']),
+                model_channels=model_channels, num_res_blocks=num_res_blocks,
+                channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
+                downsampled=[2 ** i for i, f in enumerate(firsts) if f'{f}.1.qkv.weight' in state],    # with attention
+                use_scale_shift_norm=len(state[f'{firsts[0]}.0.emb_layers.1.bias']) == 2 * model_channels * mults[0],
+                resblock_updown='input_blocks.%d.0.op.weight' % (num_res_blocks + 1) not in state,
+                num_classes=len(state.get('label_emb.weight', ())))
+
+
+# ---- classifiers ----
 def load_classifier(spec, **known):
-    """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) of a ResNet, Wide ResNet or VGG as
-    people publish them, keys with or without `module.`; or torchvision:NAME with its ImageNet weights (downloaded).
+    """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) of a ResNet, Wide ResNet or VGG
+    as people publish them, keys with or without `module.`; or torchvision:NAME with its ImageNet weights (downloaded).
 
     known: image_size, mean, std (of images in [0, 1]) of a state dict, where its family's usual ones are not right: 32
     pixels, and ImageNet's mean and deviation for CIFAR ResNets of depth 6n+2, CIFAR-10's for the others; 224 pixels
-    and ImageNet's for torchvision's. Raises ValueError with one line.
+    and ImageNet's for torchvision's. Raises ValueError.
     """
     if spec.startswith('torchvision:'):
         from torchvision.models import get_model_weights
-        try:
-            weights = get_model_weights(spec.partition(':')[2]).DEFAULT
-            net = Torchvision(spec.partition(':')[2], len(weights.meta['categories']), weights=weights)
-        except Exception as e:
-            raise ValueError(f'{spec} is not to be had: {first_line(e)}') from None
         refuse(known.keys() - {'image_size', 'mean', 'std'}, spec)
-        usual = weights.transforms()
-        net.config = {'class': 'classifier', 'name': spec, 'num_classes': len(weights.meta['categories']),
-                      'image_size': usual.crop_size[0], 'mean': usual.mean, 'std': usual.std} | known
+        with explained(f'{spec} is not to be had'):
+            weights = get_model_weights(spec.partition(':')[2]).DEFAULT
+            classes, usual = len(weights.meta['categories']), weights.transforms()
+            net = Torchvision(spec.partition(':')[2], classes, weights=weights)
+        net.config = {'class': 'classifier', 'name': spec, 'num_classes': classes, 'image_size': usual.crop_size[0],
+                      'mean': usual.mean, 'std': usual.std} | known
         return net.eval().requires_grad_(False)
     state, header = read_weights(spec)
     if header.get('net', {}).get('class') == 'classifier':
         refuse(known, spec)
-        return load_state(build(header['net']), state, spec).eval().requires_grad_(False)
-    try:
+        return load_state(make(**header['net']), state, spec).eval().requires_grad_(False)
+    with explained(f'{spec} is no classifier that this code knows'):
         if header:
             raise ValueError(f"it holds a {header.get('net', {}).get('class', 'model')}")
         state = {k.removeprefix('module.'): v for k, v in tensors_in(state, spec, 'state_dict').items()}
         config = classifier_config(state) | known
         net = make('classifier', **config)
-    except Exception as e:
-        raise ValueError(f'{spec} is no classifier that this code knows: {first_line(e)}') from None
     if config['name'].startswith('torchvision:'):
         state = {f'net.{k}': v for k, v in state.items()}
     elif net.head_name == 'fc':
@@ -1440,9 +1390,34 @@ def load_classifier(spec, **known):
     return load_state(net, state, spec).eval().requires_grad_(False)
 
 
+def classifier_config(state):
+    """The architecture of a classifier in the wild, read off its keys and shapes, with its family's usual images."""
+    blocks = sum(k.endswith('.conv1.weight') for k in state)
+    cifar = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+    imagenet = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    first, head = ('block0.0', 'classifier') if 'block4.0.weight' in state else (
+        'conv1', 'fc' if 'fc.bias' in state else 'linear')
+    if not any(f'{k}.weight' in state for k in ('layer1.0.conv1', 'block1.layer.0.conv1', 'block4.0')):
+        raise ValueError('no keys of a ResNet (layer1...), Wide ResNet (block1.layer...) or VGG (block0...) in it')
+    width, channels, kernel, _ = state[f'{first}.weight'].shape
+    config = dict(num_classes=len(state[f'{head}.bias']), in_channels=channels)
+    if 'block1.layer.0.conv1.weight' in state:
+        return config | dict(name=f"wrn{2 * blocks + 4}_{state['fc.weight'].shape[1] // 64}") | cifar
+    if 'block4.0.weight' in state:
+        return config | dict(name=f'vgg{sum(v.dim() == 4 for v in state.values()) + 3}') | cifar
+    if 'layer4.0.conv1.weight' in state:
+        depth = {8: 18, 16: 50 if 'layer1.0.conv3.weight' in state else 34}.get(blocks)
+        if kernel == 7:
+            return config | dict(name=f'torchvision:resnet{depth}', image_size=224) | imagenet
+        return config | dict(name=f'resnet{depth}', width=width) | cifar
+    shortcut = 'conv' if 'layer2.0.downsample.0.weight' in state else 'pad'
+    return config | dict(name=f'resnet{2 * blocks + 2}', width=width, shortcut=shortcut) | imagenet
+
+
+# ---- VAEs ----
 class Autoencoder(nn.Module):
-    """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1], one level, no noise of
-    its own where the class has no posterior (std 0)."""
+    """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1], one level, no noise
+    of its own where the class has no posterior (std 0)."""
 
     def __init__(self, net):
         super().__init__()
@@ -1467,30 +1442,15 @@ class Autoencoder(nn.Module):
         return self.decode(noise, self.encode(x))
 
 
-def load_part(spec, *names):
-    """The first of a pipeline's parts, VAE or scheduler, that it has. Raises ValueError with one line."""
-    import diffusers
-    root, parts = read_pipeline(spec)
-    name = next((n for n in names if parts.get(n, [None])[0]), None)
-    try:
-        if not re.match('.*Scheduler$' if name == 'scheduler' else 'Autoencoder|VQModel', parts[name][1]):
-            raise ValueError(f"{parts[name][1]} is no {'scheduler' if name == 'scheduler' else 'VAE'} of diffusers")
-        with one_first():
-            return getattr(diffusers, parts[name][1]).from_pretrained(root if os.path.isdir(spec) else spec,
-                                                                      subfolder=name, low_cpu_mem_usage=False)
-    except Exception as e:
-        raise ValueError(f"{spec}: its {name or ' or '.join(names)} cannot be loaded: {first_line(e)}") from None
-
-
 def load_vae(spec):
     """A frozen VAE in eval mode: an LVAE of ours (.safetensors), or diffusers' AutoencoderKL or AutoencoderTiny as a
-    folder or hub id, of its own or as the `vae` of a pipeline. Its `encode` and `decode` are LVAE's. Raises ValueError with one
-    line."""
+    folder or hub id, of its own or as a pipeline's. Its `encode` and `decode` are LVAE's. Raises ValueError."""
     if spec.endswith(WEIGHTS):
         state, header = read_weights(spec)
-        if header.get('net', {}).get('class') != 'LVAE':
-            raise ValueError(f"{spec} is no VAE of ours, it holds a {header.get('net', {}).get('class', 'model without a description')}")
-        return load_state(build(header['net']), state, spec).eval().requires_grad_(False)
+        kind = header.get('net', {}).get('class', 'model without a description')
+        if kind != 'LVAE':
+            raise ValueError(f'{spec} is no VAE of ours, it holds a {kind}')
+        return load_state(make(**header['net']), state, spec).eval().requires_grad_(False)
     import diffusers
     try:
         net = load_part(spec, 'vae')
@@ -1502,30 +1462,41 @@ def load_vae(spec):
                 kind = kind if kind.startswith('Autoencoder') else None        # any other class may run what it finds
                 net = getattr(diffusers, kind).from_pretrained(spec, low_cpu_mem_usage=False)
         except Exception:
-            raise ValueError(f'no VAE at {spec}, neither a file of ours nor a folder or hub id of diffusers: {e}') from None
+            raise ValueError(f'no VAE at {spec}, neither a file of ours nor a folder or hub id of diffusers: '
+                             f'{e}') from None
     if type(net).__name__ not in ('AutoencoderKL', 'AutoencoderTiny'):
         raise ValueError(f'{spec} is a {type(net).__name__}; AutoencoderKL and AutoencoderTiny are supported')
     return Autoencoder(net.float()).eval().requires_grad_(False)
 
 
+# ---- images ----
 def load_images(spec, train=True, image_size=0):
     """(images uint8 (N, C, H, W), labels int64 (N,) or None) from one string.
 
-    An ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards, or of such folders; a folder of images, in one
-    subfolder per class or none, or Tiny-ImageNet's `val`; a .txt of lines `file label`, the files relative to its folder (the lists of
-    DomainNet); or the name of a torchvision dataset (mnist, fashionmnist, cifar10, cifar100, svhn,
-    celeba, ...), downloaded to ./data; `train` picks its split. With `:a-b` at its end, only the classes a to b. image_size: the
-    middle of every image is resized to it. Raises ValueError with one line.
+    An ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards, or of such folders; a folder of
+    images, in one subfolder per class or none, or Tiny-ImageNet's `val`; a .txt of lines `file label`, the files
+    relative to its folder (the lists of DomainNet); or a torchvision dataset (mnist, cifar10, svhn, celeba, ...),
+    downloaded to ./data; `train` picks its split. With `:a-b` at its end, only the classes a to b. image_size: the
+    middle of every image is resized to it. Raises ValueError.
     """
-    match = re.fullmatch(r'(.+):(\d+)-(\d+)', spec)
+    classes, match = None, re.fullmatch(r'(.+):(\d+)-(\d+)', spec)
     if match:
         spec, classes = match[1], range(int(match[2]), int(match[3]) + 1)
         if not classes:
             raise ValueError(f'{spec}:{match[2]}-{match[3]}: the classes from a to b, a not above b')
-    images, labels = load_any(spec, train, image_size, classes if match else None)
-    if match and labels is None:
+    if spec.endswith('.npz'):
+        images, labels = load_npz(spec)
+    elif os.path.isdir(spec) or spec.endswith('.txt'):
+        shards = sorted(glob.glob(os.path.join(glob.escape(spec), '**', '*.npz'), recursive=True))
+        parts = [load_npz(f) for f in shards] or [load_image_files(spec, image_size, classes)]
+        if len({p[0].shape[1:] for p in parts}) > 1 or len({p[1] is None for p in parts}) > 1:
+            raise ValueError(f'{spec}: its shards differ in image size, channels or labels')
+        images, labels = (None if part[0] is None else torch.cat(part) for part in zip(*parts))
+    else:
+        images, labels = load_dataset(spec, train, image_size)
+    if classes and labels is None:
         raise ValueError(f'{spec} has no labels to choose classes {classes[0]} to {classes[-1]} by')
-    if match:
+    if classes:
         chosen = (labels >= classes[0]) & (labels <= classes[-1])
         if not chosen.any():
             raise ValueError(f'{spec} has no images of the classes {classes[0]} to {classes[-1]}')
@@ -1533,38 +1504,24 @@ def load_images(spec, train=True, image_size=0):
     return torch.cat([resize_images(i, image_size) for i in images.split(500)]) if image_size else images, labels
 
 
-def load_any(spec, train, image_size, classes):
-    if spec.endswith('.npz'):
-        return load_npz(spec)
-    if os.path.isdir(spec) or spec.endswith('.txt'):
-        shards = sorted(glob.glob(os.path.join(glob.escape(spec), '**', '*.npz'), recursive=True))
-        parts = [load_npz(f) for f in shards] or [load_image_files(spec, image_size, classes)]
-        if len({p[0].shape[1:] for p in parts}) > 1 or len({p[1] is None for p in parts}) > 1:
-            raise ValueError(f'{spec}: its shards differ in image size, channels or labels')
-        return torch.cat([p[0] for p in parts]), None if parts[0][1] is None else torch.cat([p[1] for p in parts])
+def load_dataset(spec, train, image_size):
     import torchvision
     names = {n.lower(): n for n in torchvision.datasets.__all__}
     if spec.lower() not in names or os.sep in spec:
         raise ValueError(f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or cifar10')
-    make, root = getattr(torchvision.datasets, names[spec.lower()]), 'data'
-    try:
-        with one_first():
-            try:
-                data = make(root, train=train, download=True)
-            except TypeError:
-                data = make(root, split='train' if train else 'test', download=True)
-    except Exception as e:
-        raise ValueError(f'{spec} could not be downloaded to {root}/: {first_line(e)}') from None
+    with explained(f'{spec} could not be downloaded to data/'), one_first():
+        dataset = getattr(torchvision.datasets, names[spec.lower()])
+        try:
+            data = dataset('data', train=train, download=True)
+        except TypeError:
+            data = dataset('data', split='train' if train else 'test', download=True)
     return stack_images(data, spec, image_size)
 
 
 def read_npz(path):
-    """All arrays of an .npz, none of them unpickled. Raises ValueError with one line."""
-    try:
-        with np.load(path) as z:
-            return dict(z)
-    except Exception as e:
-        raise ValueError(f'{path} cannot be read: {first_line(e)}') from None
+    """All arrays of an .npz, none of them unpickled. Raises ValueError."""
+    with explained(f'{path} cannot be read'), np.load(path) as z:
+        return dict(z)
 
 
 def load_npz(path):
@@ -1574,37 +1531,35 @@ def load_npz(path):
     images, labels = arrays['arr_0'], arrays.get('arr_1')
     if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise ValueError(f"{path}: 'arr_0' must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu'
-                               or labels.astype(np.int64).min() < 0):
-        raise ValueError(f"{path}: 'arr_1' must be {len(images)} labels from 0; it is {labels.dtype}, {labels.shape}")
-    labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    if labels is not None:
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or labels.astype(np.int64).min() < 0:
+            raise ValueError(f"{path}: 'arr_1' must be {len(images)} labels from 0, not {labels.dtype}, {labels.shape}")
+        labels = torch.from_numpy(labels.astype(np.int64))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
 def load_image_files(spec, image_size, classes):
     from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, default_loader
-    folder, notes = spec, os.path.join(spec, 'val_annotations.txt')            # Tiny-ImageNet's: file, class and box
+    notes = os.path.join(spec, 'val_annotations.txt')                          # Tiny-ImageNet's: file, class and box
     if spec.endswith('.txt'):
-        folder, files = os.path.dirname(spec), [line.rsplit(' ', 1) for line in read_lines(spec, f'{spec}: a list of images')]
-        if any(len(f) < 2 or not f[1].isdecimal() for f in files):
+        rows = [line.rsplit(' ', 1) for line in read_lines(spec, f'{spec}: a list of images')]
+        if any(len(r) < 2 or not r[1].isdecimal() for r in rows):
             raise ValueError(f'{spec}: every line must be a file and a label')
-        files = [(f, int(y)) for f, y in files]
+        files = [(os.path.join(os.path.dirname(spec), f), int(y)) for f, y in rows]
     elif os.path.exists(notes):
         rows = [f'{line}\t'.split('\t') for line in read_lines(notes, notes)]
         names = sorted({r[1] for r in rows})                                   # as the folders of `train` are numbered
-        files = [(os.path.join('images', r[0]), names.index(r[1])) for r in rows]
+        files = [(os.path.join(spec, 'images', r[0]), names.index(r[1])) for r in rows]
     else:
         try:
             files = ImageFolder(spec).samples
         except FileNotFoundError:                                              # no subfolders: images without labels
-            files = [(f, None) for f in sorted(os.listdir(spec)) if f.lower().endswith(IMG_EXTENSIONS)]
-        folder = folder if files and files[0][1] is None else ''
+            names = sorted(f for f in os.listdir(spec) if f.lower().endswith(IMG_EXTENSIONS))
+            files = [(os.path.join(spec, f), None) for f in names]
 
     def load(f):
-        try:
-            return default_loader(os.path.join(folder, f))
-        except Exception as e:                                                 # PIL's do not all name the file
-            raise ValueError(f'{os.path.join(folder, f)} is no image that can be read: {first_line(e)}') from None
+        with explained(f'{f} is no image that can be read'):                   # PIL's errors do not all name the file
+            return default_loader(f)
     return stack_images(((load(f), y) for f, y in files if classes is None or y in classes), spec, image_size)
 
 
@@ -1614,22 +1569,21 @@ def resize_images(images, size):
     if size == 0 or size == H == W:
         return images
     side = min(H, W)
-    images = to_float(images[:, :, (H - side) // 2:, (W - side) // 2:][:, :, :side, :side])
-    return to_uint8(F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False))
+    return to_uint8(resize(to_float(images[:, :, (H - side) // 2:, (W - side) // 2:][:, :, :side, :side]), size))
 
 
 def stack_images(data, spec, image_size=0):
     """Pairs (PIL image, label) as tensors. Grey images that were stored as RGB stay RGB."""
+    from torchvision.transforms.functional import pil_to_tensor
     images, labels = [], []
     for image, label in data:
-        pixels = torch.from_numpy(np.array(image))
-        images.append(resize_images(pixels.view(1, *pixels.shape[:2], -1).permute(0, 3, 1, 2), image_size))
+        images.append(resize_images(pil_to_tensor(image)[None], image_size))
         labels.append(label)
     if not images:
         raise ValueError(f'no images in {spec}')
     if len({i.shape for i in images}) > 1:
-        raise ValueError(f'{spec}: its images differ in size ({tuple(images[0].shape[2:])} and others); resize them first, where there is '
-                         'a key image_size by it')
+        raise ValueError(f'{spec}: its images differ in size ({tuple(images[0].shape[2:])} and others); resize them '
+                         'first, where there is a key image_size by it')
     return torch.cat(images), torch.tensor(labels) if isinstance(labels[0], int) else None
 
 
@@ -1650,29 +1604,20 @@ def save_grid(path, images, columns):
     write_atomically(path, lambda tmp: save_image((images + 1) / 2, tmp, nrow=columns, padding=4))
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)), and whether the
-    product is near singular.
-
-    sigma1 sigma2 has the eigenvalues of sigma1^(1/2) sigma2 sigma1^(1/2), which is symmetric: real and safe.
-    """
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = torch.linalg.eigvalsh(root @ sigma2 @ root)
-    distance = ((mu1 - mu2) ** 2).sum() + (sigma1 + sigma2).trace() - 2 * product.clamp(min=0).sqrt().sum()
-    return float(distance), bool(product[0] < 1e-14 * product[-1])
-
+# ----------------------------------------------------------------------------------------------------------------
+# measuring
+# ----------------------------------------------------------------------------------------------------------------
 
 def features(net, images):
-    """What the linear layer of a classifier sees of uint8 images (B, C, H, W), the mean of its last map (B, D), and the
-    logits."""
+    """(what the linear layer of a classifier sees of uint8 images (B, C, H, W): the mean of its last map (B, D); the
+    logits)."""
     logits, maps = net.forward_features(preprocess(net, to_float(images)))
     return maps[-1].mean((2, 3)), logits
 
 
 def load_features(spec, device):
-    """(net, space, D): a classifier, the name under which statistics of its features are stored, and how many features it
-    has. Raises ValueError."""
+    """(net, space, D): a classifier, the name under which statistics of its features are stored, and how many features
+    it has. Raises ValueError."""
     net = load_classifier(spec)
     space, c = f'{os.path.basename(spec)} {digest(net)}', net.config
     net = net.to(device, memory_format=memory_format(device))
@@ -1682,9 +1627,9 @@ def load_features(spec, device):
 
 
 def read_statistics(path, space, sizes):
-    """What eval_fid.py or ADM stored of a set of images: 'mu', 'sigma', perhaps 'mu_s', 'sigma_s' and 'n'; None of a file
-    of images. sizes: how many features there are, by the name of their mean. Raises ValueError: of another space, or no
-    mean and covariance."""
+    """What eval_fid.py or ADM stored of a set of images: 'mu', 'sigma', perhaps 'mu_s', 'sigma_s' and 'n'; None of a
+    file of images. sizes: how many features there are, by the name of their mean. Raises ValueError: of another space,
+    or no mean and covariance."""
     arrays = read_npz(path)
     if 'mu' not in arrays:
         return None
@@ -1701,14 +1646,62 @@ def read_statistics(path, space, sizes):
         sigma, top = torch.from_numpy(sigma).double(), np.abs(sigma).max()
         if not np.isfinite(mu).all() or not np.isfinite(top) or (sigma - sigma.T).abs().max() > 1e-4 * top \
                 or torch.linalg.eigvalsh(sigma)[0] < -1e-4 * top:
-            raise ValueError(f'{path}: its covariance is none, finite, symmetric and positive; eval_fid.py --save_stats '
-                             'makes one')
+            raise ValueError(f'{path}: its covariance is none, finite, symmetric and positive; eval_fid.py '
+                             '--save_stats makes one')
     return {k: arrays[k] for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'n') if k in arrays}
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)), and whether the
+    product is near singular. It has the eigenvalues of sigma1^(1/2) sigma2 sigma1^(1/2), which is symmetric."""
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = torch.linalg.eigvalsh(root @ sigma2 @ root)
+    distance = ((mu1 - mu2) ** 2).sum() + (sigma1 + sigma2).trace() - 2 * product.clamp(min=0).sqrt().sum()
+    return float(distance), bool(product[0] < 1e-14 * product[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # running
 # ----------------------------------------------------------------------------------------------------------------
+
+def start(device='auto', dtype='auto', seed=0):
+    """(device, autocast, rank, world) of this process, alone or under torchrun (NCCL on GPUs, gloo on CPUs). autocast
+    is a context for the networks' forward passes: bfloat16 or none."""
+    try:
+        rank, world, local, near = (int(os.environ.get(k, d)) for k, d in (
+            ('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1)))
+        if not 0 <= rank < world or not 0 <= local < max(near, world) or near < 1:
+            raise ValueError(f'rank {rank} of {world}, {local} of {near} here')
+    except ValueError as e:
+        die(f'RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are as torchrun sets them, or not set: {e}')
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        die(f"dtype={dtype}: 'auto', 'float32' or 'bfloat16'")
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(device)
+        if device.type == 'cuda':
+            device = torch.device('cuda', local if world > 1 or device.index is None else device.index)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        die(f"device={device} is not to be had here: {first_line(e)}; 'auto' takes what there is")
+    torch.backends.cudnn.allow_tf32 = False                                    # as in the first convolution: float32
+    if world > 1 and not dist.is_initialized():
+        # tensors of the CPU travel by gloo, so that asking the other ranks does not wait for the GPU; hours, since one
+        # rank may work alone (downloads, pictures, metrics); a restart finds the addresses of dead ranks in the store
+        try:
+            store, rank, world = next(dist.rendezvous('env://'))
+            attempt = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=attempt,
+                                    rank=rank, world_size=world, timeout=timedelta(hours=6))
+        except (ValueError, RuntimeError) as e:
+            die(f'{world} ranks cannot meet, start them by torchrun: {first_line(e)}')
+    torch.manual_seed(seed)                                                    # the same weights on every rank
+    bf16 = pick_dtype(device, dtype) == torch.bfloat16
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
+
 
 def pick_dtype(device, dtype='auto'):
     """What networks compute in: `dtype`, or of 'auto' bfloat16 where the hardware has it, on other GPUs float16 (frozen
@@ -1721,62 +1714,9 @@ def pick_dtype(device, dtype='auto'):
     return torch.bfloat16 if can.get('avx512_bf16') or can.get('amx_bf16') else torch.float32
 
 
-def start(device='auto', dtype='auto', seed=0):
-    """(device, autocast, rank, world) of this process, alone or under torchrun (NCCL on GPUs, gloo on CPUs).
-
-    autocast is a context for the networks' forward passes: bfloat16 or none.
-    """
-    try:
-        rank, world, local, near = (int(os.environ.get(k, d)) for k, d in (
-            ('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1)))
-        if not 0 <= rank < world or not 0 <= local < max(near, world) or near < 1:
-            raise ValueError(f'rank {rank} of {world}, {local} of {near} here')
-    except ValueError as e:
-        die(f'RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are as torchrun sets them, or not set: {e}')
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if dtype not in ('auto', 'float32', 'bfloat16'):
-        die(f"dtype={dtype}: 'auto', 'float32' or 'bfloat16'")
-    try:
-        device = torch.device(device)
-        if device.type == 'cuda':
-            device = torch.device('cuda', local if world > 1 or device.index is None else device.index)
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        die(f"device={device} is not to be had here: {first_line(e)}; 'auto' takes what there is")
-    torch.backends.cudnn.allow_tf32 = False                                    # float32 is float32, as in the first convolution
-    if world > 1 and not dist.is_initialized():
-        # tensors of the CPU travel by gloo, so that asking the other ranks does not wait for the GPU; hours, since one rank
-        # may work alone (downloads, pictures, metrics)
-        try:
-            store, rank, world = next(dist.rendezvous('env://'))               # a restart finds the addresses of dead ranks in it
-            attempt = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=attempt,
-                                    rank=rank, world_size=world, timeout=timedelta(hours=6))
-        except (ValueError, RuntimeError) as e:
-            die(f'{world} ranks cannot meet, start them by torchrun: {first_line(e)}')
-    torch.manual_seed(seed)                                                    # the same weights on every rank
-    bf16 = pick_dtype(device, dtype) == torch.bfloat16
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
-
-
-@contextlib.contextmanager
-def one_first():
-    """One rank of each node downloads, the others find the files."""
-    waits = dist.is_initialized() and int(os.environ.get('LOCAL_RANK', 0))
-    if waits:
-        on_all(dist.ReduceOp.MAX, 0)
-    try:
-        yield
-    finally:
-        if not waits:
-            on_all(dist.ReduceOp.MAX, 0)
-
-
 def cast_frozen(net, dtype):
-    """Casts a frozen network of ours once to what autocast would cast it to in every call: its convolutions and linear layers,
-    but not the first one, which reads x_t in float32."""
+    """Casts a frozen network of ours once to what autocast would cast it to in every call: its convolutions and linear
+    layers, but not the first one, which reads x_t in float32."""
     first = net.input_blocks[0] if isinstance(net, UNet) else net.x_embedder if isinstance(net, DiT) else nn.Identity()
     if dtype == torch.bfloat16 and not isinstance(net, Pipeline):              # those are loaded in it
         for m in set(net.modules()) - set(first.modules()):
@@ -1791,13 +1731,26 @@ def memory_format(device):
 
 
 def on_all(fn, value):
-    """`fn` (e.g. dist.ReduceOp.MAX) of a number over all ranks, which wait for each other, but not for their GPUs; the number
-    itself where there is one rank."""
+    """`fn` (e.g. dist.ReduceOp.MAX) of a number over all ranks, which wait for each other, but not for their GPUs; the
+    number itself where there is one rank."""
     if not dist.is_initialized():
         return value
     value = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(value, fn)
     return value.item()
+
+
+@contextlib.contextmanager
+def one_first():
+    """One rank of each node downloads, the others find the files."""
+    waits = dist.is_initialized() and int(os.environ.get('LOCAL_RANK', 0))
+    if waits:
+        on_all(dist.ReduceOp.MAX, 0)
+    try:
+        yield
+    finally:
+        if not waits:
+            on_all(dist.ReduceOp.MAX, 0)
 
 
 def stop_flag():
@@ -1815,7 +1768,7 @@ def leave(stopped_by=0):
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)                                                         # Python's own end, with gloo's threads, may abort
+        os._exit(code)                                                         # gloo's threads may abort a plain end
     sys.exit(code)
 
 
@@ -1853,7 +1806,7 @@ def claim(out_dir, rank):
     """Makes out_dir and keeps other runs out of it until this process ends."""
     import fcntl                                                               # not on Windows
     os.makedirs(out_dir, exist_ok=True)
-    taken, lock = False, os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT)   # a number: nothing closes it
+    taken, lock = False, os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT)   # a number: stays open
     if rank == 0:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1870,12 +1823,12 @@ def save_checkpoint(out_dir, step, shared, own, rank, settings):
     the last complete set: `ckpt.pt` is renamed into place after all ranks have written, and names their step."""
     mine = os.path.join(out_dir, f'ckpt_{step}_rank{rank}.pt')
     shared = shared | {'step': step, 'settings': fixed(settings)}
-    number = on_all(dist.ReduceOp.MAX, int(digest(shared), 16) if rank == 0 else 0)
-    own, shared = own | {'of': f'{int(number):08x}'}, shared | {'digest': f'{int(number):08x}'}
+    number = f'{int(on_all(dist.ReduceOp.MAX, int(digest(shared), 16) if rank == 0 else 0)):08x}'
+    own = own | {'of': number}
     write_atomically(mine, lambda tmp: torch.save(own | {'digest': digest(own)}, tmp))
     on_all(dist.ReduceOp.MAX, 0)
     if rank == 0:
-        write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared, tmp))
+        write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared | {'digest': number}, tmp))
     on_all(dist.ReduceOp.MAX, 0)
     for f in os.listdir(out_dir):
         if f.startswith(('ckpt_', '.tmp-ckpt_')) and f.endswith(f'_rank{rank}.pt') and f != os.path.basename(mine):
@@ -1886,7 +1839,7 @@ def load_checkpoint(out_dir, rank, settings=None):
     """(shared, own) of the last complete checkpoint. Raises ValueError: damage, another run's files or settings."""
     def part(name):
         found, _ = read_weights(os.path.join(out_dir, name))
-        if not isinstance(found, dict) or found.pop('digest', None) != digest(found):
+        if found.pop('digest', None) != digest(found):
             raise ValueError(f'{out_dir}/{name} is damaged, or of an older version: --init_from=scratch starts again')
         return found
 
@@ -1902,8 +1855,8 @@ def load_checkpoint(out_dir, rank, settings=None):
 
 
 def resume(settings, rank):
-    """(shared, own) of the checkpoint that a run goes on from; None at its beginning, when older ones are removed. Claims
-    out_dir, so it is the last of the checks. Raises ValueError; one line."""
+    """(shared, own) of the checkpoint that a run goes on from; None at its beginning, when older ones are removed.
+    Claims out_dir, so it is the last of the checks. Raises ValueError."""
     out_dir = settings['out_dir']
     claim(out_dir, rank)
     if settings['init_from'] != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':

@@ -273,9 +273,7 @@ def as_kept(images):
     images = images.clamp(-1, 1)
     if images.shape[1] != channels:
         images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    if images.shape[-1] == image_size:
-        return images
-    return F.interpolate(images, size=(image_size, image_size), mode='bilinear', antialias=True, align_corners=False)
+    return M.resize(images, image_size)
 
 
 def as_input(images):
@@ -336,15 +334,12 @@ try:
     if 4 * steps * math.prod(shape) > M.free_memory(device):
         raise ValueError(f'batch_size={batch_size}: the noise of {steps} steps does not fit into memory')
 
-    with torch.no_grad():
-        try:
-            x = M.decode(net, torch.zeros(1, *shape[1:], device=device))
-            image_size = image_size or x.shape[-1]
-            x = as_input(x)
-            net_T.encode(x) if vae else net_T(x)
-        except RuntimeError as e:
-            raise ValueError(f'{teacher} cannot take the images of {prior} at its image_size='
-                             f"{net_T.config['image_size']} (teacher_config has one): {M.first_line(e)}") from None
+    with torch.no_grad(), M.explained(f'{teacher} cannot take the images of {prior} at its image_size='
+                                      f"{net_T.config.get('image_size')} (teacher_config has one)"):
+        x = M.decode(net, torch.zeros(1, *shape[1:], device=device))
+        image_size = image_size or x.shape[-1]
+        x = as_input(x)
+        net_T.encode(x) if vae else net_T(x)
     kept_times, shards = times[-1 - (keep - 1) * keep_every::keep_every], -(-num_images // (batch_size * keep))
     volatile = 'num_images', 'out_dir', 'device', 'grad_batch'
     settings = json.dumps({k: v for k, v in config.items() if k not in volatile}
