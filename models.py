@@ -1114,6 +1114,9 @@ class Pipeline(nn.Module):
                 found = self.embed([*prompts, ''])                             # the last one, -1, is the null condition
         self.shared |= {k: v.to(self.net.device, self.net.dtype) for k, v in found.items()}
         self.num_classes, self.pipe, self.key = len(prompts), None, '' if header.get('key') == key else key
+        side, t = self.config['image_size'], torch.zeros(1, dtype=torch.long, device=self.net.device)
+        with explained('the texts do not fit the network'), torch.no_grad():
+            self(torch.zeros(1, self.config['in_channels'], side, side, device=t.device), t, t)
 
     def keep_prompts(self, cache):
         """Writes the embedded texts to a file, unless they are from there; for one rank, once its folder is made."""
