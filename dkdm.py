@@ -72,7 +72,7 @@ eval_reference = 'pretrained/mnist_stats.npz'    # statistics that eval_fid.py -
 eval_features = 'pretrained/mnist_resnet.safetensors'  # in the features of this classifier
 # system
 out_dir = 'out/dkdm'
-init_from = 'scratch'        # 'scratch' or 'resume'
+init_from = 'scratch'        # 'scratch', 'resume', or the file of a student that goes on
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
 sampler = 'ddim'             # of samples.png: 'ddpm', 'ddim' or 'dpm++'
@@ -83,7 +83,7 @@ dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in
 compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
 _ranges = {                  # what configurator.py does not know of itself
-    'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data'), 'init_from': ('scratch', 'resume'),
+    'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data'),
     'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'), 'sampler': ('ddpm', 'ddim', 'dpm++'),
     'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'), 'pool_dtype': ('float32', 'float16', 'bfloat16'),
     'rho': (1e-30, 1e30), 'T': (2, 10 ** 6), 'channel_mult': (0.01, 100), 'dropout': (0, 0.99), 'uncond_prob': (0, 1),
@@ -303,6 +303,8 @@ try:
         reference = M.read_statistics(eval_reference, space, {'mu': D})
         if reference is None:
             raise ValueError(f'eval_reference={eval_reference} holds no statistics: eval_fid.py --save_stats')
+    if init_from not in ('scratch', 'resume'):
+        M.load_state(net, M.read_weights(init_from)[0], init_from)
     M.check_folder(out_dir, pool_bytes * world + 16 * sum(p.numel() for p in net.parameters()))
     checkpoint = M.resume(config, rank)
     if checkpoint:

@@ -647,6 +647,9 @@ def test_when_to_stop(tiny, tmp_path):
     best = [(tmp_path / d / 'best.safetensors').read_bytes() for d in ('whole', 'cut')]
     last = (tmp_path / 'whole/student.safetensors').read_bytes()
     assert best[0] == best[1] and (best[0] == last) == (float(found[5]) == min(float(f) for f in found if f))
+    run(*args, '--max_steps=2', '--lr=0.0', f'--init_from={tmp_path}/whole/student.safetensors', f'--out_dir={tmp_path}/on', cwd=tiny)
+    on, whole = (load_file(tmp_path / d / 'student.safetensors') for d in ('on', 'whole'))
+    assert all(torch.allclose(on[k], whole[k]) for k in whole)                 # a student that goes on
 
 
 def test_torchrun_restarts_a_job_that_goes_on(tiny, tmp_path):
