@@ -371,7 +371,7 @@ if rank == 0:
 t0 = time.time()
 for shard, path in (bar := tqdm(todo, disable=rank > 0, unit='shard')):
     images, y, rows = (synthesize if net else deep_inversion)(shard)
-    if any((~x.isfinite()).any() for x in images):
+    if not torch.stack([x.isfinite().all() for x in images]).all():
         bar.close()
         M.die(f'the images of shard {shard} are not finite and are not kept: a smaller --eta, or --lr')
     images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()  # here the host waits
