@@ -196,6 +196,8 @@ for wrong, message in [
          f"student={student!r}: 'unet', 'dit', or a config.json of diffusers"),
         (method == 'data' and guidance > 1,
          f"guidance={guidance}: method='data' has no teacher to guide; eval_fid.py guides what it samples"),
+        (init_from not in ('scratch', 'resume') and not os.path.isfile(init_from),
+         f"init_from={init_from!r}: 'scratch', 'resume' or a file; there is none of this name"),
         (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
         (real_fraction and (method != 'synthetic' or not data),
          f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'"),

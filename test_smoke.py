@@ -1031,7 +1031,7 @@ BAD_HUB = [
     (['--teacher=sd', '--prompts=empty.txt'], 'empty.txt is empty', {}), (['--teacher=ddpm', '--prompts=names.txt'], 'takes no texts', {}),
     (['--teacher=sd', '--prompts=names.txt'], 'pip install transformers', {'PYTHONPATH': 'blocked'}),
     (['--teacher=ddpm', '--student=broken.json'], 'no config of a diffusers model', {}), (['--teacher=ddpm', '--student=dit.json'], 'takes 1000 class', {}),
-    (['--teacher=ldm', '--student=ddpm.json'], 'cannot take', {}), (['--teacher=karras'], 'FlowMatchEulerDiscreteScheduler', {}),
+    (['--teacher=ldm', '--student=ddpm.json'], 'for 4x8x8', {}), (['--teacher=karras'], 'FlowMatchEulerDiscreteScheduler', {}),
     (['--teacher=sd3', '--prompts=names.txt', '--student=sd3.json'], '--student_prediction=teacher', {})]
 
 
