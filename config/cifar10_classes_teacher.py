@@ -1,5 +1,5 @@
 # The bundled CIFAR-10 denoiser with classes, pretrained/cifar10_classes.safetensors, 2.2 M parameters.
-# About 130 images/s on one quiet core of an AMD EPYC (Zen 4): days; --init_from=resume goes on.
+# About 100 images/s on one core of an AMD EPYC (Zen 4), so 18 hours; --init_from=resume goes on.
 method = 'data'
 data = 'cifar10'
 class_cond = True
