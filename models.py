@@ -141,8 +141,8 @@ class UNet(nn.Module):
 
     x (B, in_channels, image_size, image_size), t (B,), y (B,) or None -> (B, out_channels, image_size, image_size).
     Parameter names and shapes are ADM's, so checkpoints of ADM, DDPM-IP, DKDM and LDM load with strict=True.
-    `attention_resolutions` are side lengths of feature maps (after `patch_size`). `patch_size > 1` folds pixels
-    into channels on the way in and out. `num_classes = 0` is unconditional; the label -1 adds no embedding.
+    `attention_resolutions` are sides of feature maps (after `patch_size`, which folds pixels into channels on the way
+    in and out). `num_classes = 0` is unconditional; the label -1 adds no embedding.
     """
 
     def __init__(self, image_size, in_channels=3, out_channels=3, model_channels=128, num_res_blocks=3,
@@ -304,24 +304,30 @@ class DiT(nn.Module):
 
 class ResidualBlock(nn.Module):
     """conv-BN-ReLU ... conv-BN plus shortcut, then ReLU: 3x3 twice or, a bottleneck, 1x1 - 3x3 - 1x1 at a quarter of
-    the width. The shortcut's name differs between families, and a ladder's stands before the rest."""
+    the width; of the image at `side` pixels, if given. The shortcut's name differs between families, as its kind does:
+    'conv' (with BN), 'pad' (zeros for new channels) or a ladder's, 'bare' (without BN, before the rest)."""
 
-    def __init__(self, in_ch, out_ch, stride, skip, make_skip, bottleneck=False, skip_first=False):
+    def __init__(self, in_ch, out_ch, stride, skip, kind='conv', bottleneck=False, side=None):
         super().__init__()
-        mid = out_ch // 4
+        mid, extra = out_ch // 4, (out_ch - in_ch) // 2
         convs = ((in_ch, mid, 1, 1), (mid, mid, 3, stride), (mid, out_ch, 1, 1)) if bottleneck else (
             (in_ch, out_ch, 3, stride), (out_ch, out_ch, 3, 1))
-        if skip_first:
-            self.add_module(skip, make_skip(in_ch, out_ch, stride))
+        self.depth, self.skip, self.side = len(convs), skip, side
+        if kind == 'bare':
+            self.add_module(skip, nn.Conv2d(in_ch, out_ch, 1, stride, bias=False))
         for i, (a, b, kernel, by) in enumerate(convs, 1):
             self.add_module(f'conv{i}', nn.Conv2d(a, b, kernel, by, kernel // 2, bias=False))
             self.add_module(f'bn{i}', nn.BatchNorm2d(b))
-        if not skip_first:
-            self.add_module(skip, make_skip(in_ch, out_ch, stride))
-        self.depth, self.skip = len(convs), skip
+        if kind != 'bare' and in_ch == out_ch and stride == 1:
+            self.add_module(skip, nn.Identity())
+        elif kind == 'pad':
+            self.add_module(skip, nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, extra, extra))))
+        elif kind == 'conv':
+            conv = nn.Conv2d(in_ch, out_ch, 1, stride, bias=False)
+            self.add_module(skip, nn.Sequential(conv, nn.BatchNorm2d(out_ch)))
 
     def forward(self, x):
-        h = x
+        h = x = F.interpolate(x, size=(self.side, self.side)) if self.side else x
         for i in range(1, self.depth + 1):
             h = self.get_submodule(f'bn{i}')(self.get_submodule(f'conv{i}')(h))
             h = F.relu(h if i < self.depth else h + self.get_submodule(self.skip)(x))
@@ -377,21 +383,13 @@ def resnet(depth, num_classes=10, in_channels=3, width=None, shortcut='conv'):
     counts, bottleneck = deep.get(depth) or [(depth - 2) // 6] * 3, depth == 50
     if shortcut not in ('conv', 'pad'):
         raise ValueError(shortcut)
-
-    def make_skip(in_ch, out_ch, stride):
-        if in_ch == out_ch and stride == 1:
-            return nn.Identity()
-        if shortcut == 'pad':                                                  # option A: zeros for the new channels
-            extra = (out_ch - in_ch) // 2
-            return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, extra, extra)))
-        return nn.Sequential(nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch))
     skip, head = ('shortcut', 'linear') if depth in deep else ('downsample', 'fc')
     ch = width = width or (64 if depth in deep else 16)
     layers = {'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), 'bn1': nn.BatchNorm2d(width),
               'relu': nn.ReLU()}
     for i, count in enumerate(counts):
         out_ch = width * 2 ** i * (4 if bottleneck else 1)
-        layers[f'layer{i + 1}'] = stage(ResidualBlock, count, ch, out_ch, 2 if i else 1, skip, make_skip, bottleneck)
+        layers[f'layer{i + 1}'] = stage(ResidualBlock, count, ch, out_ch, 2 if i else 1, skip, shortcut, bottleneck)
         ch = out_ch
     return Classifier(layers | {head: nn.Linear(ch, num_classes)}, [f'layer{i + 1}' for i in range(len(counts))])
 
@@ -501,26 +499,14 @@ def preprocess(net, images):
     return ((images + 1) / 2 - net.mean.to(images)) / net.std.to(images)
 
 
-class LadderBlock(ResidualBlock):
-    """A residual block at half ('downsample') or twice ('upsample', to `side`) the resolution, or at the same."""
-
-    def __init__(self, in_ch, out_ch, resample=None, side=None):
-        def make_skip(in_ch, out_ch, stride):
-            return nn.Conv2d(in_ch, out_ch, 1, stride, bias=False) if resample else nn.Identity()
-        stride = 2 if resample == 'downsample' else 1
-        super().__init__(in_ch, out_ch, stride, resample or 'same', make_skip, skip_first=True)
-        self.side = side
-
-    def forward(self, x):
-        return super().forward(F.interpolate(x, size=(self.side, self.side)) if self.side else x)
-
-
 class LadderLevel(nn.Module):
-    """Two blocks, and what a Gaussian is made of."""
+    """Two blocks, the first at half ('downsample') or twice ('upsample', to `side`) the resolution, or at the same; and
+    what a Gaussian is made of."""
 
     def __init__(self, in_ch, width, out_ch, resample=None, side=None):
         super().__init__()
-        self.net = nn.Sequential(LadderBlock(in_ch, width, resample, side), LadderBlock(width, width))
+        first = 2 if resample == 'downsample' else 1, resample or 'same', 'bare' if resample else 'conv', False, side
+        self.net = nn.Sequential(ResidualBlock(in_ch, width, *first), ResidualBlock(width, width, 1, 'same'))
         self.out = nn.Conv2d(width, out_ch, 1, bias=False)
 
 
@@ -571,17 +557,14 @@ class LVAE(nn.Module):
         """(out, q, p) on the way down with z = mean + std noise: p the prior Gaussians, each given the z above it, and
         q those that z is drawn from. Without `seen` that is the prior; with it, from `encode`, the two are weighted by
         their precisions, and the top is what the image says."""
-        top = self.levels - 1
         p, q = [None] * self.levels, [None] * self.levels
-        for i in reversed(range(self.levels)):
-            if i == top:
-                p[i] = torch.zeros_like(noise[i]), torch.ones_like(noise[i])
-            else:
-                level = self.get_submodule(f'd{i + 1}')
-                p[i] = gaussian(level.out(level.net(z)))
-            q[i] = p[i]
-            if seen:
-                q[i] = seen[i] if i == top else combine(seen[i], p[i])
+        p[-1] = torch.zeros_like(noise[-1]), torch.ones_like(noise[-1])
+        q[-1] = seen[-1] if seen else p[-1]
+        z = q[-1][0] + q[-1][1] * noise[-1]
+        for i in reversed(range(self.levels - 1)):
+            level = self.get_submodule(f'd{i + 1}')
+            p[i] = gaussian(level.out(level.net(z)))
+            q[i] = combine(seen[i], p[i]) if seen else p[i]
             z = q[i][0] + q[i][1] * noise[i]
         return self.d0.out(self.d0.net(z)).float(), q, p
 
@@ -833,33 +816,25 @@ def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, gui
     x = shape_or_noise if torch.is_tensor(shape_or_noise) else randn_tensor(shape_or_noise, generator, device)
     ts = sampling_steps(diffusion.T, steps, spacing)
     if sampler == 'dpm++':
-        return sample_dpm(net, diffusion, x, ts, y, guidance)
+        from diffusers import DPMSolverMultistepScheduler
+        # any path a x_0 + b eps is a variance-preserving one after division by sqrt(a^2 + b^2)
+        norm, alpha_bar = (diffusion.a ** 2 + diffusion.b ** 2).sqrt().cpu(), diffusion.alpha_bar[:-1].clamp(min=1e-9)
+        betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+        scheduler = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), num_train_timesteps=diffusion.T,
+                                                prediction_type='sample', lower_order_final=True)
+        scheduler.set_timesteps(timesteps=ts)
+        x = x / norm[ts[0]].to(x)
     for t, s in zip(ts, ts[1:] + [-1]):
         tt = torch.full((len(x),), t, device=device)
-        out = guided(net, x, tt, y, guidance)
+        x_t = x * norm[t].to(x) if sampler == 'dpm++' else x
+        out = guided(net, x_t, tt, y, guidance)
         noise = randn_tensor(x.shape, generator, device) if sampler == 'ddpm' or eta else None
-        if sampler == 'ddpm':
+        if sampler == 'dpm++':
+            x = scheduler.step(diffusion.predict_x0(out, x_t, tt), t, x, return_dict=False)[0]
+        elif sampler == 'ddpm':
             x = diffusion.ddpm_step(out, x, tt, s, noise)
         else:
             x = diffusion.ddim_step(out, x, tt, s, eta, noise)
-    return x
-
-
-def sample_dpm(net, diffusion, x, ts, y, guidance):
-    """DPM-Solver++(2M). Any path a x_0 + b eps is a variance-preserving one after division by sqrt(a^2 + b^2)."""
-    from diffusers import DPMSolverMultistepScheduler
-    alpha_bar = diffusion.alpha_bar[:-1].clamp(min=1e-9)
-    betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
-    scheduler = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), num_train_timesteps=diffusion.T,
-                                            prediction_type='sample', lower_order_final=True)
-    scheduler.set_timesteps(timesteps=ts)
-    norm = (diffusion.a ** 2 + diffusion.b ** 2).sqrt().cpu()
-    x = x / norm[ts[0]].to(x)
-    for t in scheduler.timesteps.tolist():
-        tt = torch.full((len(x),), t, device=x.device)
-        x_t = x * norm[t].to(x)
-        x0 = diffusion.predict_x0(guided(net, x_t, tt, y, guidance), x_t, tt)
-        x = scheduler.step(x0, t, x, return_dict=False)[0]
     return x
 
 
