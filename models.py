@@ -1216,13 +1216,26 @@ def load_denoiser(spec, dtype=torch.float32, **known):
     True, latents False). The network is in eval mode and frozen. Raises ValueError.
     """
     hub_id = spec.count('/') == 1 and not spec.endswith(WEIGHTS) and not os.path.exists(spec)
-    if os.path.isdir(spec) or hub_id:
-        refuse(known, spec)
+    state, header = (None, {}) if os.path.isdir(spec) or hub_id else read_weights(spec)
+    refuse(known if header or state is None else (), spec)
+    if state is None:
         net, diffusion = load_pipeline(spec, dtype)
+    elif not header:
+        net, diffusion = load_original(spec, state, known)
+    elif 'diffusion' not in header or 'net' not in header:
+        raise ValueError(f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}")
     else:
-        state, header = read_weights(spec)
-        refuse(known if header else {}, spec)
-        net, diffusion = load_own(spec, state, header, dtype) if header else load_original(spec, state, known)
+        net, diffusion = make(**header['net']), make('Diffusion', **header['diffusion'])
+        load_state(net, state, spec)
+        net.guided = header.get('guided', False)                               # needs no guidance any more
+        net.source = header.get('pipeline') or header.get('vae', '')
+        with explained(f"{spec} needs its teacher's pipeline"):
+            if header.get('vae'):
+                set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
+            if isinstance(net, Pipeline):
+                net.to(dtype)
+                if net.condition == 'text':
+                    read_pipeline(net.source)                                  # what set_prompts needs
     if isinstance(net, Pipeline) and diffusion.config['schedule'] == 'flow':
         net.times = (diffusion.b[:-1] * diffusion.T).float()                   # what SD3 calls t
     return net.eval().requires_grad_(False), diffusion
@@ -1254,27 +1267,11 @@ def load_pipeline(spec, dtype):
                               learn_sigma=net.config['out_channels'] == 2 * net.config['in_channels'])
 
 
-def load_own(spec, state, header, dtype):
-    """A file of `save_model`."""
-    if 'diffusion' not in header or 'net' not in header:
-        raise ValueError(f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}")
-    net, diffusion = make(**header['net']), make('Diffusion', **header['diffusion'])
-    load_state(net, state, spec)
-    net.guided = header.get('guided', False)                                   # needs no guidance any more
-    net.source = header.get('pipeline') or header.get('vae', '')
-    with explained(f"{spec} needs its teacher's pipeline"):
-        if header.get('vae'):
-            set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
-        if isinstance(net, Pipeline):
-            net.to(dtype)
-            if net.condition == 'text':
-                read_pipeline(net.source)                                      # what set_prompts needs
-    return net, diffusion
-
-
 def load_original(spec, state, known):
-    """An original checkpoint. LDM keeps the network, its EMA and the autoencoder in one dict; DiT its EMA beside the
-    weights."""
+    """An original checkpoint, its architecture read off its shapes: of an ADM or LDM U-Net all but the sizes of images
+    and of heads. LDM keeps the network, its EMA and the autoencoder in one dict; DiT its EMA beside the weights."""
+    def count(prefix):
+        return 1 + max(int(k.split('.')[1]) for k in state if k.startswith(prefix))
     state = tensors_in(state, spec, 'ema', 'state_dict')
     betas = state.get('betas')
     names = [k.removeprefix('model.') for k in state if k.startswith('model.diffusion_model.')]
@@ -1284,50 +1281,37 @@ def load_original(spec, state, known):
     told = {k: known.pop(k) for k in ('schedule', 'steps', 'beta_range', 'prediction', 'clip') if k in known}
     with explained(f'{spec} is no denoiser that this code knows'):
         if 'x_embedder.proj.weight' in state:
-            config = dit_config(state)
-            net = make('DiT', **config | known)
-            process = dict(schedule='linear', learn_sigma=config['learn_sigma'], clip=False)
+            hidden, channels, patch, _ = state['x_embedder.proj.weight'].shape
+            learn_sigma = len(state['final_layer.linear.bias']) == 2 * channels * patch ** 2
+            net = make('DiT', **dict(
+                image_size=patch * math.isqrt(state['pos_embed'].shape[1]), patch_size=patch, in_channels=channels,
+                hidden_size=hidden, num_heads=hidden // (72 if hidden == 1152 else 64), depth=count('blocks.'),
+                mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden, learn_sigma=learn_sigma,
+                num_classes=len(state.get('y_embedder.embedding_table.weight', [0])) - 1) | known)
+            process = dict(schedule='linear', learn_sigma=learn_sigma, clip=False)
         elif 'input_blocks.0.0.weight' in state:
-            config = unet_config(state)
-            latent = not config['resblock_updown'] and betas is not None
-            config |= dict(image_size=64 if latent else 32, use_new_attention_order=not latent) | known
-            config['attention_resolutions'] = tuple(config['image_size'] // ds for ds in config.pop('downsampled'))
-            net = make('UNet', **config)
+            outputs, width = count('output_blocks.'), state['time_embed.0.weight'].shape[1]
+            # the first output block that also upsamples ends a level of `blocks` + 1
+            ups = [int(k.split('.')[1]) for k in state if k.startswith('output_blocks.') and k.split('.')[2] != '0'
+                   and k.endswith(('.in_layers.0.weight', '.conv.weight'))]
+            blocks = min(ups, default=outputs - 1)
+            tops = [f'input_blocks.{1 + level * (blocks + 1)}' for level in range(outputs // (blocks + 1))]
+            mults = [state[f'{k}.0.out_layers.3.weight'].shape[0] / width for k in tops]
+            updown = f'input_blocks.{blocks + 1}.0.op.weight' not in state
+            latent = not updown and betas is not None
+            size = known.setdefault('image_size', 64 if latent else 32)
+            net = make('UNet', **dict(
+                in_channels=state['input_blocks.0.0.weight'].shape[1], out_channels=len(state['out.2.bias']),
+                model_channels=width, num_res_blocks=blocks, resblock_updown=updown,
+                channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
+                attention_resolutions=tuple(size // 2 ** i for i, k in enumerate(tops) if f'{k}.1.qkv.weight' in state),
+                use_scale_shift_norm=len(state[f'{tops[0]}.0.emb_layers.1.bias']) == 2 * width * mults[0],
+                use_new_attention_order=not latent, num_classes=len(state.get('label_emb.weight', ()))) | known)
             process = dict(schedule=betas.tolist() if latent else 'cosine', clip=not latent,
-                           learn_sigma=config['out_channels'] == 2 * config['in_channels'])
+                           learn_sigma=net.config['out_channels'] == 2 * net.config['in_channels'])
         else:
             raise ValueError('no keys of a U-Net (input_blocks...) or DiT (x_embedder...) in it')
     return load_state(net, state, spec), make('Diffusion', **process | told)
-
-
-def dit_config(state):
-    """The architecture of a DiT, read off its shapes."""
-    hidden, channels, patch, _ = state['x_embedder.proj.weight'].shape
-    return dict(image_size=patch * math.isqrt(state['pos_embed'].shape[1]), patch_size=patch, in_channels=channels,
-                hidden_size=hidden, num_heads=hidden // (72 if hidden == 1152 else 64),
-                depth=1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.')),
-                mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
-                num_classes=len(state.get('y_embedder.embedding_table.weight', [0])) - 1,
-                learn_sigma=len(state['final_layer.linear.bias']) == 2 * channels * patch ** 2)
-
-
-def unet_config(state):
-    """The architecture of an ADM or LDM U-Net, read off its shapes: all but the sizes of images and of heads."""
-    outputs = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('output_blocks.'))
-    # the first output block that also upsamples ends a level of num_res_blocks + 1
-    ups = [int(k.split('.')[1]) for k in state if k.startswith('output_blocks.') and k.split('.')[2] != '0'
-           and k.endswith(('.in_layers.0.weight', '.conv.weight'))]
-    num_res_blocks = min(ups, default=outputs - 1)
-    firsts = [f'input_blocks.{1 + level * (num_res_blocks + 1)}' for level in range(outputs // (num_res_blocks + 1))]
-    model_channels = state['time_embed.0.weight'].shape[1]
-    mults = [state[f'{f}.0.out_layers.3.weight'].shape[0] / model_channels for f in firsts]
-    return dict(in_channels=state['input_blocks.0.0.weight'].shape[1], out_channels=len(state['out.2.bias']),
-                model_channels=model_channels, num_res_blocks=num_res_blocks,
-                channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
-                downsampled=[2 ** i for i, f in enumerate(firsts) if f'{f}.1.qkv.weight' in state],    # with attention
-                use_scale_shift_norm=len(state[f'{firsts[0]}.0.emb_layers.1.bias']) == 2 * model_channels * mults[0],
-                resblock_updown='input_blocks.%d.0.op.weight' % (num_res_blocks + 1) not in state,
-                num_classes=len(state.get('label_emb.weight', ())))
 
 
 # ---- classifiers ----
@@ -1357,39 +1341,33 @@ def load_classifier(spec, **known):
         if header:
             raise ValueError(f"it holds a {header.get('net', {}).get('class', 'model')}")
         state = {k.removeprefix('module.'): v for k, v in tensors_in(state, spec, 'state_dict').items()}
-        config = classifier_config(state) | known
-        net = make('classifier', **config)
-    if config['name'].startswith('torchvision:'):
+        if not any(f'{k}.weight' in state for k in ('layer1.0.conv1', 'block1.layer.0.conv1', 'block4.0')):
+            raise ValueError('no keys of a ResNet (layer1...), Wide ResNet (block1.layer...) or VGG (block0...) in it')
+        blocks = sum(k.endswith('.conv1.weight') for k in state)
+        first, head = ('block0.0', 'classifier') if 'block4.0.weight' in state else (
+            'conv1', 'fc' if 'fc.bias' in state else 'linear')
+        width, channels, kernel, _ = state[f'{first}.weight'].shape
+        usual = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))              # CIFAR-10's
+        imagenet = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        if 'block1.layer.0.conv1.weight' in state:
+            usual |= dict(name=f"wrn{2 * blocks + 4}_{state['fc.weight'].shape[1] // 64}")
+        elif 'block4.0.weight' in state:
+            usual |= dict(name=f'vgg{sum(v.dim() == 4 for v in state.values()) + 3}')
+        elif 'layer4.0.conv1.weight' in state:
+            depth = {8: 18, 16: 50 if 'layer1.0.conv3.weight' in state else 34}.get(blocks)
+            usual |= dict(name=f'resnet{depth}', width=width) if kernel != 7 else imagenet | dict(
+                name=f'torchvision:resnet{depth}', image_size=224)
+        else:
+            shortcut = 'conv' if 'layer2.0.downsample.0.weight' in state else 'pad'
+            usual |= imagenet | dict(name=f'resnet{2 * blocks + 2}', width=width, shortcut=shortcut)
+        net = make('classifier', **dict(num_classes=len(state[f'{head}.bias']), in_channels=channels) | usual | known)
+    if isinstance(net, Torchvision):
         state = {f'net.{k}': v for k, v in state.items()}
     elif net.head_name == 'fc':
         state = {k.replace('linear.', 'fc.'): v for k, v in state.items()}
     elif net.head_name == 'linear':                                            # timm's names
         state = {re.sub('^fc[.]', 'linear.', k).replace('.downsample.', '.shortcut.'): v for k, v in state.items()}
     return load_state(net, state, spec).eval().requires_grad_(False)
-
-
-def classifier_config(state):
-    """The architecture of a classifier in the wild, read off its keys and shapes, with its family's usual images."""
-    blocks = sum(k.endswith('.conv1.weight') for k in state)
-    cifar = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
-    imagenet = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    first, head = ('block0.0', 'classifier') if 'block4.0.weight' in state else (
-        'conv1', 'fc' if 'fc.bias' in state else 'linear')
-    if not any(f'{k}.weight' in state for k in ('layer1.0.conv1', 'block1.layer.0.conv1', 'block4.0')):
-        raise ValueError('no keys of a ResNet (layer1...), Wide ResNet (block1.layer...) or VGG (block0...) in it')
-    width, channels, kernel, _ = state[f'{first}.weight'].shape
-    config = dict(num_classes=len(state[f'{head}.bias']), in_channels=channels)
-    if 'block1.layer.0.conv1.weight' in state:
-        return config | dict(name=f"wrn{2 * blocks + 4}_{state['fc.weight'].shape[1] // 64}") | cifar
-    if 'block4.0.weight' in state:
-        return config | dict(name=f'vgg{sum(v.dim() == 4 for v in state.values()) + 3}') | cifar
-    if 'layer4.0.conv1.weight' in state:
-        depth = {8: 18, 16: 50 if 'layer1.0.conv3.weight' in state else 34}.get(blocks)
-        if kernel == 7:
-            return config | dict(name=f'torchvision:resnet{depth}', image_size=224) | imagenet
-        return config | dict(name=f'resnet{depth}', width=width) | cifar
-    shortcut = 'conv' if 'layer2.0.downsample.0.weight' in state else 'pad'
-    return config | dict(name=f'resnet{2 * blocks + 2}', width=width, shortcut=shortcut) | imagenet
 
 
 # ---- VAEs ----
