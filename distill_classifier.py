@@ -221,9 +221,7 @@ try:
         M.load_state(net, M.read_weights(init_from)[0], init_from)
     if method != 'test':
         M.check_folder(out_dir)
-    checkpoint = M.resume(settings, rank) if method != 'test' else None
-    if checkpoint:
-        M.load_state(net, checkpoint[0]['net'], out_dir)
+    checkpoint = M.resume(settings, rank, net) if method != 'test' else None
 except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 if net_T is not None:
@@ -296,11 +294,9 @@ if rank:
 steps_per_epoch = len(train) // batch_size
 epoch, first, sums, best = 0, 0, 0., -1.
 if checkpoint:
-    shared, own = checkpoint
-    opt.load_state_dict(shared['opt'])
+    shared, own = M.go_on(checkpoint, opt)
     epoch, first = divmod(shared['step'], steps_per_epoch)                     # a signal saves within an epoch
     sums, best = torch.as_tensor(own['sums'], device=device), shared['best']
-    M.set_random_state(own, device)
 log = M.Log(os.path.join(out_dir, 'log.csv'), epoch) if rank == 0 else None
 stop = M.stop_flag()
 if rank == 0:
@@ -310,11 +306,6 @@ if rank == 0:
 
 
 # ---- the loop ----
-def save_checkpoint(done):
-    M.save_checkpoint(out_dir, done, {'net': net.state_dict(), 'opt': opt.state_dict(), 'best': best},
-                      M.random_state(device) | {'sums': sums}, rank, settings)
-
-
 t0, row, leaving = time.time(), {}, 0
 while epoch < epochs:
     net.train()
@@ -338,7 +329,7 @@ while epoch < epochs:
     if (~torch.stack([p.sum() for p in net.parameters()]).isfinite()).any():   # from here on the host has waited
         M.die(f'the weights are not finite in epoch {epoch + 1}: a smaller --lr; the last checkpoint is untouched')
     if leaving:
-        save_checkpoint(epoch * steps_per_epoch + i)
+        M.save_checkpoint(settings, epoch * steps_per_epoch + i, net, opt, {'best': best}, {'sums': sums}, rank)
         break
     epoch += 1
     means = dict(zip(terms, (sums / steps_per_epoch).tolist()))
@@ -355,7 +346,7 @@ while epoch < epochs:
         if holdout and row['agreement'] > best:
             M.save_model(net, os.path.join(out_dir, 'best.safetensors'))
     best = max(best, row.get('agreement', -1.))
-    save_checkpoint(epoch * steps_per_epoch)
+    M.save_checkpoint(settings, epoch * steps_per_epoch, net, opt, {'best': best}, {'sums': sums}, rank)
 if rank == 0:
     print(f'student: {out_dir}/student.safetensors, {time.time() - t0:.0f} s' if epoch else
           'stopped before the first epoch was complete')

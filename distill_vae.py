@@ -177,9 +177,7 @@ try:
         raise ValueError(f'the levels of the teacher are {shapes[0]}, of the student {shapes[-1]}: image_size, '
                          'in_channels and the latents must be the same')
     M.check_folder(out_dir)
-    checkpoint = M.resume(settings, rank)
-    if checkpoint:
-        M.load_state(net, checkpoint[0]['net'], out_dir)
+    checkpoint = M.resume(settings, rank, net)
 except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 
@@ -197,12 +195,6 @@ if world > 1:
 
 
 # ---- results on disk ----
-def save_rows(name, sets):
-    """Images in [0, 1], a row of twelve of each set in turn."""
-    rows = zip(*[x.split(12) for x in sets])
-    M.save_grid(os.path.join(out_dir, name), torch.cat([r for rs in rows for r in rs]) * 2 - 1, 12)
-
-
 @torch.no_grad()
 @autocast
 def save_result():
@@ -216,7 +208,7 @@ def save_result():
     g, n = torch.Generator(device).manual_seed(seed), 36
     if net.config['class'] == 'LVAE':
         noise = net.noise(n, g)
-        save_rows('samples.png', [v.generate(noise)[0][:, :channels] for v in both])
+        M.save_grid(f'{out_dir}/samples.png', [v.generate(noise)[0][:, :channels] * 2 - 1 for v in both], 12)
     if images is not None:
         picked = torch.randperm(len(images), generator=g, device=device)[:n]
         x = images[picked.to(images.device)].to(device).float() / 255
@@ -224,17 +216,15 @@ def save_result():
         for v in both:
             seen = v.encode(x)
             made.append(v.decode([torch.zeros_like(mean) for mean, _ in seen], seen)[0][:, :channels])
-        save_rows('reconstructions.png', made)
+        M.save_grid(f'{out_dir}/reconstructions.png', [x * 2 - 1 for x in made], 12)
     net.train()
 
 
 # ---- the loop ----
 step, sums, count = 0, 0., 0                                                   # on the device: no wait between two rows
 if checkpoint:
-    shared, own = checkpoint
+    shared, own = M.go_on(checkpoint, opt)
     step, sums, count = shared['step'], torch.as_tensor(own['sums'], device=device), own['count']
-    opt.load_state_dict(shared['opt'])
-    M.set_random_state(own, device)
 if rank == 0:
     def millions(n): return f"{n.config['class']}, {sum(p.numel() for p in n.parameters()) / 1e6:.3f} M parameters"
     if distilling:
@@ -280,8 +270,7 @@ while step < max_steps:
                 images_per_s=(step - first) * batch_size / (time.time() - t0), seconds=time.time() - t0)
         sums, count = 0., 0
     if saving:
-        own = M.random_state(device) | {'sums': sums, 'count': count}
-        M.save_checkpoint(out_dir, step, {'net': net.state_dict(), 'opt': opt.state_dict()}, own, rank, settings)
+        M.save_checkpoint(settings, step, net, opt, {}, {'sums': sums, 'count': count}, rank)
         if rank == 0:
             save_result()                                                      # last: who stops us may not wait
     if leaving:

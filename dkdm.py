@@ -211,34 +211,14 @@ if batch_size % (world * grad_accum):
 micro_batch = batch_size // world // grad_accum                                # images of one forward pass
 
 # ---- teacher, images, student ----
-def diffusers_student():
-    """A network of random weights of the diffusers class and config in the file `student`, with the teacher's texts."""
-    try:
-        with open(student) as f:
-            found = json.load(f)
-        kind = found['_class_name']
-        if kind not in M.DIFFUSERS:
-            raise ValueError(f'{kind!r} is none of ' + ', '.join(M.DIFFUSERS))
-        net = M.make(kind, **{k: v for k, v in found.items() if not k.startswith('_')})
-        want = getattr(net_T, 'condition', 'class' if num_classes else '')
-        if net.condition != want or want == 'class' and net.num_classes != num_classes:
-            raise ValueError(f"it takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
-                             f"{num_classes or ''} {want or 'none'} (classes: one more in num_class_embeds, for none)")
-        net.num_classes = num_classes
-        if isinstance(net_T, M.Pipeline):
-            net.shared, net.times = net_T.shared, net_T.times
-        t = torch.zeros(1, dtype=torch.long, device=device)
-        with torch.no_grad():
-            out = net.to(device)(torch.zeros(1, C, H, H, device=device), t, t if num_classes else None)
-        if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)) or net.config['image_size'] != H:
-            raise ValueError(f"of sample_size {net.config['image_size']} it makes {tuple(out.shape[1:])}")
-        return net
-    except Exception as e:
-        raise ValueError(f'{student} is no config of a diffusers model for {C}x{H}x{H}: {M.first_line(e)}') from None
-
-
 try:
-    if method != 'data':
+    net_T, diffusion_T, sets = None, None, {}
+    if method == 'data':
+        sets[data] = M.load_images(data)
+        C, H = sets[data][0].shape[1:3]
+        num_classes = int(sets[data][1].max()) + 1 if class_cond and sets[data][1] is not None else int(class_cond)
+        process = dict(schedule=schedule, steps=T)
+    else:
         net_T, diffusion_T = M.load_denoiser(teacher, M.pick_dtype(device, dtype), **teacher_config)
         config['teacher_digest'] = M.digest(net_T)
         net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
@@ -246,23 +226,16 @@ try:
             net_T.set_prompts(M.read_lines(prompts, f'{teacher} takes texts: --prompts=file.txt'),
                               os.path.join(out_dir, 'prompts.safetensors'))
         T, C, H = diffusion_T.T, net_T.config['in_channels'], net_T.config['image_size']
-        num_classes = net_T.num_classes
-        process = diffusion_T.config
+        num_classes, process = net_T.num_classes, diffusion_T.config
         if stride > T or warmup_steps > T:
             raise ValueError(f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps')
         guidance = guidance or (2. if num_classes else 1.)
         if guidance != 1 and not num_classes:
             raise ValueError(f'guidance={guidance}: {teacher} has no classes or texts to be guided to')
-        if method == 'synthetic' and not diffusion_T.clip:
-            raise ValueError("method='synthetic' stores images, this teacher makes latents: method='dynamic' can")
-    if method == 'data':
-        net_T = None
-        sets = {data: M.load_images(data)}
-        C, H = sets[data][0].shape[1:3]
-        num_classes = int(sets[data][1].max()) + 1 if class_cond and sets[data][1] is not None else int(class_cond)
-        process = dict(schedule=schedule, steps=T)
-    else:
-        sets = {s: M.load_images(s) for s in (synthetic, data if real_fraction else '') if s and method == 'synthetic'}
+        if method == 'synthetic':
+            if not diffusion_T.clip:
+                raise ValueError("method='synthetic' stores images, this teacher makes latents: method='dynamic' can")
+            sets = {s: M.load_images(s) for s in (synthetic, data if real_fraction else '') if s}
     for spec, (images, labels) in sets.items():
         if images.shape[1:] != (C, H, H):
             raise ValueError(f'{spec}: its images are {tuple(images.shape[1:])}, {(C, H, H)} are wanted')
@@ -272,20 +245,34 @@ try:
         raise ValueError(f'prompts={prompts}: {teacher if net_T else method} takes no texts')
     prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
     if student.endswith('.json'):
-        net = diffusers_student()
+        # random weights of the class and config in the file, with the teacher's texts
+        with M.explained(f'{student} is no config of a diffusers model for {C}x{H}x{H}'), open(student) as f:
+            said = json.load(f)
+            kind, want = said['_class_name'], getattr(net_T, 'condition', 'class' if num_classes else '')
+            if kind not in M.DIFFUSERS:
+                raise ValueError(f'{kind!r} is none of ' + ', '.join(M.DIFFUSERS))
+            net = M.make(kind, **{k: v for k, v in said.items() if not k.startswith('_')})
+            if net.condition != want or want == 'class' and net.num_classes != num_classes:
+                raise ValueError(f"it takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
+                                 f"{num_classes or ''} {want or 'none'} (classes: one more in num_class_embeds, for "
+                                 'none)')
+            net.num_classes = num_classes
+            if isinstance(net_T, M.Pipeline):
+                net.shared, net.times = net_T.shared, net_T.times
+            t = torch.zeros(1, dtype=torch.long, device=device)
+            with torch.no_grad():
+                out = net.to(device)(torch.zeros(1, C, H, H, device=device), t, t if num_classes else None)
+            if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)) or net.config['image_size'] != H:
+                raise ValueError(f"of sample_size {net.config['image_size']} it makes {tuple(out.shape[1:])}")
         learn_sigma = net.config['out_channels'] == 2 * C
-        flows = process.get('schedule') == 'flow'
-        alike = net_T is not None and net.config['class'] == net_T.config['class']
-        if (prediction == 'flow') != flows or flows and not alike:
+        flows = process['schedule'] == 'flow'
+        if (prediction == 'flow') != flows or flows and (not net_T or net.config['class'] != net_T.config['class']):
             raise ValueError(f'{student}, student_prediction={student_prediction}: diffusers samples a flow only by '
                              "the teacher's class, and flow predictions only of a flow: --student_prediction=teacher")
-    elif student == 'unet':
-        said = inspect.signature(M.UNet).parameters.keys() & config.keys() - {'num_heads'}   # which is dit's here
-        net = M.make('UNet', **{k: config[k] for k in said}, image_size=H, in_channels=C, num_classes=num_classes,
-                     out_channels=C * (1 + learn_sigma))
     else:
-        net = M.make('DiT', image_size=H, patch_size=patch_size, in_channels=C, hidden_size=hidden_size, depth=depth,
-                     num_heads=num_heads, num_classes=num_classes, learn_sigma=learn_sigma)
+        kind, outputs = (M.UNet, {'out_channels': C * (1 + learn_sigma)}) if student == 'unet' else (M.DiT, {})
+        said = {k: config[k] for k in inspect.signature(kind).parameters if k in config} | outputs
+        net = M.make(kind.__name__, **said, image_size=H, in_channels=C, num_classes=num_classes)
     diffusion = M.make('Diffusion', **process | dict(prediction=prediction, learn_sigma=learn_sigma))
     M.sampling_steps(diffusion.T, sample_steps)
     M.sampling_steps(diffusion.T, synthetic_steps if method == 'synthetic' and not synthetic else 1)
@@ -308,15 +295,10 @@ try:
     if init_from not in ('scratch', 'resume'):
         M.load_state(net, M.read_weights(init_from)[0], init_from)
     M.check_folder(out_dir, pool_bytes * world + 16 * sum(p.numel() for p in net.parameters()))
-    checkpoint = M.resume(config, rank)
-    if checkpoint:
-        shared, own = checkpoint
-        M.load_state(net, shared['net'], out_dir)
+    checkpoint = M.resume(config, rank, net)
 except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
-if warmup_steps == 0:
-    warmup_steps = max(1, T // stride)
-
+warmup_steps = warmup_steps or max(1, T // stride)
 net = net.to(device, memory_format=M.memory_format(device))
 net_ema = copy.deepcopy(net).eval().requires_grad_(False)
 opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, (0.9, beta2), weight_decay=weight_decay,
@@ -329,57 +311,51 @@ torch.manual_seed(seed * 1000 + rank + 1)                                      #
 if prompts and rank == 0:
     net_T.keep_prompts(os.path.join(out_dir, 'prompts.safetensors'))
 if rank == 0:
-    both = [('student', student, net, diffusion)]
-    if method != 'data':
-        both += [('teacher', teacher, net_T, diffusion_T)]
-    for role, name, n, d in both:
-        size = sum(p.numel() for p in n.parameters())
-        print(f'{role} {name}: {size / 1e6:.2f} M parameters, predicts {d.prediction}')
+    for role, name, n, d in (('student', student, net, diffusion), ('teacher', teacher, net_T, diffusion_T)):
+        if n is not None:
+            size = sum(p.numel() for p in n.parameters())
+            print(f'{role} {name}: {size / 1e6:.2f} M parameters, predicts {d.prediction}')
     print(f'{method}, {max_steps:,} steps of {batch_size} images of {C}x{H}x{H} on {world} x {device.type}'
           + (f', guidance {guidance:g}' if guidance > 1 else '')
           + (f'; a pool of {pool_size * world:,} images, {pool_bytes * world / 2 ** 20:.1f} MB' if walks else ''))
 
 
 # ---- where (x_t, t, target) come from ----
-@torch.no_grad()
-def make_synthetic(n):
-    """Data-Free Training: n images of the teacher, kept in out_dir, so that a resumed run has the same."""
-    path = os.path.join(out_dir, f'synthetic_rank{rank}.npz')
-    if not checkpoint:
-        parts, ys = [], []
-        for i in tqdm(range(0, n, micro_batch), desc='making images', disable=rank > 0, leave=False):
-            shape = min(micro_batch, n - i), C, H, H
-            ys.append(draw_labels(shape[0]))
-            with autocast:
-                x = M.sample(net_T, diffusion_T, shape, synthetic_steps, 'ddpm', ys[-1], guidance, spacing='even')
-            parts.append(M.to_uint8(x).cpu())
-        arrays = {'arr_0': torch.cat(parts).permute(0, 2, 3, 1).numpy()}
-        if num_classes:
-            arrays['arr_1'] = torch.cat(ys).cpu().numpy()
-        M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
-    return M.load_npz(path)
-
-
 t0, step, evaluations, best = time.time(), 0, 0, math.inf
 pool_x = pool_t = pool_y = None
 if walks and checkpoint:
-    pool_x, pool_t, pool_y = (v if v is None else v.to(device) for v in own['pool'])
+    pool_x, pool_t, pool_y = (v if v is None else v.to(device) for v in checkpoint[1]['pool'])
 elif walks:
     pool_x = torch.randn(pool_size, C, H, H, device=device).to(getattr(torch, pool_dtype))
     pool_t = torch.full((pool_size,), T - 1, device=device)
     pool_y = draw_labels(pool_size)
     evaluations = shuffle_denoise()
-else:
-    images, labels = sets.get(data if method == 'data' else synthetic) or make_synthetic(synthetic_images // world)
-    if method == 'synthetic':
-        evaluations = 0 if synthetic else len(images) * synthetic_steps
-    if real_fraction:                                                          # Data-Limited Training
-        real, real_labels = sets[data]
-        picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed + rank))
-        picked = picked[:round(real_fraction * len(images))]
-        made = len(images) - len(picked)
-        images = torch.cat([images[:made], real[picked]])
-        labels = torch.cat([labels[:made], real_labels[picked]]) if num_classes else None
+elif method == 'data' or synthetic:
+    images, labels = sets[data if method == 'data' else synthetic]
+else:                                                                          # Data-Free Training: the teacher's own
+    path, n = os.path.join(out_dir, f'synthetic_rank{rank}.npz'), synthetic_images // world
+    if not checkpoint:                                                         # a resumed run has the same
+        arrays = {'arr_0': np.empty((n, H, H, C), np.uint8)} | ({'arr_1': np.empty(n, np.int64)} if num_classes else {})
+        for i in tqdm(range(0, n, micro_batch), desc='making images', disable=rank > 0, leave=False):
+            shape = min(micro_batch, n - i), C, H, H
+            y = draw_labels(shape[0])
+            with autocast:
+                x = M.sample(net_T, diffusion_T, shape, synthetic_steps, 'ddpm', y, guidance, spacing='even')
+            arrays['arr_0'][i:i + len(x)] = M.to_uint8(x).permute(0, 2, 3, 1).cpu()
+            if num_classes:
+                arrays['arr_1'][i:i + len(x)] = y.cpu()
+        M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
+        del arrays
+    images, labels = M.load_npz(path)
+    evaluations = len(images) * synthetic_steps
+if real_fraction:                                                              # Data-Limited Training
+    real, real_labels = sets[data]
+    picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed + rank))
+    picked = picked[:round(real_fraction * len(images))]
+    made = len(images) - len(picked)
+    images = torch.cat([images[:made], real[picked]])
+    labels = torch.cat([labels[:made], real_labels[picked]]) if num_classes else None
+if not walks:
     images, labels = images.to(device), labels.to(device) if num_classes else None
 
 
@@ -393,21 +369,18 @@ def save_result():
     """The student (its EMA), and samples.png, each row of the teacher's above the student's from the same noise."""
     M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
     y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
-    both = [] if method == 'data' else [(net_T, diffusion_T, guidance)]
-    rows = []
-    for n, d, g in both + [(net_ema, diffusion, 1.)]:
+    both, sets = [(net_T, diffusion_T, guidance)] * (method != 'data') + [(net_ema, diffusion, 1.)], []
+    for n, d, g in both:
         noise = torch.Generator(device).manual_seed(seed)                      # the same at every step for both
         with autocast:
-            x = M.sample(n, d, (36, C, H, H), sample_steps, sampler, y, g, noise)
-            rows.append(M.decode(net_T, x).split(12))
-    M.save_grid(os.path.join(out_dir, 'samples.png'), torch.cat([r for pair in zip(*rows) for r in pair]), 12)
+            sets.append(M.decode(net_T, M.sample(n, d, (36, C, H, H), sample_steps, sampler, y, g, noise)))
+    M.save_grid(os.path.join(out_dir, 'samples.png'), sets, 12)
 
 
 def save_checkpoint():
-    shared = {'net': net.state_dict(), 'ema': net_ema.state_dict(), 'opt': opt.state_dict(), 'evaluations': evaluations,
-              'best': best}
-    own = {'pool': (pool_x, pool_t, pool_y), 'random': M.random_state(device), 'weights': M.digest(net), 'sums': sums}
-    M.save_checkpoint(out_dir, step, shared, own, rank, config)
+    shared = {'ema': net_ema.state_dict(), 'evaluations': evaluations, 'best': best}
+    own = {'pool': (pool_x, pool_t, pool_y), 'weights': M.digest(net), 'sums': sums}
+    M.save_checkpoint(config, step, net, opt, shared, own, rank)
 
 
 @torch.no_grad()
@@ -426,10 +399,9 @@ def distance():
 
 sums = torch.zeros(5, device=device)                                           # on the device: no wait between two rows
 if checkpoint:
+    shared, own = M.go_on(checkpoint, opt)
     step, evaluations, best, sums = shared['step'], shared['evaluations'], shared['best'], own['sums'].to(device)
     net_ema.load_state_dict(shared['ema'])
-    opt.load_state_dict(shared['opt'])
-    M.set_random_state(own['random'], device)
 elif walks:
     save_checkpoint()                                                          # the warm-up is not to be lost
 if rank == 0:

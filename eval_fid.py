@@ -366,7 +366,7 @@ for spec, source in zip(specs, inputs):
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
         f.write(json.dumps(row | how) + '\n')
     name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')[-100:]
-    M.save_grid(os.path.join(out_dir, f'{name}.png'), M.to_float(kept[0]), 10)
+    M.save_grid(os.path.join(out_dir, f'{name}.png'), [M.to_float(kept[0])], 10)
 if table:
     columns = list(dict.fromkeys(k for row in table for k in row))
     cells = [columns] + [[written(row.get(k)) for k in columns] for row in table]

@@ -245,8 +245,7 @@ class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie 2023); parameter names are those of its authors' checkpoints.
 
     x (B, in_channels, image_size, image_size), t (B,), y (B,) or None -> the same size, with twice the channels if
-    `learn_sigma`. `num_classes = 0` is unconditional; otherwise row `num_classes` of the label table is the null
-    condition, which y = None and y = -1 select.
+    `learn_sigma`. `num_classes = 0` is unconditional; else y = None and y = -1 select the null condition, the last row.
     """
 
     def __init__(self, image_size, patch_size=2, in_channels=4, hidden_size=384, depth=12, num_heads=6, mlp_ratio=4.,
@@ -703,10 +702,8 @@ class Diffusion:
         return mean, b_s ** 2 * jump / b_t ** 2, jump
 
     def mean_logvar(self, out, x_t, t, s=None, clip=None):
-        """Mean and log variance of p(x_s | x_t), Eqs. (8) and (12); s = t-1 by default. Both (B, C, H, W).
-
-        At s = -1 the posterior has no variance; its logarithm is taken one step earlier, as in Improved DDPM.
-        """
+        """Mean and log variance of p(x_s | x_t), Eqs. (8) and (12); s = t-1 by default. Both (B, C, H, W). At s = -1
+        the posterior has no variance; its logarithm is taken one step earlier, as in Improved DDPM."""
         C = x_t.shape[1]
         mean, var, jump = self.posterior(self.predict_x0(out, x_t, t, clip), x_t, t, s)
         low = var.clamp(min=self.floor).log()
@@ -734,11 +731,9 @@ class Diffusion:
         return x_s.to(x_t)
 
     def losses(self, out, target, x_t, true_mean, true_logvar, t, lam, x0=None):
-        """L_simple + lam T KL, each (B,), Eqs. (13) and (19). The KL is in bits and trains the variance only.
-
-        The network's mean is detached in it, and not clamped, as in Improved DDPM. x0, where known, replaces the KL of
-        t = 0 by the likelihood of 8-bit pixels.
-        """
+        """L_simple + lam T KL, each (B,), Eqs. (13) and (19). The KL is in bits and trains the variance only: the mean
+        is detached in it, and not clamped, as in Improved DDPM. x0, where known, replaces the KL of t = 0 by the
+        likelihood of 8-bit pixels."""
         C = x_t.shape[1]
         mse = F.mse_loss(out[:, :C].float(), target, reduction='none').mean((1, 2, 3))
         if out.shape[1] == C or lam == 0:
@@ -777,10 +772,8 @@ def pixel_nll(x, mean, logvar):
 
 
 def guided(net, x_t, t, y=None, guidance=1.):
-    """The network's output under classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null).
-
-    One evaluation where guidance = 1 or there is no condition, else two. The variance is the conditional one.
-    """
+    """The network's output under classifier-free guidance (Ho & Salimans 2022): null + guidance (cond - null), of two
+    evaluations; one where guidance = 1 or there is no condition. The variance is the conditional one."""
     if y is None or guidance == 1:
         return net(x_t, t, y)
     C = x_t.shape[1]
@@ -869,9 +862,7 @@ def explained(what):
 
 def read_lines(path, why):
     """The lines of a text file that are not empty. Raises ValueError."""
-    if not os.path.isfile(path):
-        raise ValueError(f'{why}; there is no file {path!r}')
-    with explained(f'{why}; {path} cannot be read'), open(path, encoding='utf-8') as f:
+    with explained(f'{why}; {path!r} cannot be read'), open(path, encoding='utf-8') as f:
         lines = [line.strip() for line in f if line.strip()]
     if not lines:
         raise ValueError(f'{why}; {path} is empty')
@@ -1120,13 +1111,9 @@ class Pipeline(nn.Module):
         return self.net(x.to(self.net.dtype), timestep=t, **kw).sample.float()
 
 
-def set_vae(net, vae):
-    """Gives a network the VAE of its latents, which is neither one of its parameters nor saved with it."""
-    net.__dict__['vae'] = None if vae is None else vae.eval().requires_grad_(False)
-
-
 def has_vae(net):
-    return net is not None and net.__dict__.get('vae') is not None
+    """Whether a network has the VAE of its latents: in its __dict__, so not among its parameters nor saved with it."""
+    return getattr(net, 'vae', None) is not None
 
 
 def decode(net, z):
@@ -1231,13 +1218,15 @@ def load_denoiser(spec, dtype=torch.float32, **known):
         net.source = header.get('pipeline') or header.get('vae', '')
         with explained(f"{spec} needs its teacher's pipeline"):
             if header.get('vae'):
-                set_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
+                net.__dict__['vae'] = load_part(header['vae'], 'vae', 'vqvae')
             if isinstance(net, Pipeline):
                 net.to(dtype)
                 if net.condition == 'text':
                     read_pipeline(net.source)                                  # what set_prompts needs
     if isinstance(net, Pipeline) and diffusion.config['schedule'] == 'flow':
         net.times = (diffusion.b[:-1] * diffusion.T).float()                   # what SD3 calls t
+    if has_vae(net):
+        net.vae.eval().requires_grad_(False)
     return net.eval().requires_grad_(False), diffusion
 
 
@@ -1252,7 +1241,7 @@ def load_pipeline(spec, dtype):
             raise ValueError(f'what the classes of a {type(network).__name__} mean is not known')
         net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
         net.guided = parts.get('_guided', False)                               # a student of ours: no guidance any more
-        set_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
+        net.__dict__['vae'] = getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None)
         bent = ('use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas',
                 'use_exponential_sigmas', 'use_beta_sigmas')
         if name == 'FlowMatchEulerDiscreteScheduler' and not any(process.get(k) for k in bent):
@@ -1328,10 +1317,10 @@ def load_classifier(spec, **known):
         refuse(known.keys() - {'image_size', 'mean', 'std'}, spec)
         with explained(f'{spec} is not to be had'):
             weights = get_model_weights(spec.partition(':')[2]).DEFAULT
-            classes, usual = len(weights.meta['categories']), weights.transforms()
-            net = Torchvision(spec.partition(':')[2], classes, weights=weights)
-        net.config = {'class': 'classifier', 'name': spec, 'num_classes': classes, 'image_size': usual.crop_size[0],
-                      'mean': usual.mean, 'std': usual.std} | known
+            usual = weights.transforms()
+            usual = dict(image_size=usual.crop_size[0], mean=usual.mean, std=usual.std)
+            net = classifier(spec, len(weights.meta['categories']), **usual | known, weights=weights)
+        del net.config['weights']
         return net.eval().requires_grad_(False)
     state, header = read_weights(spec)
     if header.get('net', {}).get('class') == 'classifier':
@@ -1440,16 +1429,25 @@ def load_images(spec, train=True, image_size=0):
         spec, classes = match[1], range(int(match[2]), int(match[3]) + 1)
         if not classes:
             raise ValueError(f'{spec}:{match[2]}-{match[3]}: the classes from a to b, a not above b')
-    if spec.endswith('.npz'):
-        images, labels = load_npz(spec)
-    elif os.path.isdir(spec) or spec.endswith('.txt'):
+    if os.path.isdir(spec) or spec.endswith(('.npz', '.txt')):
         shards = sorted(glob.glob(os.path.join(glob.escape(spec), '**', '*.npz'), recursive=True))
+        shards = [spec] if spec.endswith('.npz') else shards
         parts = [load_npz(f) for f in shards] or [load_image_files(spec, image_size, classes)]
         if len({p[0].shape[1:] for p in parts}) > 1 or len({p[1] is None for p in parts}) > 1:
             raise ValueError(f'{spec}: its shards differ in image size, channels or labels')
         images, labels = (None if part[0] is None else torch.cat(part) for part in zip(*parts))
     else:
-        images, labels = load_dataset(spec, train, image_size)
+        import torchvision
+        names = {n.lower(): n for n in torchvision.datasets.__all__}
+        if spec.lower() not in names:
+            raise ValueError(f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or '
+                             'cifar10')
+        with explained(f'{spec} could not be downloaded to data/'), one_first():
+            dataset = getattr(torchvision.datasets, names[spec.lower()])
+            named = 'train' in inspect.signature(dataset).parameters
+            kw = dict(train=train) if named else dict(split='train' if train else 'test')
+            data = dataset('data', download=True, **kw)
+        images, labels = stack_images(data, spec, image_size)
     if classes and labels is None:
         raise ValueError(f'{spec} has no labels to choose classes {classes[0]} to {classes[-1]} by')
     if classes:
@@ -1458,20 +1456,6 @@ def load_images(spec, train=True, image_size=0):
             raise ValueError(f'{spec} has no images of the classes {classes[0]} to {classes[-1]}')
         images, labels = images[chosen], labels[chosen]
     return torch.cat([resize_images(i, image_size) for i in images.split(500)]) if image_size else images, labels
-
-
-def load_dataset(spec, train, image_size):
-    import torchvision
-    names = {n.lower(): n for n in torchvision.datasets.__all__}
-    if spec.lower() not in names or os.sep in spec:
-        raise ValueError(f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or cifar10')
-    with explained(f'{spec} could not be downloaded to data/'), one_first():
-        dataset = getattr(torchvision.datasets, names[spec.lower()])
-        try:
-            data = dataset('data', train=train, download=True)
-        except TypeError:
-            data = dataset('data', split='train' if train else 'test', download=True)
-    return stack_images(data, spec, image_size)
 
 
 def read_npz(path):
@@ -1531,12 +1515,10 @@ def resize_images(images, size):
 def stack_images(data, spec, image_size=0):
     """Pairs (PIL image, label) as tensors. Grey images that were stored as RGB stay RGB."""
     from torchvision.transforms.functional import pil_to_tensor
-    images, labels = [], []
-    for image, label in data:
-        images.append(resize_images(pil_to_tensor(image)[None], image_size))
-        labels.append(label)
-    if not images:
+    pairs = [(resize_images(pil_to_tensor(image)[None], image_size), label) for image, label in data]
+    if not pairs:
         raise ValueError(f'no images in {spec}')
+    images, labels = zip(*pairs)
     if len({i.shape for i in images}) > 1:
         raise ValueError(f'{spec}: its images differ in size ({tuple(images[0].shape[2:])} and others); resize them '
                          'first, where there is a key image_size by it')
@@ -1553,9 +1535,11 @@ def to_uint8(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(path, images, columns):
-    """A PNG of images (B, C, H, W) in [-1, 1], in rows of `columns`; small ones are enlarged to about 64 pixels."""
+def save_grid(path, sets, columns):
+    """A PNG of sets of images (B, C, H, W) in [-1, 1], a row of `columns` of each in turn; small ones are enlarged to
+    about 64 pixels."""
     from torchvision.utils import save_image
+    images = torch.cat([row for rows in zip(*[x.split(columns) for x in sets]) for row in rows])
     images = F.interpolate(images.float().cpu().clamp(-1, 1), scale_factor=float(max(1, 64 // images.shape[-1])))
     write_atomically(path, lambda tmp: save_image((images + 1) / 2, tmp, nrow=columns, padding=4))
 
@@ -1737,17 +1721,6 @@ def update_ema(ema, net, decay, step):
         b_ema.copy_(b)
 
 
-def random_state(device):
-    """This rank's generators, for a checkpoint."""
-    return {'cpu': torch.get_rng_state()} | ({'cuda': torch.cuda.get_rng_state()} if device.type == 'cuda' else {})
-
-
-def set_random_state(state, device):
-    torch.set_rng_state(state['cpu'])
-    if device.type == 'cuda' and 'cuda' in state:                              # else the run began on another device
-        torch.cuda.set_rng_state(state['cuda'])
-
-
 # settings that do not change what a run computes next: the others are part of its checkpoints
 MAY_CHANGE = ('init_from', 'out_dir', 'max_steps', 'epochs', 'log_every', 'save_every', 'sampler', 'sample_steps',
               'device', 'compile', 'wandb', 'teacher_source', 'any_teacher')
@@ -1774,13 +1747,16 @@ def claim(out_dir, rank):
         die(f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: another --out_dir')
 
 
-def save_checkpoint(out_dir, step, shared, own, rank, settings):
-    """What all ranks share (written by rank 0) and what this rank alone has. A run that is killed at any moment finds
-    the last complete set: `ckpt.pt` is renamed into place after all ranks have written, and names their step."""
+def save_checkpoint(settings, step, net, opt, shared, own, rank):
+    """What all ranks share (written by rank 0) and what this rank alone has, its random generators among it. A run that
+    is killed at any moment finds the last complete set: `ckpt.pt` is renamed into place after all ranks have written,
+    and names their step."""
+    out_dir = settings['out_dir']
     mine = os.path.join(out_dir, f'ckpt_{step}_rank{rank}.pt')
-    shared = shared | {'step': step, 'settings': fixed(settings)}
+    shared = {'net': net.state_dict(), 'opt': opt.state_dict(), **shared, 'step': step, 'settings': fixed(settings)}
     number = f'{int(on_all(dist.ReduceOp.MAX, int(digest(shared), 16) if rank == 0 else 0)):08x}'
-    own = own | {'of': number}
+    cuda = {'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+    own = own | {'random': {'cpu': torch.get_rng_state()} | cuda, 'of': number}
     write_atomically(mine, lambda tmp: torch.save(own | {'digest': digest(own)}, tmp))
     on_all(dist.ReduceOp.MAX, 0)
     if rank == 0:
@@ -1810,9 +1786,9 @@ def load_checkpoint(out_dir, rank, settings=None):
     return shared, own
 
 
-def resume(settings, rank):
-    """(shared, own) of the checkpoint that a run goes on from; None at its beginning, when older ones are removed.
-    Claims out_dir, so it is the last of the checks. Raises ValueError."""
+def resume(settings, rank, net):
+    """(shared, own) of the checkpoint that a run goes on from, its weights already in `net`; None at its beginning,
+    when older ones are removed. Claims out_dir, so it is the last of the checks. Raises ValueError."""
     out_dir = settings['out_dir']
     claim(out_dir, rank)
     if settings['init_from'] != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
@@ -1826,7 +1802,20 @@ def resume(settings, rank):
         raise ValueError(f'out_dir={out_dir} must be a folder that all ranks share')
     if not found and rank == 0:
         print(f'{out_dir} has no checkpoint yet: from the beginning')
-    return load_checkpoint(out_dir, rank, settings) if found else None
+    checkpoint = load_checkpoint(out_dir, rank, settings) if found else None
+    if found:
+        load_state(net, checkpoint[0]['net'], out_dir)
+    return checkpoint
+
+
+def go_on(checkpoint, opt):
+    """The rest of it, right before the loop: the optimiser and this rank's random generators."""
+    shared, own = checkpoint
+    opt.load_state_dict(shared['opt'])
+    torch.set_rng_state(own['random']['cpu'])
+    if torch.cuda.is_initialized() and 'cuda' in own['random']:                # else the run began on another device
+        torch.cuda.set_rng_state(own['random']['cuda'])
+    return shared, own
 
 
 class Log:

@@ -387,8 +387,8 @@ for shard, path in (bar := tqdm(todo, disable=rank > 0, unit='shard')):
         classes = count.nonzero()[:20, 0]
         columns = min(10, count[classes].min().item())
         last = M.to_float(images[-batch_size:].permute(0, 3, 1, 2))
-        M.save_grid(os.path.join(out_dir, 'preview.png'),
-                    torch.cat([last[y == c][:100 if vae else columns] for c in classes]), columns)
+        rows = torch.cat([last[y == c][:100 if vae else columns] for c in classes])
+        M.save_grid(os.path.join(out_dir, 'preview.png'), [rows], columns)
     M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
 if world > 1:
     dist.barrier()
