@@ -37,7 +37,6 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 import copy
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,30 +44,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import models as M
 
 device, autocast, rank, world = M.start(device, dtype, seed)
-if batch_size % (world * grad_accum):
-    M.die(f'batch_size={batch_size} is shared by {world} ranks x {grad_accum} accumulation steps: '
-          f'a multiple of {world * grad_accum}')
-B = batch_size // world // grad_accum                                          # images of one forward pass
+B = M.share(batch_size, world, grad_accum)                                     # images of one forward pass
 dtype = M.pick_dtype(device, dtype)
 dtype = torch.float32 if dtype == torch.float16 else dtype                     # which is for frozen pipelines alone
 
 
 # ---- networks ----
-def network(width):
-    if student == 'dit':
-        return M.make('DiT', image_size=image_size, patch_size=patch_size, in_channels=channels, hidden_size=width,
-                      depth=depth, num_heads=num_heads, num_classes=classes, learn_sigma=learn_sigma)
-    return M.make('UNet', image_size=image_size, in_channels=channels, out_channels=channels * (1 + learn_sigma),
-                  model_channels=width, num_res_blocks=num_res_blocks, channel_mult=channel_mult,
-                  attention_resolutions=attention_resolutions, num_head_channels=num_head_channels, dropout=dropout,
-                  num_classes=classes, patch_size=patch_size, use_scale_shift_norm=use_scale_shift_norm,
-                  resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order)
-
-
-width = hidden_size if student == 'dit' else model_channels
+said, name = {k: globals()[k] for k in _defaults}, 'hidden_size' if student == 'dit' else 'model_channels'
 try:
-    net_T, net = (network(w).to(device, memory_format=M.memory_format(device))
-                  for w in (teacher_width or 2 * width, width))
+    net_T, net = (M.make_student(said | {name: width}, channels, image_size, classes).to(
+        device, memory_format=M.memory_format(device)) for width in (teacher_width or 2 * said[name], said[name]))
     pool = max(1, round(rho * T / stride)) * B * grad_accum
     if 4 * pool * channels * image_size ** 2 > M.free_memory(device):
         raise ValueError(f'a pool of {pool:,} images does not fit into memory: a smaller --rho or --batch_size')
@@ -194,5 +179,4 @@ millions = [f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M' for n in (ne
 print(f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]}, student {millions[1]} '
       f'parameters; {B} images of {channels}x{image_size}x{image_size}, {torch.get_num_threads()} threads; '
       f'peak {top:,.0f} GFLOP/s', *lines, sep='\n')
-if world > 1:
-    dist.destroy_process_group()
+M.leave()

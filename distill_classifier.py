@@ -150,8 +150,7 @@ for wrong, message in [
     if wrong:
         M.die(message)
 device, autocast, rank, world = M.start(device, dtype, seed)
-if batch_size % world:
-    M.die(f'batch_size={batch_size} is shared by {world} ranks: a multiple of {world}')
+M.share(batch_size, world)
 distilling = method == 'distill'
 
 
@@ -313,7 +312,7 @@ while epoch < epochs:
     order = train[torch.randperm(len(train), generator=g)]
     order = order[:steps_per_epoch * batch_size].view(steps_per_epoch, world, -1)[:, rank].to(home)
     for i in tqdm(range(first, steps_per_epoch), f'epoch {epoch + 1}/{epochs}', disable=rank > 0, leave=False):
-        leaving = (world == 1 or i % 20 == 0) and M.on_all(dist.ReduceOp.MAX, sum(stop[:1]))
+        leaving = (world == 1 or i % 20 == 0) and M.largest(sum(stop[:1]))
         if leaving:
             break
         idx, done = order[i], epoch + i / steps_per_epoch

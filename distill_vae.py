@@ -49,7 +49,6 @@ settings = {k: globals()[k] for k in _defaults}
 import math
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import models as M
@@ -90,7 +89,7 @@ class Losses(torch.nn.Module):
         if not distilling:                                                     # the negative ELBO, in nats per image
             nll, kl = self.net.elbo(x, self.net.noise(len(x)), beta)
             return {'nll': nll.mean(), 'kl': sum(kl).mean()}
-        n = batch_size // world if net_T.config['class'] == 'LVAE' else 0      # rows from the prior, images below them
+        n = micro_batch if net_T.config['class'] == 'LVAE' else 0      # rows from the prior, images below them
         if x is None:
             noise, seen, seen_T = net_T.noise(n), None, None
         else:
@@ -122,8 +121,7 @@ for wrong, message in [
     if wrong:
         M.die(message)
 device, autocast, rank, world = M.start(device, dtype, seed)
-if batch_size % world:
-    M.die(f'batch_size={batch_size} is shared by {world} ranks: a multiple of {world}')
+micro_batch = M.share(batch_size, world)                                       # images of one forward pass
 distilling = method != 'data'
 
 
@@ -239,7 +237,7 @@ while step < max_steps:
     opt.param_groups[0]['lr'] = lr * 0.5 * (1 + math.cos(math.pi * step / max_steps)) if lr_decay else lr
     x = None
     if images is not None:
-        idx = torch.randint(len(images), (batch_size // world,), device=images.device)
+        idx = torch.randint(len(images), (micro_batch,), device=images.device)
         x = images[idx].to(device, non_blocking=True).float() / 255
         if flip:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
@@ -255,7 +253,7 @@ while step < max_steps:
     sums, count = sums + torch.stack([*terms.values(), norm]).detach(), count + 1
     step += 1
     bar.update()
-    leaving = (world == 1 or step % 5 == 0) and M.on_all(dist.ReduceOp.MAX, sum(stop[:1]))
+    leaving = (world == 1 or step % 5 == 0) and M.largest(sum(stop[:1]))
     saving = step % save_every == 0 or step == max_steps or leaving
     if step % log_every == 0 or saving:                                        # also: BatchNorm has no found_inf
         *means, norm = (sums / count).tolist()

@@ -94,14 +94,11 @@ config = {k: globals()[k] for k in _defaults}
 
 import copy
 import importlib.util
-import inspect
-import json
 import math
 import random
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import models as M
@@ -205,10 +202,7 @@ for wrong, message in [
     if wrong:
         M.die(message)
 device, autocast, rank, world = M.start(device, dtype, seed)
-if batch_size % (world * grad_accum):
-    M.die(f'batch_size={batch_size} is shared by {world} ranks x {grad_accum} accumulation steps: '
-          f'a multiple of {world * grad_accum}')
-micro_batch = batch_size // world // grad_accum                                # images of one forward pass
+micro_batch = M.share(batch_size, world, grad_accum)                           # images of one forward pass
 
 # ---- teacher, images, student ----
 try:
@@ -244,35 +238,12 @@ try:
     if prompts and getattr(net_T, 'condition', '') != 'text':
         raise ValueError(f'prompts={prompts}: {teacher if net_T else method} takes no texts')
     prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
+    net = M.make_student(config, C, H, num_classes, net_T, device)
     if student.endswith('.json'):
-        # random weights of the class and config in the file, with the teacher's texts
-        with M.explained(f'{student} is no config of a diffusers model for {C}x{H}x{H}'), open(student) as f:
-            said = json.load(f)
-            kind, want = said['_class_name'], getattr(net_T, 'condition', 'class' if num_classes else '')
-            if kind not in M.DIFFUSERS:
-                raise ValueError(f'{kind!r} is none of ' + ', '.join(M.DIFFUSERS))
-            net = M.make(kind, **{k: v for k, v in said.items() if not k.startswith('_')})
-            if net.condition != want or want == 'class' and net.num_classes != num_classes:
-                raise ValueError(f"it takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
-                                 f"{num_classes or ''} {want or 'none'} (classes: one more in num_class_embeds, for "
-                                 'none)')
-            net.num_classes = num_classes
-            if isinstance(net_T, M.Pipeline):
-                net.shared, net.times = net_T.shared, net_T.times
-            t = torch.zeros(1, dtype=torch.long, device=device)
-            with torch.no_grad():
-                out = net.to(device)(torch.zeros(1, C, H, H, device=device), t, t if num_classes else None)
-            if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)) or net.config['image_size'] != H:
-                raise ValueError(f"of sample_size {net.config['image_size']} it makes {tuple(out.shape[1:])}")
-        learn_sigma = net.config['out_channels'] == 2 * C
-        flows = process['schedule'] == 'flow'
+        learn_sigma, flows = net.config['out_channels'] == 2 * C, process['schedule'] == 'flow'
         if (prediction == 'flow') != flows or flows and (not net_T or net.config['class'] != net_T.config['class']):
             raise ValueError(f'{student}, student_prediction={student_prediction}: diffusers samples a flow only by '
                              "the teacher's class, and flow predictions only of a flow: --student_prediction=teacher")
-    else:
-        kind, outputs = (M.UNet, {'out_channels': C * (1 + learn_sigma)}) if student == 'unet' else (M.DiT, {})
-        said = {k: config[k] for k in inspect.signature(kind).parameters if k in config} | outputs
-        net = M.make(kind.__name__, **said, image_size=H, in_channels=C, num_classes=num_classes)
     diffusion = M.make('Diffusion', **process | dict(prediction=prediction, learn_sigma=learn_sigma))
     M.sampling_steps(diffusion.T, sample_steps)
     M.sampling_steps(diffusion.T, synthetic_steps if method == 'synthetic' and not synthetic else 1)
@@ -441,7 +412,7 @@ while step < max_steps:
     M.update_ema(net_ema, net, ema, step)
     step += 1
     bar.update()
-    leaving = (world == 1 or step % 5 == 0) and M.on_all(dist.ReduceOp.MAX, sum(stop[:1]))
+    leaving = (world == 1 or step % 5 == 0) and M.largest(sum(stop[:1]))
     saving = step % save_every == 0 or step == max_steps or leaving
     evaluating = eval_every and (step % eval_every == 0 or step == max_steps)
     if step % log_every == 0 or saving or evaluating:

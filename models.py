@@ -4,12 +4,13 @@ Everything that the scripts share, in the order in which a reader needs it:
     networks            UNet, DiT; classifier, preprocess; LVAE, combine, gaussian_kl
     diffusion           Diffusion: the process, its steps and losses; guided, sampling_steps, sample
     loading and saving  files: die, explained, read_lines, check_folder, write_atomically
-                        weights: make, save_model, read_weights, load_state, digest
+                        weights: save_model, make, read_weights, digest, load_state
                         diffusers: Pipeline, decode, read_pipeline, open_pipeline, load_part
-                        load_denoiser, load_classifier, load_vae; load_images, to_float, to_uint8, save_grid
+                        make_student, load_denoiser, load_classifier, load_vae
+                        images: load_images, to_float, to_uint8, save_grid
     measuring           features, load_features, read_statistics, frechet_distance
-    running             start, pick_dtype, cast_frozen, on_all, one_first, stop_flag, leave, update_ema
-                        checkpoints: claim, save_checkpoint, load_checkpoint, resume, Log
+    running             start, share, pick_dtype, cast_frozen, largest, one_first, stop_flag, leave, update_ema
+                        checkpoints: claim, save_checkpoint, load_checkpoint, resume, go_on, Log
 
 Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ... T-1; `x_t` at `t` is what the
 network sees when it predicts the step to `t-1`; `s = -1` means the clean image. A class label of -1 is the null
@@ -349,9 +350,14 @@ class WideBlock(nn.Module):
         return skip + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
 
-def stage(block, count, in_ch, out_ch, stride, *more):
-    return nn.Sequential(*[block(in_ch if j == 0 else out_ch, out_ch, stride if j == 0 else 1, *more)
-                           for j in range(count)])
+def stages(name, block, counts, in_ch, widths, *more):
+    """Stages name1, name2 ... of blocks in a row, each but the first at half the resolution of the one before."""
+    found = {}
+    for i, (count, out_ch) in enumerate(zip(counts, widths), 1):
+        found[f'{name}{i}'] = nn.Sequential(*[
+            block(out_ch if j else in_ch, out_ch, 1 if j or i == 1 else 2, *more) for j in range(count)])
+        in_ch = out_ch
+    return found
 
 
 class Classifier(nn.Module):
@@ -367,7 +373,7 @@ class Classifier(nn.Module):
         maps = []
         *layers, (_, head) = self.named_children()
         for name, layer in layers:
-            x = layer['layer'](x) if isinstance(layer, nn.ModuleDict) else layer(x)   # a stage of a Wide ResNet
+            x = layer(x)
             if name in self.ends:
                 maps.append(x)
         return head(x.mean((2, 3))), maps
@@ -383,25 +389,20 @@ def resnet(depth, num_classes=10, in_channels=3, width=None, shortcut='conv'):
     if shortcut not in ('conv', 'pad'):
         raise ValueError(shortcut)
     skip, head = ('shortcut', 'linear') if depth in deep else ('downsample', 'fc')
-    ch = width = width or (64 if depth in deep else 16)
+    width = width or (64 if depth in deep else 16)
     layers = {'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), 'bn1': nn.BatchNorm2d(width),
               'relu': nn.ReLU()}
-    for i, count in enumerate(counts):
-        out_ch = width * 2 ** i * (4 if bottleneck else 1)
-        layers[f'layer{i + 1}'] = stage(ResidualBlock, count, ch, out_ch, 2 if i else 1, skip, shortcut, bottleneck)
-        ch = out_ch
-    return Classifier(layers | {head: nn.Linear(ch, num_classes)}, [f'layer{i + 1}' for i in range(len(counts))])
+    widths = [width * 2 ** i * (4 if bottleneck else 1) for i in range(len(counts))]
+    maps = stages('layer', ResidualBlock, counts, width, widths, skip, shortcut, bottleneck)
+    return Classifier(layers | maps | {head: nn.Linear(widths[-1], num_classes)}, [*maps])
 
 
 def wide_resnet(depth, widen, num_classes=10, in_channels=3):
     """Wide ResNet (Zagoruyko & Komodakis 2016), depth 6n+4."""
-    layers, ch = {'conv1': nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)}, 16
-    for i in range(3):
-        out_ch = 16 * widen * 2 ** i
-        layers[f'block{i + 1}'] = nn.ModuleDict({
-            'layer': stage(WideBlock, (depth - 4) // 6, ch, out_ch, 2 if i else 1)})
-        ch = out_ch
-    layers |= {'bn1': nn.BatchNorm2d(ch), 'relu': nn.ReLU(), 'fc': nn.Linear(ch, num_classes)}
+    layers, widths = {'conv1': nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)}, [16 * widen * 2 ** i for i in range(3)]
+    for name, blocks in stages('block', WideBlock, [(depth - 4) // 6] * 3, 16, widths).items():
+        layers[name] = nn.Sequential(OrderedDict(layer=blocks))
+    layers |= {'bn1': nn.BatchNorm2d(widths[-1]), 'relu': nn.ReLU(), 'fc': nn.Linear(widths[-1], num_classes)}
     return Classifier(layers, ('block1', 'block2', 'relu'))
 
 
@@ -453,12 +454,10 @@ class Torchvision(nn.Module):
 
 def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **kw):
     """An image classifier by name: resnet8...110 (6n+2), resnet18/34/50, wrn16_1...40_2, vgg11/13/16/19, or
-    torchvision:NAME. kw: in_channels; width and shortcut ('conv' or 'pad') of the ResNets.
-
-    `forward(x)` gives logits (B, num_classes), `forward_features(x)` also the last map of every stage; the mean of the
-    last one over its pixels is what the linear layer sees. `image_size`, `mean` and `std` (of images in [0, 1]) belong
-    to `preprocess`. Raises ValueError for an unknown name.
-    """
+    torchvision:NAME. kw: in_channels; width and shortcut ('conv' or 'pad') of the ResNets. `forward(x)` gives logits
+    (B, num_classes), `forward_features(x)` also the last map of every stage; the mean of the last one over its pixels
+    is what the linear layer sees. `image_size`, `mean` and `std` (of images in [0, 1]) belong to `preprocess`. Raises
+    ValueError for an unknown name."""
     try:
         if name.startswith('torchvision:'):
             net = Torchvision(name.partition(':')[2], num_classes, **kw)
@@ -517,11 +516,9 @@ def gaussian(out):
 
 class LVAE(nn.Module):
     """Ladder VAE (Sonderby et al. 2016) with 16-channel latents at every halving of the image down to 1x1: 16, 8, 4,
-    2, 1 for 32 pixels, 14, 7, 4, 2, 1 for 28. Width 128 at 32 pixels is the slides' teacher, 8 their student.
-
-    Images (B, C, H, W) are in [0, 1] here. Lists over levels start at the finest; noise is a list of (B, 16, h, w).
-    A decoder's output has 2C channels, of which the first C are the mean of the pixels; their std is sqrt(beta / 2).
-    """
+    2, 1 for 32 pixels, 14, 7, 4, 2, 1 for 28. Width 128 at 32 pixels is the slides' teacher, 8 their student. Images
+    (B, C, H, W) are in [0, 1] here. Lists over levels start at the finest; noise is a list of (B, 16, h, w). A
+    decoder's output has 2C channels, of which the first C are the mean of the pixels; their std is sqrt(beta / 2)."""
 
     def __init__(self, image_size=32, in_channels=3, width=128):
         super().__init__()
@@ -797,13 +794,10 @@ def sampling_steps(T, steps, spacing='trailing'):
 @torch.inference_mode()
 def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, guidance=1., generator=None, eta=0.,
            spacing='trailing'):
-    """Images (B, C, H, W), float32, from a network and its process.
-
-    shape_or_noise: (B, C, H, W), or the noise itself. generator: of that noise and of every step's.
-    sampler: 'ddpm' (ancestral), 'ddim' (with `eta`) or 'dpm++' (diffusers' multistep solver, second order).
-    y: labels (B,), -1 for none. spacing: of the timesteps (`sampling_steps`).
-    Raises ValueError for a number of steps that the process does not have.
-    """
+    """Images (B, C, H, W), float32, from a network and its process. shape_or_noise: (B, C, H, W), or the noise itself.
+    generator: of that noise and of every step's. sampler: 'ddpm' (ancestral), 'ddim' (with `eta`) or 'dpm++' (the
+    multistep solver of diffusers, second order). y: labels (B,), -1 for none. spacing: of the timesteps
+    (`sampling_steps`). Raises ValueError for a number of steps that the process does not have."""
     from diffusers.utils.torch_utils import randn_tensor
     device = next(net.parameters()).device
     x = shape_or_noise if torch.is_tensor(shape_or_noise) else randn_tensor(shape_or_noise, generator, device)
@@ -836,6 +830,8 @@ def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, gui
 # ----------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')               # files, as against hub ids
+DIFFUSERS = 'UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel'    # its networks
+UNUSED = 'safety_checker', 'feature_extractor', 'image_encoder', 'watermarker'  # parts of its pipelines
 
 
 def die(message):
@@ -921,9 +917,6 @@ def free_memory(device):
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-
-
-DIFFUSERS = 'UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel'    # its networks
 
 
 def make(kind=None, /, **kw):
@@ -1037,13 +1030,11 @@ class Shared(dict):
 
 
 class Pipeline(nn.Module):
-    """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t (B,), y (B,).
-
-    `condition` is '', 'class' or 'text'; y indexes the classes, the last of which is the null condition, or the texts
-    given to `set_prompts`, and -1 is the null condition. `source` is where its pipeline is to be had, `pipe` the
-    pipeline itself where it is loaded already; `shared` holds the texts embedded, 'prompts' (N, L, D) and perhaps
-    'pooled' (N, D). Raises ValueError for a network that is not supported.
-    """
+    """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t (B,), y (B,). With
+    the `condition` '', 'class' or 'text' y indexes nothing, the classes or the texts given to `set_prompts`; -1 is the
+    null condition. `source` is where its pipeline is to be had, `pipe` the pipeline itself where it is loaded already;
+    `shared` holds the texts embedded, 'prompts' (N, L, D) and perhaps 'pooled' (N, D). Raises ValueError for a network
+    that is not supported."""
 
     def __init__(self, net, pipe=None):
         super().__init__()
@@ -1126,9 +1117,6 @@ def decode(net, z):
     return torch.cat([vae.decode(part).sample.float() for part in z.split(4)])
 
 
-UNUSED = 'safety_checker', 'feature_extractor', 'image_encoder', 'watermarker'  # parts of pipelines
-
-
 def read_pipeline(spec):
     """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises ValueError."""
     import huggingface_hub
@@ -1191,6 +1179,34 @@ def load_part(spec, *names):
 
 
 # ---- denoisers ----
+def make_student(settings, C, H, num_classes, teacher=None, device='cpu'):
+    """The student of images (C, H, H) that the settings of dkdm.py describe, of random weights: a UNet, a DiT, or of
+    the diffusers class and config in the file `student`, with the texts of the teacher. Raises ValueError."""
+    path = settings['student']
+    if not path.endswith('.json'):
+        kind, outputs = (UNet, {'out_channels': C * (1 + settings['learn_sigma'])}) if path == 'unet' else (DiT, {})
+        said = {k: settings[k] for k in inspect.signature(kind).parameters if k in settings} | outputs
+        return make(kind.__name__, **said | dict(image_size=H, in_channels=C, num_classes=num_classes))
+    with explained(f'{path} is no config of a diffusers model for {C}x{H}x{H}'), open(path) as f:
+        said = json.load(f)
+        if said['_class_name'] not in DIFFUSERS:
+            raise ValueError(f"{said['_class_name']!r} is none of " + ', '.join(DIFFUSERS))
+        net = make(said['_class_name'], **{k: v for k, v in said.items() if not k.startswith('_')})
+        want = getattr(teacher, 'condition', 'class' if num_classes else '')
+        if net.condition != want or want == 'class' and net.num_classes != num_classes:
+            raise ValueError(f"it takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
+                             f"{num_classes or ''} {want or 'none'} (classes: one more in num_class_embeds, for none)")
+        net.num_classes = num_classes
+        if isinstance(teacher, Pipeline):
+            net.shared, net.times = teacher.shared, teacher.times
+        t = torch.zeros(1, dtype=torch.long, device=device)
+        with torch.no_grad():
+            out = net.to(device)(torch.zeros(1, C, H, H, device=device), t, t if num_classes else None)
+        if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)) or net.config['image_size'] != H:
+            raise ValueError(f"of sample_size {net.config['image_size']} it makes {tuple(out.shape[1:])}")
+    return net
+
+
 def load_denoiser(spec, dtype=torch.float32, **known):
     """(net, diffusion) from one string: a file of ours (.safetensors); an original ADM, DDPM-IP, DKDM, LDM or DiT
     checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes; or a diffusers folder or hub id. A
@@ -1307,11 +1323,9 @@ def load_original(spec, state, known):
 def load_classifier(spec, **known):
     """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) of a ResNet, Wide ResNet or VGG
     as people publish them, keys with or without `module.`; or torchvision:NAME with its ImageNet weights (downloaded).
-
     known: image_size, mean, std (of images in [0, 1]) of a state dict, where its family's usual ones are not right: 32
     pixels, and ImageNet's mean and deviation for CIFAR ResNets of depth 6n+2, CIFAR-10's for the others; 224 pixels
-    and ImageNet's for torchvision's. Raises ValueError.
-    """
+    and ImageNet's for torchvision's. Raises ValueError."""
     if spec.startswith('torchvision:'):
         from torchvision.models import get_model_weights
         refuse(known.keys() - {'image_size', 'mean', 'std'}, spec)
@@ -1429,25 +1443,25 @@ def load_images(spec, train=True, image_size=0):
         spec, classes = match[1], range(int(match[2]), int(match[3]) + 1)
         if not classes:
             raise ValueError(f'{spec}:{match[2]}-{match[3]}: the classes from a to b, a not above b')
-    if os.path.isdir(spec) or spec.endswith(('.npz', '.txt')):
+    shards = [spec] if spec.endswith('.npz') else []
+    if os.path.isdir(spec):
         shards = sorted(glob.glob(os.path.join(glob.escape(spec), '**', '*.npz'), recursive=True))
-        shards = [spec] if spec.endswith('.npz') else shards
-        parts = [load_npz(f) for f in shards] or [load_image_files(spec, image_size, classes)]
+    if shards:
+        parts = [load_npz(f) for f in shards]
         if len({p[0].shape[1:] for p in parts}) > 1 or len({p[1] is None for p in parts}) > 1:
             raise ValueError(f'{spec}: its shards differ in image size, channels or labels')
         images, labels = (None if part[0] is None else torch.cat(part) for part in zip(*parts))
-    else:
-        import torchvision
-        names = {n.lower(): n for n in torchvision.datasets.__all__}
-        if spec.lower() not in names:
-            raise ValueError(f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or '
-                             'cifar10')
-        with explained(f'{spec} could not be downloaded to data/'), one_first():
-            dataset = getattr(torchvision.datasets, names[spec.lower()])
-            named = 'train' in inspect.signature(dataset).parameters
-            kw = dict(train=train) if named else dict(split='train' if train else 'test')
-            data = dataset('data', download=True, **kw)
-        images, labels = stack_images(data, spec, image_size)
+    else:                                                                      # grey ones stored as RGB stay RGB
+        from torchvision.transforms.functional import pil_to_tensor
+        pairs = [(resize_images(pil_to_tensor(image)[None], image_size), label)
+                 for image, label in open_images(spec, train, classes)]
+        if not pairs:
+            raise ValueError(f'no images in {spec}')
+        images, labels = zip(*pairs)
+        if len({i.shape for i in images}) > 1:
+            raise ValueError(f'{spec}: its images differ in size ({tuple(images[0].shape[2:])} and others); resize '
+                             'them first, where there is a key image_size by it')
+        images, labels = torch.cat(images), torch.tensor(labels) if isinstance(labels[0], int) else None
     if classes and labels is None:
         raise ValueError(f'{spec} has no labels to choose classes {classes[0]} to {classes[-1]} by')
     if classes:
@@ -1478,29 +1492,39 @@ def load_npz(path):
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
-def load_image_files(spec, image_size, classes):
-    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, default_loader
-    notes = os.path.join(spec, 'val_annotations.txt')                          # Tiny-ImageNet's: file, class and box
+def open_images(spec, train, classes):
+    """Pairs (PIL image, label or None) of files in a folder or list, or of a torchvision dataset."""
+    from torchvision import datasets
+    names, notes = {n.lower(): n for n in datasets.__all__}, os.path.join(spec, 'val_annotations.txt')
+    if not os.path.isdir(spec) and not spec.endswith('.txt'):
+        if spec.lower() not in names:
+            raise ValueError(f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or '
+                             'cifar10')
+        with explained(f'{spec} could not be downloaded to data/'), one_first():
+            dataset = getattr(datasets, names[spec.lower()])
+            named = 'train' in inspect.signature(dataset).parameters
+            return dataset('data', download=True, **dict(train=train) if named else dict(
+                split='train' if train else 'test'))
     if spec.endswith('.txt'):
         rows = [line.rsplit(' ', 1) for line in read_lines(spec, f'{spec}: a list of images')]
         if any(len(r) < 2 or not r[1].isdecimal() for r in rows):
             raise ValueError(f'{spec}: every line must be a file and a label')
         files = [(os.path.join(os.path.dirname(spec), f), int(y)) for f, y in rows]
-    elif os.path.exists(notes):
+    elif os.path.exists(notes):                                                # Tiny-ImageNet's: file, class and box
         rows = [f'{line}\t'.split('\t') for line in read_lines(notes, notes)]
         names = sorted({r[1] for r in rows})                                   # as the folders of `train` are numbered
         files = [(os.path.join(spec, 'images', r[0]), names.index(r[1])) for r in rows]
     else:
         try:
-            files = ImageFolder(spec).samples
+            files = datasets.ImageFolder(spec).samples
         except FileNotFoundError:                                              # no subfolders: images without labels
-            names = sorted(f for f in os.listdir(spec) if f.lower().endswith(IMG_EXTENSIONS))
+            names = sorted(f for f in os.listdir(spec) if f.lower().endswith(datasets.folder.IMG_EXTENSIONS))
             files = [(os.path.join(spec, f), None) for f in names]
 
     def load(f):
         with explained(f'{f} is no image that can be read'):                   # PIL's errors do not all name the file
-            return default_loader(f)
-    return stack_images(((load(f), y) for f, y in files if classes is None or y in classes), spec, image_size)
+            return datasets.folder.default_loader(f)
+    return ((load(f), y) for f, y in files if classes is None or y in classes)
 
 
 def resize_images(images, size):
@@ -1510,19 +1534,6 @@ def resize_images(images, size):
         return images
     side = min(H, W)
     return to_uint8(resize(to_float(images[:, :, (H - side) // 2:, (W - side) // 2:][:, :, :side, :side]), size))
-
-
-def stack_images(data, spec, image_size=0):
-    """Pairs (PIL image, label) as tensors. Grey images that were stored as RGB stay RGB."""
-    from torchvision.transforms.functional import pil_to_tensor
-    pairs = [(resize_images(pil_to_tensor(image)[None], image_size), label) for image, label in data]
-    if not pairs:
-        raise ValueError(f'no images in {spec}')
-    images, labels = zip(*pairs)
-    if len({i.shape for i in images}) > 1:
-        raise ValueError(f'{spec}: its images differ in size ({tuple(images[0].shape[2:])} and others); resize them '
-                         'first, where there is a key image_size by it')
-    return torch.cat(images), torch.tensor(labels) if isinstance(labels[0], int) else None
 
 
 def to_float(images):
@@ -1643,6 +1654,14 @@ def start(device='auto', dtype='auto', seed=0):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
 
 
+def share(batch_size, world, grad_accum=1):
+    """How many images of a batch one forward pass of one rank has; the script ends where that is no number."""
+    if batch_size % (world * grad_accum):
+        parts = f'{world} ranks' + f' x {grad_accum} accumulation steps' * (grad_accum > 1)
+        die(f'batch_size={batch_size} is shared by {parts}: a multiple of {world * grad_accum}')
+    return batch_size // world // grad_accum
+
+
 def pick_dtype(device, dtype='auto'):
     """What networks compute in: `dtype`, or of 'auto' bfloat16 where the hardware has it, on other GPUs float16 (frozen
     pipelines alone: there is no loss scaling here) and else float32."""
@@ -1670,13 +1689,13 @@ def memory_format(device):
     return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
 
 
-def on_all(fn, value):
-    """`fn` (e.g. dist.ReduceOp.MAX) of a number over all ranks, which wait for each other, but not for their GPUs; the
-    number itself where there is one rank."""
+def largest(value=0):
+    """The largest of a number over all ranks, which wait for each other, but not for their GPUs; the number itself
+    where there is one rank."""
     if not dist.is_initialized():
         return value
     value = torch.tensor(float(value), dtype=torch.float64)
-    dist.all_reduce(value, fn)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item()
 
 
@@ -1685,12 +1704,12 @@ def one_first():
     """One rank of each node downloads, the others find the files."""
     waits = dist.is_initialized() and int(os.environ.get('LOCAL_RANK', 0))
     if waits:
-        on_all(dist.ReduceOp.MAX, 0)
+        largest()
     try:
         yield
     finally:
         if not waits:
-            on_all(dist.ReduceOp.MAX, 0)
+            largest()
 
 
 def stop_flag():
@@ -1743,7 +1762,7 @@ def claim(out_dir, rank):
             os.write(lock, f'process {os.getpid()} on {os.uname().nodename}'.encode())
         except OSError as e:                                                   # others: a file system without locks
             taken = isinstance(e, BlockingIOError)
-    if on_all(dist.ReduceOp.MAX, taken):
+    if largest(taken):
         die(f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: another --out_dir')
 
 
@@ -1754,14 +1773,14 @@ def save_checkpoint(settings, step, net, opt, shared, own, rank):
     out_dir = settings['out_dir']
     mine = os.path.join(out_dir, f'ckpt_{step}_rank{rank}.pt')
     shared = {'net': net.state_dict(), 'opt': opt.state_dict(), **shared, 'step': step, 'settings': fixed(settings)}
-    number = f'{int(on_all(dist.ReduceOp.MAX, int(digest(shared), 16) if rank == 0 else 0)):08x}'
+    number = f'{int(largest(int(digest(shared), 16) if rank == 0 else 0)):08x}'
     cuda = {'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
     own = own | {'random': {'cpu': torch.get_rng_state()} | cuda, 'of': number}
     write_atomically(mine, lambda tmp: torch.save(own | {'digest': digest(own)}, tmp))
-    on_all(dist.ReduceOp.MAX, 0)
+    largest()
     if rank == 0:
         write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared | {'digest': number}, tmp))
-    on_all(dist.ReduceOp.MAX, 0)
+    largest()
     for f in os.listdir(out_dir):
         if f.startswith(('ckpt_', '.tmp-ckpt_')) and f.endswith(f'_rank{rank}.pt') and f != os.path.basename(mine):
             os.remove(os.path.join(out_dir, f))
@@ -1798,7 +1817,7 @@ def resume(settings, rank, net):
                 print(f'{f}, of an earlier run, is removed')
         return None
     found = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
-    if found != on_all(dist.ReduceOp.MAX, found):
+    if found != largest(found):
         raise ValueError(f'out_dir={out_dir} must be a folder that all ranks share')
     if not found and rank == 0:
         print(f'{out_dir} has no checkpoint yet: from the beginning')

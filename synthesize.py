@@ -82,7 +82,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -390,8 +389,7 @@ for shard, path in (bar := tqdm(todo, disable=rank > 0, unit='shard')):
         rows = torch.cat([last[y == c][:100 if vae else columns] for c in classes])
         M.save_grid(os.path.join(out_dir, 'preview.png'), [rows], columns)
     M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
-if world > 1:
-    dist.barrier()
+M.largest()                                                                    # all are done
 if rank == 0:
     print(f'{out_dir}: {shards} shards, {time.time() - t0:.0f} s; pictures: {out_dir}/preview.png')
     print('distil: python ' + (f'distill_vae.py --method=synthetic --data={out_dir} --teacher={teacher[4:]}' if vae else
