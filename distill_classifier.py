@@ -216,10 +216,6 @@ try:
                    std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
     net = M.make('classifier', name=student, in_channels=images.shape[1], **kw)
     head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
-    if init_from not in ('scratch', 'resume'):
-        M.load_state(net, M.read_weights(init_from)[0], init_from)
-    if method != 'test':
-        M.check_folder(out_dir)
     checkpoint = M.resume(settings, rank, net) if method != 'test' else None
 except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))

@@ -174,7 +174,6 @@ try:
     if shapes[0] != shapes[-1] or net.config['in_channels'] != channels:
         raise ValueError(f'the levels of the teacher are {shapes[0]}, of the student {shapes[-1]}: image_size, '
                          'in_channels and the latents must be the same')
-    M.check_folder(out_dir)
     checkpoint = M.resume(settings, rank, net)
 except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))

@@ -263,10 +263,7 @@ try:
         reference = M.read_statistics(eval_reference, space, {'mu': D})
         if reference is None:
             raise ValueError(f'eval_reference={eval_reference} holds no statistics: eval_fid.py --save_stats')
-    if init_from not in ('scratch', 'resume'):
-        M.load_state(net, M.read_weights(init_from)[0], init_from)
-    M.check_folder(out_dir, pool_bytes * world + 16 * sum(p.numel() for p in net.parameters()))
-    checkpoint = M.resume(config, rank, net)
+    checkpoint = M.resume(config, rank, net, pool_bytes * world + 16 * sum(p.numel() for p in net.parameters()))
 except (ValueError, RuntimeError, TypeError) as e:
     M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
 warmup_steps = warmup_steps or max(1, T // stride)

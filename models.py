@@ -246,7 +246,8 @@ class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie 2023); parameter names are those of its authors' checkpoints.
 
     x (B, in_channels, image_size, image_size), t (B,), y (B,) or None -> the same size, with twice the channels if
-    `learn_sigma`. `num_classes = 0` is unconditional; else y = None and y = -1 select the null condition, the last row.
+    `learn_sigma`. `num_classes = 0` is unconditional; otherwise row `num_classes` of the label table is the null
+    condition, which y = None and y = -1 select.
     """
 
     def __init__(self, image_size, patch_size=2, in_channels=4, hidden_size=384, depth=12, num_heads=6, mlp_ratio=4.,
@@ -1030,11 +1031,11 @@ class Shared(dict):
 
 
 class Pipeline(nn.Module):
-    """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t (B,), y (B,). With
-    the `condition` '', 'class' or 'text' y indexes nothing, the classes or the texts given to `set_prompts`; -1 is the
-    null condition. `source` is where its pipeline is to be had, `pipe` the pipeline itself where it is loaded already;
-    `shared` holds the texts embedded, 'prompts' (N, L, D) and perhaps 'pooled' (N, D). Raises ValueError for a network
-    that is not supported."""
+    """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t (B,), y (B,).
+    `condition` is '', 'class' or 'text'; y indexes the classes, the last of which is the null condition, or the texts
+    given to `set_prompts`, and -1 is the null condition. `source` is where its pipeline is to be had, `pipe` the
+    pipeline itself where it is loaded already; `shared` holds the texts embedded, 'prompts' (N, L, D) and perhaps
+    'pooled' (N, D). Raises ValueError for a network that is not supported."""
 
     def __init__(self, net, pipe=None):
         super().__init__()
@@ -1805,12 +1806,16 @@ def load_checkpoint(out_dir, rank, settings=None):
     return shared, own
 
 
-def resume(settings, rank, net):
+def resume(settings, rank, net, need=0):
     """(shared, own) of the checkpoint that a run goes on from, its weights already in `net`; None at its beginning,
-    when older ones are removed. Claims out_dir, so it is the last of the checks. Raises ValueError."""
-    out_dir = settings['out_dir']
+    when older ones are removed and `net` has the weights of a file, if `init_from` is one. Claims out_dir, which must
+    have room for `need` bytes, so it is the last of the checks. Raises ValueError."""
+    out_dir, init_from = settings['out_dir'], settings['init_from']
+    if init_from not in ('scratch', 'resume'):
+        load_state(net, read_weights(init_from)[0], init_from)
+    check_folder(out_dir, need)
     claim(out_dir, rank)
-    if settings['init_from'] != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+    if init_from != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
         for name in ('ckpt.pt', 'ckpt_*_rank*.pt') if rank == 0 else ():       # torchrun --max-restarts counts from 1
             for f in glob.glob(os.path.join(glob.escape(out_dir), name)):
                 os.remove(f)
