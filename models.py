@@ -1836,9 +1836,10 @@ def go_on(checkpoint, opt):
     """The rest of it, right before the loop: the optimiser and this rank's random generators."""
     shared, own = checkpoint
     opt.load_state_dict(shared['opt'])
-    torch.set_rng_state(own['random']['cpu'])
-    if torch.cuda.is_initialized() and 'cuda' in own['random']:                # else the run began on another device
-        torch.cuda.set_rng_state(own['random']['cuda'])
+    state = own.get('random', own)                                             # of an older version: beside the rest
+    torch.set_rng_state(state['cpu'])
+    if torch.cuda.is_initialized() and 'cuda' in state:                        # else the run began on another device
+        torch.cuda.set_rng_state(state['cuda'])
     return shared, own
 
 
