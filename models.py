@@ -872,8 +872,11 @@ def check_folder(path, need=0):
         parent = os.path.abspath(path)
         while not os.path.lexists(parent):
             parent = os.path.dirname(parent)
-        with tempfile.TemporaryDirectory(dir=parent) as tmp:
-            os.makedirs(os.path.join(tmp, os.path.relpath(path, parent)), exist_ok=True)     # relpath: not of ''
+        with tempfile.TemporaryFile(dir=parent):                               # of no name: a kill leaves nothing
+            pass
+        for name in os.path.relpath(path, parent).split(os.sep):               # relpath: not of ''
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(os.path.join(parent, name))                           # names too long, or with a zero byte
         free = shutil.disk_usage(parent).free
     if need > free:
         raise ValueError(f'{path} has room for {free / 2 ** 20:,.0f} MB, a checkpoint needs {need / 2 ** 20:,.0f} MB')
