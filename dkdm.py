@@ -448,7 +448,9 @@ if rank == 0:
     print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {path}, pictures: {out_dir}/samples.png')
     print(f'evaluate: python eval_fid.py --models={path}' + (f',{teacher}' if method != 'data' else '')
           + (f' --guidance={guidance}' if guidance > 1 else '') + (f' --prompts={prompts}' if prompts else '')
-          + (f' --sampler={sampler} --steps={sample_steps}' if (sampler, sample_steps) != ('ddim', 8) else ''))
+          + (f' --sampler={sampler} --steps={sample_steps}' if (sampler, sample_steps) != ('ddim', 8) else '')
+          + (f' --features={eval_features} --reference={eval_reference}'
+             if eval_features != _defaults['eval_features'] else ''))
     if isinstance(net, M.Pipeline):
         print(f'for diffusers: python export.py --model={path} --out_dir={out_dir}/pipeline')
     if wandb:
