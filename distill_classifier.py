@@ -194,7 +194,7 @@ try:
         raise ValueError(f"{data} has no labels ('arr_1', or a subfolder per class)")
     if method != 'test' and len(images) - holdout < batch_size:
         raise ValueError(f'{data} has {len(images)} images; holdout={holdout} leaves fewer than a batch of '
-                         f'{batch_size}')
+                         f'{batch_size}: a smaller --holdout or --batch_size')
     if test_images is not None and (test_labels is None or test_images.shape[1:] != images.shape[1:]):
         raise ValueError(f'{test or data}: test images are {tuple(test_images.shape[1:])}, with labels '
                          f'{test_labels is not None}; the training images {tuple(images.shape[1:])}')

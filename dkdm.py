@@ -259,7 +259,8 @@ try:
         net_F, space, D = M.load_features(eval_features, device)
         made, wanted = 3 if M.has_vae(net_T) else C, net_F.config.get('in_channels', 3)
         if made != wanted:
-            raise ValueError(f'eval_features={eval_features} takes {wanted} channels, the images have {made}')
+            raise ValueError(f'eval_features={eval_features} takes {wanted} channels, the images have {made}: '
+                             'a classifier of such images')
         reference = M.read_statistics(eval_reference, space, {'mu': D})
         if reference is None:
             raise ValueError(f'eval_reference={eval_reference} holds no statistics: eval_fid.py --save_stats')

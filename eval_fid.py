@@ -177,7 +177,8 @@ def open_source(spec):
             raise ValueError(f'guidance={guidance}: {spec} has no classes to be guided to')
         made, source = 3 if M.has_vae(net) else net.config['in_channels'], (net, diffusion)
     if made != channels and not (inception and made == 1):
-        raise ValueError(f'{spec} has {made} channels, {features} takes {channels}')
+        raise ValueError(f'{spec} has {made} channels, features={features} takes {channels}: a classifier of such '
+                         "images, or 'inception'")
     return source
 
 

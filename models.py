@@ -1813,7 +1813,10 @@ def resume(settings, rank, net, need=0):
     """(shared, own) of the checkpoint that a run goes on from, its weights already in `net`; None at its beginning,
     when older ones are removed and `net` has the weights of a file, if `init_from` is one. Claims out_dir, which must
     have room for `need` bytes, so it is the last of the checks. Raises ValueError."""
-    out_dir, init_from = settings['out_dir'], settings['init_from']
+    out_dir, init_from, teacher = (settings[k] for k in ('out_dir', 'init_from', 'teacher'))
+    ours = [os.path.realpath(os.path.join(out_dir, f)) for f in ('student.safetensors', 'best.safetensors', 'student')]
+    if os.path.realpath(teacher) in ours:
+        raise ValueError(f'teacher={teacher} would be overwritten by its student: another --out_dir')
     if init_from not in ('scratch', 'resume'):
         load_state(net, read_weights(init_from)[0], init_from)
     check_folder(out_dir, need)

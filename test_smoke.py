@@ -593,6 +593,7 @@ def test_resuming_means_the_same_run(tiny):
     run(f'{args} --init_from=resume --max_steps=6 --log_every=2')
     for setting in ('lr=0.001', 'seed=1', 'stride=20', 'beta2=0.9'):
         assert setting.split('=')[0] + '=' in run(f'{args} --init_from=resume --{setting}', ok=False)
+    assert 'would be overwritten' in run(f'{args} --teacher=a/student.safetensors', ok=False)
     every, folder = start(f'{args} --init_from=resume', ranks=2)
     for p in every:
         p.join()
