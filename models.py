@@ -874,9 +874,10 @@ def check_folder(path, need=0):
             parent = os.path.dirname(parent)
         with tempfile.TemporaryFile(dir=parent):                               # of no name: a kill leaves nothing
             pass
-        for name in os.path.relpath(path, parent).split(os.sep):               # relpath: not of ''
+        longest = os.path.join(path, 64 * '_')
+        for name in [longest, *os.path.relpath(path, parent).split(os.sep)]:   # relpath: not of ''
             with contextlib.suppress(FileNotFoundError):
-                os.lstat(os.path.join(parent, name))                           # names too long, or with a zero byte
+                os.lstat(os.path.join(parent, name))                           # too long, or with a zero byte
         free = shutil.disk_usage(parent).free
     if need > free:
         raise ValueError(f'{path} has room for {free / 2 ** 20:,.0f} MB, a checkpoint needs {need / 2 ** 20:,.0f} MB')
