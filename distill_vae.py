@@ -89,7 +89,7 @@ class Losses(torch.nn.Module):
         if not distilling:                                                     # the negative ELBO, in nats per image
             nll, kl = self.net.elbo(x, self.net.noise(len(x)), beta)
             return {'nll': nll.mean(), 'kl': sum(kl).mean()}
-        n = micro_batch if net_T.config['class'] == 'LVAE' else 0      # rows from the prior, images below them
+        n = micro_batch if net_T.config['class'] == 'LVAE' else 0              # rows from the prior, images below them
         if x is None:
             noise, seen, seen_T = net_T.noise(n), None, None
         else:

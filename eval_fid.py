@@ -5,12 +5,13 @@ where a denoiser has the classifier's classes, how often the classifier agrees w
 
     python eval_fid.py --models=out/dkdm/student.safetensors,pretrained/mnist_classes.safetensors --guidance=2.0
     python eval_fid.py --models=samples.npz,folder/ --reference=VIRTUAL_imagenet256_labeled.npz --features=inception
-    torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 --features=inception \
+    torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 --features=inception \\
         --reference=cifar10
 
 The statistics of a reference are made once with --save_stats; where there are no data, from the teacher's own samples:
     python eval_fid.py --reference=mnist --save_stats=pretrained/mnist_stats.npz
-    python eval_fid.py --reference=pretrained/mnist_classes.safetensors --guidance=2.0 --seed=1 --save_stats=out/stats.npz
+    python eval_fid.py --reference=pretrained/mnist_classes.safetensors --guidance=2.0 --seed=1 \\
+        --save_stats=out/stats.npz
 
 Only in the features of Inception is the Frechet distance called FID. Its statistics are accumulated as a stream; of the
 features the first 10,000 of the reference and 50,000 of a model are kept for the other metrics. 50,000 images of 32x32
