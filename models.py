@@ -1641,7 +1641,7 @@ def start(device='auto', dtype='auto', seed=0):
             device = torch.device('cuda', local if world > 1 or device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         die(f"device={device} is not to be had here: {first_line(e)}; 'auto' takes what there is")
     torch.backends.cudnn.allow_tf32 = False                                    # as in the first convolution: float32
     if world > 1 and not dist.is_initialized():
