@@ -143,8 +143,6 @@ def augment(x):
 
 # ---- check everything before any work starts ----
 for wrong, message in [
-        (init_from not in ('scratch', 'resume') and not os.path.isfile(init_from),
-         f"init_from={init_from!r}: 'scratch', 'resume' or a file; there is none of this name"),
         (method == 'distill' and lam_kl == lam_msarc == 0, 'lam_kl=0 and lam_msarc=0 leave nothing to learn'),
         (method == 'test' and not test, "method='test' needs images: --test=mnist, an .npz or a folder")]:
     if wrong:

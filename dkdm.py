@@ -189,12 +189,8 @@ def image_batch(n):
 # ---- check everything before any work starts ----
 walks = method in ('dynamic', 'shuffled', 'iterative')
 for wrong, message in [
-        (student not in ('unet', 'dit') and not student.endswith('.json'),
-         f"student={student!r}: 'unet', 'dit', or a config.json of diffusers"),
         (method == 'data' and guidance > 1,
          f"guidance={guidance}: method='data' has no teacher to guide; eval_fid.py guides what it samples"),
-        (init_from not in ('scratch', 'resume') and not os.path.isfile(init_from),
-         f"init_from={init_from!r}: 'scratch', 'resume' or a file; there is none of this name"),
         (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
         (real_fraction and (method != 'synthetic' or not data),
          f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'"),
@@ -239,7 +235,7 @@ try:
         raise ValueError(f'prompts={prompts}: {teacher if net_T else method} takes no texts')
     prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
     net = M.make_student(config, C, H, num_classes, net_T, device)
-    if student.endswith('.json'):
+    if isinstance(net, M.Pipeline):
         learn_sigma, flows = net.config['out_channels'] == 2 * C, process['schedule'] == 'flow'
         if (prediction == 'flow') != flows or flows and (not net_T or net.config['class'] != net_T.config['class']):
             raise ValueError(f'{student}, student_prediction={student_prediction}: diffusers samples a flow only by '
@@ -252,9 +248,8 @@ try:
     pool_bytes = pool_size * C * H * H * torch.finfo(getattr(torch, pool_dtype)).bits // 8
     free = M.free_memory(device)
     if pool_bytes > free:
-        raise ValueError(f'the pool of {pool_size:,} images of {C}x{H}x{H} in {pool_dtype} needs '
-                         f'{pool_bytes / 2 ** 20:,.0f} MB, there are {free / 2 ** 20:,.0f} MB: a smaller --rho or '
-                         '--batch_size, a larger --stride, or --pool_dtype=float16')
+        raise ValueError(f'the pool of {pool_size:,} images takes {pool_bytes / 2 ** 20:,.0f} MB, there are '
+                         f'{free / 2 ** 20:,.0f}: a smaller --rho, a larger --stride, or --pool_dtype=float16')
     if eval_every:
         net_F, space, D = M.load_features(eval_features, device)
         made, wanted = 3 if M.has_vae(net_T) else C, net_F.config.get('in_channels', 3)
@@ -302,19 +297,17 @@ elif walks:
 elif method == 'data' or synthetic:
     images, labels = sets[data if method == 'data' else synthetic]
 else:                                                                          # Data-Free Training: the teacher's own
-    path, n = os.path.join(out_dir, f'synthetic_rank{rank}.npz'), synthetic_images // world
+    path, n = os.path.join(out_dir, f'synthetic_rank{rank}.npz'), -(-synthetic_images // world)
     if not checkpoint:                                                         # a resumed run has the same
-        arrays = {'arr_0': np.empty((n, H, H, C), np.uint8)} | ({'arr_1': np.empty(n, np.int64)} if num_classes else {})
+        batches = []
         for i in tqdm(range(0, n, micro_batch), desc='making images', disable=rank > 0, leave=False):
             shape = min(micro_batch, n - i), C, H, H
             y = draw_labels(shape[0])
             with autocast:
                 x = M.sample(net_T, diffusion_T, shape, synthetic_steps, 'ddpm', y, guidance, spacing='even')
-            arrays['arr_0'][i:i + len(x)] = M.to_uint8(x).permute(0, 2, 3, 1).cpu()
-            if num_classes:
-                arrays['arr_1'][i:i + len(x)] = y.cpu()
+            batches.append([M.to_uint8(x).permute(0, 2, 3, 1).cpu()] + ([y.cpu()] if num_classes else []))
+        arrays = {f'arr_{i}': torch.cat(parts).numpy() for i, parts in enumerate(zip(*batches))}
         M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
-        del arrays
     images, labels = M.load_npz(path)
     evaluations = len(images) * synthetic_steps
 if real_fraction:                                                              # Data-Limited Training
@@ -362,8 +355,7 @@ def distance():
             x = M.decode(net_T, M.sample(net_ema, diffusion, (100, C, H, H), sample_steps, sampler, y, 1., g))
         found.append(M.features(net_F, M.to_uint8(x))[0].cpu().double())
     f = torch.cat(found)
-    mu, sigma = (torch.from_numpy(reference[k]).double() for k in ('mu', 'sigma'))
-    return M.frechet_distance(f.mean(0), f.T.cov(), mu, sigma)[0]
+    return M.frechet_distance(f.mean(0), f.T.cov(), reference['mu'], reference['sigma'])[0]
 
 
 sums = torch.zeros(5, device=device)                                           # on the device: no wait between two rows

@@ -1187,12 +1187,12 @@ def load_part(spec, *names):
 def make_student(settings, C, H, num_classes, teacher=None, device='cpu'):
     """The student of images (C, H, H) that the settings of dkdm.py describe, of random weights: a UNet, a DiT, or of
     the diffusers class and config in the file `student`, with the texts of the teacher. Raises ValueError."""
-    path = settings['student']
-    if not path.endswith('.json'):
-        kind, outputs = (UNet, {'out_channels': C * (1 + settings['learn_sigma'])}) if path == 'unet' else (DiT, {})
+    student = settings['student']
+    if student in ('unet', 'dit'):
+        kind, outputs = (UNet, {'out_channels': C * (1 + settings['learn_sigma'])}) if student == 'unet' else (DiT, {})
         said = {k: settings[k] for k in inspect.signature(kind).parameters if k in settings} | outputs
         return make(kind.__name__, **said | dict(image_size=H, in_channels=C, num_classes=num_classes))
-    with explained(f'{path} is no config of a diffusers model for {C}x{H}x{H}'), open(path) as f:
+    with explained(f'{student=}: no unet, no dit, no config of a diffusers model for {C}x{H}x{H}'), open(student) as f:
         said = json.load(f)
         if said['_class_name'] not in DIFFUSERS:
             raise ValueError(f"{said['_class_name']!r} is none of " + ', '.join(DIFFUSERS))
@@ -1604,7 +1604,7 @@ def read_statistics(path, space, sizes):
                 or torch.linalg.eigvalsh(sigma)[0] < -1e-4 * top:
             raise ValueError(f'{path}: its covariance is none, finite, symmetric and positive; eval_fid.py '
                              '--save_stats makes one')
-    return {k: arrays[k] for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'n') if k in arrays}
+    return {k: torch.from_numpy(arrays[k]).double() for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'n') if k in arrays}
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -1819,6 +1819,8 @@ def resume(settings, rank, net, need=0):
     if os.path.realpath(teacher) in ours:
         raise ValueError(f'teacher={teacher} would be overwritten by its student: another --out_dir')
     if init_from not in ('scratch', 'resume'):
+        if not os.path.isfile(init_from):
+            raise ValueError(f"init_from={init_from!r}: 'scratch', 'resume' or a file; there is none of this name")
         load_state(net, read_weights(init_from)[0], init_from)
     check_folder(out_dir, need)
     claim(out_dir, rank)
