@@ -13,10 +13,9 @@ convolution. An operation is a multiplication or an addition, in matrix products
 """
 import os
 
-_settings = {}
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'dkdm.py'), encoding='utf-8') as _f:
-    exec(_f.read().split('exec(open(')[0], _settings)                          # dkdm.py's settings as they stand there
-globals().update({k: v for k, v in _settings.items() if not k.startswith('_')})
+import dkdm
+from dkdm import *           # all settings of dkdm.py are settings here too
+
 # what is timed
 what = 'step'                # 'step', or 'sample'
 repeats = 10                 # steps or batches that are timed, after two that are not
@@ -24,17 +23,17 @@ repeats = 10                 # steps or batches that are timed, after two that a
 image_size = 32
 channels = 3                 # of the images
 classes = 0                  # of teacher and student; above 0 the teacher is guided
-model_channels = 32          # of the student (unet)
-teacher_width = 0            # model_channels (unet) or hidden_size (dit) of the teacher; 0 is twice the student's
-num_res_blocks = 2
-channel_mult = (1, 2, 2, 2)
-attention_resolutions = (16, 8)
-patch_size = 1
+student_config = {'patch_size': 1, 'model_channels': 32, 'num_res_blocks': 2, 'channel_mult': (1, 2, 2, 2),
+                  'attention_resolutions': (16, 8)}
+teacher_width = 0            # model_channels or hidden_size of the teacher; 0 is twice the student's
 stride = 1
-_ranges = _settings['_ranges'] | {'what': ('step', 'sample'), 'student': ('unet', 'dit')}
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+_ranges = dkdm._ranges | {'what': ('step', 'sample'), 'student': tuple(M.DENOISERS)}
+if __name__ == '__main__':
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 import copy
+import time
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -43,79 +42,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models as M
 
-device, autocast, rank, world = M.start(device, dtype, seed)
-B = M.share(batch_size, world, grad_accum)                                     # images of one forward pass
-dtype = M.pick_dtype(device, dtype)
-dtype = torch.float32 if dtype == torch.float16 else dtype                     # which is for frozen pipelines alone
 
-
-# ---- networks ----
-said, name = {k: globals()[k] for k in _defaults}, 'hidden_size' if student == 'dit' else 'model_channels'
-try:
-    net_T, net = (M.make_student(said | {name: width}, channels, image_size, classes).to(
-        device, memory_format=M.memory_format(device)) for width in (teacher_width or 2 * said[name], said[name]))
-    pool = max(1, round(rho * T / stride)) * B * grad_accum
-    if 4 * pool * channels * image_size ** 2 > M.free_memory(device):
-        raise ValueError(f'a pool of {pool:,} images does not fit into memory: a smaller --rho or --batch_size')
-except ValueError as e:
-    M.die(e)
-net_T = M.cast_frozen(net_T.eval().requires_grad_(False), dtype)
-net_ema = copy.deepcopy(net).eval().requires_grad_(False)
-diffusion_T = M.Diffusion()
-diffusion = M.Diffusion(prediction='eps' if student_prediction == 'teacher' else student_prediction)
-opt = torch.optim.AdamW(net.parameters(), lr, (0.9, beta2), weight_decay=weight_decay, fused=True)
-run_T, model = (torch.compile(n, dynamic=False) if compile else n for n in (net_T, net))
-if world > 1:
-    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-scale = (guidance or 2.) if classes else 1.
-pool_x = torch.randn(pool, channels, image_size, image_size, device=device)
-pool_t = torch.randint(T, (len(pool_x),), device=device)
-pool_y = torch.randint(classes, (len(pool_x),), device=device) if classes else None
-
-
-def step(done):
-    """One step of dkdm.py; `done(name)` is called after each of its parts."""
-    order = torch.randperm(len(pool_x), device=device)
-    for i in range(grad_accum):
-        idx = order[i * B:(i + 1) * B]
-        x_t, t, y = pool_x[idx], pool_t[idx], pool_y[idx] if classes else None
-        with torch.no_grad(), autocast:
-            out_T = M.guided(run_T, x_t, t, y, scale).float()
-        done('teacher')
-        with autocast:
-            out = model(x_t, t, y)
-        done('student forward')
-        target = diffusion_T.convert(out_T, x_t, t, diffusion.prediction)
-        (diffusion.distill_loss(out, target, x_t, t, lam)['loss'].mean() / grad_accum).backward()
-        done('losses and backward')
-        s = (t - torch.randint((stride + 1) // 2, stride + stride // 2 + 1, t.shape, device=device)).clamp(min=-1)
-        x_s = diffusion_T.ddpm_step(out_T, x_t, t, s)
-        pool_x[idx] = torch.where((s < 0).view(-1, 1, 1, 1), torch.randn_like(x_s), x_s)
-        pool_t[idx] = torch.where(s < 0, T - 1, s)
-        done('walk')
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
-    opt.found_inf = (~norm.isfinite()).float()
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-    M.update_ema(net_ema, net, ema, 1)
-    done('optimiser, EMA')
-
-
-# ---- measuring ----
-def now():
+# ==== measuring ====
+def now(device):
     if device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def seconds(f):
+def seconds(f, device, repeats=10):
     """The median time of a call, after two that are not counted."""
     times = []
     for _ in range(repeats + 2):
-        t0 = now()
+        begin = now(device)
         f()
-        times.append(now() - t0)
-    return sorted(times[2:])[repeats // 2]
+        times.append(now(device) - begin)
+    return median(times[2:])
 
 
 def gigaflop(f):
@@ -126,57 +68,117 @@ def gigaflop(f):
 
 
 @torch.no_grad()
-def peak():
-    """The machine's GFLOP/s in `dtype`: the better of a matrix product and a convolution."""
+def peak(device, dtype, repeats=10):
+    """The machine's GFLOP/s in `dtype`: the better of a matrix product and a 3x3 convolution."""
     n, c = (8192, 512) if device.type == 'cuda' else (2048, 128)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    x = torch.randn(64, c, 32, 32, device=device, dtype=dtype).to(memory_format=M.memory_format(device))
-    w = torch.randn(c, c, 3, 3, device=device, dtype=dtype).to(memory_format=M.memory_format(device))
-    return max(gigaflop(f) / seconds(f) for f in (lambda: a @ b, lambda: F.conv2d(x, w, padding=1)))
+    layout = M.memory_format(device)
+    x = torch.randn(64, c, 32, 32, device=device, dtype=dtype).to(memory_format=layout)
+    w = torch.randn(c, c, 3, 3, device=device, dtype=dtype).to(memory_format=layout)
+
+    def product():
+        return a @ b
+
+    def convolution():
+        return F.conv2d(x, w, padding=1)
+    return max(gigaflop(f) / seconds(f, device, repeats) for f in (product, convolution))
 
 
-def run_networks():
-    """The two networks alone, without compiling, for counting."""
-    x, t, y = pool_x[:B], pool_t[:B], pool_y[:B] if classes else None
-    with torch.no_grad(), autocast:
-        M.guided(net_T, x, t, y, scale)
-    with autocast:
-        out = net(x, t, y)
-    out.float().mean().backward()
-    opt.zero_grad(set_to_none=True)
+class Timed:
+    """A callable whose calls are timed: `times`, a list of seconds."""
+
+    def __init__(self, f, device):
+        self.f = f
+        self.device = device
+        self.times = []
+
+    def __call__(self, *args, **kw):
+        begin = now(self.device)
+        result = self.f(*args, **kw)
+        self.times.append(now(self.device) - begin)
+        return result
 
 
-top = peak()
-if what == 'step':
-    work, whole = grad_accum * gigaflop(run_networks), seconds(lambda: step(lambda name: None))
-    parts, last = {}, [0.]
+# ==== the step of dkdm.py ====
+if __name__ == '__main__':
+    device, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    B = M.per_rank(batch_size, world, grad_accum)                      # images of one forward pass
+    dtype = M.pick_dtype(device, dtype)
+    if dtype == torch.float16:                                         # which is for frozen pipelines alone
+        dtype = torch.float32
+    layout = M.memory_format(device)
+    sizes = SIZES[student] | student_config
+    width = 'hidden_size' if student == 'dit' else 'model_channels'
+    wider = sizes | {width: teacher_width or 2 * sizes[width]}
+    net_T = build_denoiser(student, image_size, channels, classes, config=wider)
+    net = build_denoiser(student, image_size, channels, classes, config=sizes)
+    net_T = M.cast_frozen(net_T.to(device, memory_format=layout).eval().requires_grad_(False), dtype)
+    net = net.to(device, memory_format=layout)
+    net_ema = copy.deepcopy(net).eval().requires_grad_(False)
+    diffusion_T = M.Diffusion()
+    diffusion = M.Diffusion(prediction='eps' if student_prediction == 'teacher' else student_prediction)
+    opt = torch.optim.AdamW(net.parameters(), lr, (0.9, adamw['beta2']), weight_decay=adamw['weight_decay'], fused=True)
+    run_T, model = net_T, net
+    if compile:
+        run_T = torch.compile(net_T, dynamic=False)
+        model = torch.compile(net, dynamic=False)
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    scale = (guidance or 2.) if classes else 1.
+    pool = Pool(max(1, round(rho * T / stride)) * B, (channels, image_size, image_size), diffusion_T,
+                make_labels(classes, 0., device), getattr(torch, pool_dtype), device)
+    pool.t = torch.randint(T, pool.t.shape, device=device)
+    teacher = Timed(make_teacher(run_T, scale, autocast), device)
+    pool.draw = Timed(pool.draw, device)
+    pool.advance = Timed(pool.advance, device)
+    forward = Timed(model, device)
+    step = Timed(distill_step, device)
+    update = Timed(optimizer_step, device)
 
-    def done(name):
-        parts.setdefault(name, []).append(now() - last[0])
-        last[0] = now()
-    for _ in range(repeats + 2):
-        last[0] = now()
-        step(done)
-    ms = {k: 1000 * grad_accum ** (k != 'optimiser, EMA') * sorted(v)[len(v) // 2] for k, v in parts.items()}
-    networks = sum(v for k, v in ms.items() if k not in ('walk', 'optimiser, EMA')) / 1000
-    top = max(top, peak())
-    lines = [f'one step: {whole:.4g} s, {B * grad_accum / whole:,.1f} images/s; {work:,.0f} GFLOP, {work / whole:,.0f} '
-             f'GFLOP/s, {100 * work / whole / top:.0f} % of the peak',
-             'parts, ms: ' + ', '.join(f'{k} {v:.1f}' for k, v in ms.items()),
-             f'the networks and the loss alone: {networks:.4g} s, {100 * work / networks / top:.0f} % of the peak']
-else:
-    lines, counts, shape = [], (1, 2, 4, 8, 16, 50), (B, channels, image_size, image_size)
-    y = None if pool_y is None else pool_y[:B]
-    for name, n, g in (('teacher', net_T, scale), ('student', net_ema, 1.)):
-        for sampler in ('ddpm', 'ddim', 'dpm++'):
-            with autocast:
-                ms = [1000 * seconds(lambda: M.sample(n, diffusion, shape, k, sampler, y, g)) / B for k in counts]
-            lines.append(f'{name} {sampler:6} ms per image: ' + ', '.join(f'{v:.3g} ({k})' for v, k in zip(ms, counts)))
-    lines.append('in brackets: evaluations of an image' + ', each two passes of the guided teacher' * (scale > 1))
-if device.type == 'cuda':
-    lines.append(f'peak memory: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MB')
-millions = [f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M' for n in (net_T, net)]
-print(f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]}, student {millions[1]} '
-      f'parameters; {B} images of {channels}x{image_size}x{image_size}, {torch.get_num_threads()} threads; '
-      f'peak {top:,.0f} GFLOP/s', *lines, sep='\n')
-M.leave()
+    def one_step():
+        for _ in range(grad_accum):
+            step(forward, teacher, pool, diffusion, B, stride, lam, None, autocast, 1 / grad_accum)
+        update(net, net_ema, opt, grad_clip, ema, 1)
+
+    def networks():
+        """The two networks alone, without compiling, for counting."""
+        _, x_t, t, y = pool.draw(B)
+        make_teacher(net_T, scale, autocast)(x_t, t, y)
+        with autocast:
+            out = net(x_t, t, y)
+        out.float().mean().backward()
+        opt.zero_grad(set_to_none=True)
+
+    top = peak(device, dtype, repeats)
+    if what == 'step':
+        work = grad_accum * gigaflop(networks)
+        whole = seconds(one_step, device, repeats)
+        timed = dict(teacher=teacher, student=forward, pool=pool.advance, optimiser=update)
+        ms = {name: 1000 * median(part.times[2:]) for name, part in timed.items()}
+        rest = 1000 * median(step.times[2:]) - ms['teacher'] - ms['student'] - ms['pool']
+        top = max(top, peak(device, dtype, repeats))
+        lines = [f'one step: {whole:.4g} s, {B * grad_accum / whole:,.1f} images/s; {work:,.0f} GFLOP, '
+                 f'{work / whole:,.0f} GFLOP/s, {100 * work / whole / top:.0f} % of the peak',
+                 f'ms of {grad_accum} x (teacher {ms["teacher"]:.1f}, student forward {ms["student"]:.1f}, losses, backward '
+                 f'and walk {rest:.1f}, pool {ms["pool"]:.1f}), optimiser and EMA {ms["optimiser"]:.1f}']
+    else:
+        lines = []
+        counts = (1, 2, 4, 8, 16, 50)
+        y = None if pool.y is None else pool.y[:B]
+        shape = B, channels, image_size, image_size
+        for name, network, g in (('teacher', net_T, scale), ('student', net_ema, 1.)):
+            for sampler in ('ddpm', 'ddim', 'dpm++'):
+                cells = []
+                for k in counts:
+                    with autocast:
+                        once = seconds(lambda: M.sample(network, diffusion, shape, k, sampler, y, g), device, repeats)
+                    cells.append(f'{1000 * once / B:.3g} ({k})')
+                lines.append(f'{name} {sampler:6} ms per image: ' + ', '.join(cells))
+        lines.append('in brackets: evaluations of an image' + (', each two passes of the guided teacher' if scale > 1 else ''))
+    if device.type == 'cuda':
+        lines.append(f'peak memory: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MB')
+    millions = [f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M' for n in (net_T, net)]
+    print(f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]}, student {millions[1]} '
+          f'parameters; {B} images of {channels}x{image_size}x{image_size}, {torch.get_num_threads()} threads; '
+          f'peak {top:,.0f} GFLOP/s', *lines, sep='\n')
+    M.finish()

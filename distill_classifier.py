@@ -4,13 +4,12 @@ The student learns the teacher's outputs and where it looks; labels are not need
 classifier on labelled images instead, which is how teachers are made; `method='test'` prints the accuracy of one.
 
     python synthesize.py && python distill_classifier.py --test=mnist   # the bundled teacher, on a laptop
-    python distill_classifier.py config/distill_cifar10_r34_r18.py      # a pair of the paper's Table I
-    torchrun --nproc_per_node=8 distill_classifier.py config/distill_cifar10_r34_r18.py
+    python distill_classifier.py config/distill_cifar10.py   # a pair of the paper's Table I
+    torchrun --nproc_per_node=8 distill_classifier.py config/distill_cifar10.py
     python distill_classifier.py config/mnist_classifier.py --data=mnist   # the bundled teacher itself
     python distill_classifier.py --method=test --teacher=out/classifier/student.safetensors --test=mnist:5-9
 """
 import os
-import time
 
 # images
 data = 'out/synth'           # an .npz, a folder of shards or of images, a list of files, or a torchvision name
@@ -23,13 +22,12 @@ augment_flip = False         # random horizontal flips
 # teacher
 method = 'distill'           # 'distill': from the teacher; 'data': cross-entropy on the labels, no teacher; 'test'
 teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet, WRN or VGG,
-                             # or torchvision:NAME
-teacher_source = ''          # where a missing teacher is to be had, for the message
+                             # torchvision:NAME, or a Python file with load()
 teacher_config = {}          # what a state dict does not say: image_size, mean, std (models.load_classifier)
 any_teacher = False          # take images that synthesize.py made for another teacher
 # student
-student = 'resnet8'          # resnet8, 14 ... 110, resnet18/34/50, wrn16_1 ... wrn40_2, vgg11 ... vgg19, or
-                             # torchvision:NAME
+student = 'resnet8'          # resnet8, 14 ... 110, resnet18/34/50, wrn16_1 ... wrn40_2, vgg11 ... vgg19,
+                             # torchvision:NAME, or a Python file with build()
 width = 8                    # channels of the first stage of a ResNet; 0 is its usual width
 # losses, Eq. (12)
 lam_kl = 1.0                 # weight of the divergence of the outputs
@@ -50,18 +48,18 @@ seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
-_ranges = {                  # what configurator.py does not know of itself
-    'method': ('distill', 'data', 'test'), 'optimizer': ('sgd', 'adamw'), 'holdout': (0, 10 ** 9),
-    'width': (0, 10 ** 4), 'augment_crop': (0, 1000), 'temperature': (1e-30, 1e30), 'label_smoothing': (0, 1),
-    'warmup_epochs': (0, 10 ** 9), 'image_size': (0, 4096)}
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
-settings = {k: globals()[k] for k in _defaults}
+_ranges = {                  # allowed words that the defaults do not show
+    'method': ('distill', 'data', 'test'), 'optimizer': ('sgd', 'adamw'), 'dtype': ('auto', 'bfloat16', 'float32')}
+if __name__ == '__main__':
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
-import glob
+import contextlib
 import json
 import math
-import sys
+import shlex
+import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -69,161 +67,142 @@ from tqdm import tqdm
 
 import models as M
 
-# ---- the method ----
+
+# ==== the method ====
 #   for each batch x of the images, cropped and flipped:
 #       logits_S, maps_S = student(x);  logits_T, maps_T = teacher(x)
 #       L = lam_kl KL(teacher || student, softened) + lam_msarc L_mSARC(maps_S, maps_T)            Eq. (12)
 #       student <- student - lr grad L
 # L_mSARC asks where the two look: after the last stage for every class, after the earlier ones for the teacher's class.
-def kl_loss(logits_S, logits_T):
+def kl_loss(logits_S, logits_T, temperature=4.):
     """Divergence of the softened outputs (Hinton et al. 2015), times T^2: its gradient does not shrink with T."""
-    return F.kl_div(F.log_softmax(logits_S / temperature, 1), F.log_softmax(logits_T / temperature, 1), log_target=True,
-                    reduction='batchmean') * temperature ** 2
+    log_p_S = F.log_softmax(logits_S / temperature, 1)
+    log_p_T = F.log_softmax(logits_T / temperature, 1)
+    return F.kl_div(log_p_S, log_p_T, log_target=True, reduction='batchmean') * temperature ** 2
 
 
 def pairs_of_stages(maps_S, maps_T):
     """The student's stages before its last, each with the teacher's last one of the same resolution, if it has one."""
-    stages_T = {m.shape[2:]: i for i, m in enumerate(maps_T[:-1])}
-    return [(i, stages_T[m.shape[2:]]) for i, m in enumerate(maps_S[:-1]) if m.shape[2:] in stages_T]
+    by_size = {m.shape[2:]: i for i, m in enumerate(maps_T[:-1])}
+    return [(i, by_size[m.shape[2:]]) for i, m in enumerate(maps_S[:-1]) if m.shape[2:] in by_size]
 
 
 def grad_cam(logits, maps, c):
     """Where a network sees class c (B,): the channels of each map, summed with the mean gradient of the class's logit
-    as weights, which are constants (Selvaraju et al. 2017, without ReLU). (B, h, w) each."""
+    as weights, which are constants (Selvaraju et al. 2017, without ReLU). A list of (B, h, w)."""
     grads = torch.autograd.grad(logits.gather(1, c[:, None]).sum(), maps, retain_graph=True)
-    return [(grad.mean((2, 3), keepdim=True) * a).sum(1).float() for grad, a in zip(grads, maps)]
+    return [(grad.mean((2, 3), keepdim=True) * m).sum(1).float() for grad, m in zip(grads, maps)]
 
 
-def msarc_loss(logits_S, maps_S, logits_T, maps_T):
+def class_maps(last_map, head):
+    """The activation maps (B, classes, h, w) of all classes: the linear layer as a 1x1 convolution."""
+    return F.conv2d(last_map.float(), head.weight[:, :, None, None])
+
+
+def msarc_loss(logits_S, maps_S, head_S, logits_T, maps_T, head_T):
     """L_mSARC of Eq. (12) (SpaceshipNet, Yu et al. 2023): the class activation maps of all classes after the last
-    stage, and Grad-CAM of the class that the teacher sees after each earlier one."""
-    cam_S, cam_T = (F.conv2d(maps[-1].float(), head.weight[:, :, None, None])
-                    for maps, head in ((maps_S, head_S), (maps_T, head_T)))
+    stage, and Grad-CAM of the class that the teacher sees after each earlier one. heads: the last linear layers."""
+    cam_S = class_maps(maps_S[-1], head_S)
+    cam_T = class_maps(maps_T[-1], head_T)
     if cam_T.shape != cam_S.shape:
         cam_T = F.interpolate(cam_T, size=cam_S.shape[2:], mode='bilinear', antialias=True, align_corners=False)
     total = F.mse_loss(cam_S, cam_T.detach())
     pairs = pairs_of_stages(maps_S, maps_T)
     if pairs:
         c = logits_T.argmax(1)
-        seen_S, seen_T = (grad_cam(*network, c) for network in ((logits_S, [maps_S[i] for i, _ in pairs]),
-                                                                (logits_T, [maps_T[j] for _, j in pairs])))
+        seen_S = grad_cam(logits_S, [maps_S[i] for i, _ in pairs], c)
+        seen_T = grad_cam(logits_T, [maps_T[j] for _, j in pairs], c)
         total = total + sum(F.mse_loss(a, b.detach()) for a, b in zip(seen_S, seen_T))
     return total
 
 
-def losses(x, y):
-    """The student's losses on uint8 images (B, C, H, W), as a dict; their sum, weighted, is Eq. (12)."""
-    x = M.preprocess(net, M.to_float(x))
+def distill_losses(student, teacher, x, heads, lam_kl=1., lam_msarc=1., temperature=4.,
+                   autocast=contextlib.nullcontext()):
+    """Eq. (12) of a batch of images x (B, C, H, W) in [-1, 1]: {'kl', 'msarc'}, weighted; their sum is the loss.
+
+    student and teacher are `WithMaps`; without lam_msarc their maps are not looked at. heads: the last linear layers of
+    both.
+    """
     with autocast:
-        logits_S, maps_S = model(x)
-    if not distilling:
-        return {'ce': F.cross_entropy(logits_S.float(), y, label_smoothing=label_smoothing)}
-    x.requires_grad_(lam_msarc > 0)                                            # else a frozen teacher has no gradient
+        logits_S, maps_S = student(x)
+    x.requires_grad_(lam_msarc > 0)                                    # else a frozen teacher has no gradient
     with torch.set_grad_enabled(lam_msarc > 0), autocast:
-        logits_T, maps_T = net_T.forward_features(x)
-    out = {'kl': lam_kl * kl_loss(logits_S.float(), logits_T.detach().float())}   # at 0 too: all have a gradient then
+        logits_T, maps_T = teacher(x)
+    terms = {'kl': lam_kl * kl_loss(logits_S.float(), logits_T.detach().float(), temperature)}
     if lam_msarc:
-        out['msarc'] = lam_msarc * msarc_loss(logits_S, maps_S, logits_T, maps_T)
-    return out
+        terms['msarc'] = lam_msarc * msarc_loss(logits_S, maps_S, heads[0], logits_T, maps_T, heads[1])
+    return terms
 
 
-def augment(x):
-    """Each uint8 image of a batch (B, C, H, W) is cropped at a place of its own, and flipped or not."""
-    B, H = len(x), x.shape[-1]
-    if augment_crop:
-        padded = F.pad(x, [augment_crop] * 4)                                  # black
-        top, left = torch.randint(0, 2 * augment_crop + 1, (2, B, 1), device=device)
-        rows, cols = top + torch.arange(H, device=device), left + torch.arange(H, device=device)
+def augment(x, crop=0, flip=False):
+    """Each uint8 image of a batch (B, C, H, H) is cropped at a place of its own from `crop` black pixels around it, and
+    flipped or not."""
+    B, H, device = len(x), x.shape[-1], x.device
+    if crop:
+        padded = F.pad(x, [crop] * 4)
+        top, left = torch.randint(0, 2 * crop + 1, (2, B, 1), device=device)
+        rows = top + torch.arange(H, device=device)
+        cols = left + torch.arange(H, device=device)
         batch = torch.arange(B, device=device)[:, None, None]
         x = padded[batch, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-    if augment_flip:
+    if flip:
         x = torch.where(torch.rand(B, 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
     return x.contiguous(memory_format=M.memory_format(device))
 
 
-# ---- check everything before any work starts ----
-for wrong, message in [
-        (method == 'distill' and lam_kl == lam_msarc == 0, 'lam_kl=0 and lam_msarc=0 leave nothing to learn'),
-        (method == 'test' and not test, "method='test' needs images: --test=mnist, an .npz or a folder")]:
-    if wrong:
-        M.die(message)
-device, autocast, rank, world = M.start(device, dtype, seed)
-M.share(batch_size, world)
-distilling = method == 'distill'
+class WithMaps(torch.nn.Module):
+    """A classifier as the losses want it: images (B, C, H, W) in [-1, 1] -> (logits, maps); maps is None unless wanted."""
+
+    def __init__(self, net, maps=True):
+        super().__init__()
+        self.net = net
+        self.maps = maps
+
+    def forward(self, images):
+        x = M.preprocess(self.net, images)                             # each network's own size and normalisation
+        return M.forward_features(self.net, x) if self.maps else (self.net(x), None)
 
 
-def check_origin(data, digest):
-    """Raises ValueError if a shard of the folder `data` says that synthesize.py made it for another teacher."""
-    for f in sorted(glob.glob(os.path.join(glob.escape(data), '**', '*.npz'), recursive=True)):
-        settings = json.loads(str(M.read_npz(f).get('settings', '{}')))
-        if settings.get('teacher_digest', digest) != digest:
-            raise ValueError(f"{f} was made for the teacher {settings['teacher']}, which is not {teacher}: "
-                             'its own images, or --any_teacher=True')
+# ==== what is checked of images and networks ====
+def build_classifier(spec, num_classes, in_channels, image_size, **kw):
+    """A classifier with random weights: a name (`models.classifier`) or a Python file, whose build() is called."""
+    size = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    if spec.endswith('.py'):
+        return M.complete_classifier(M.build_from_file(spec, **size))
+    return M.classifier(spec, **size, **kw)
 
 
-def linear(net):
-    """The last linear layer of a classifier, where all that it sees is the mean of the last map: its weights make the
-    class activation maps. Raises ValueError."""
-    shape = 2, net.config.get('in_channels', 3), net.config['image_size'], net.config['image_size']
+def check_origin(data, digest, teacher):
+    """Raises UserError if one of the shards that `data` names says that synthesize.py made it for another teacher."""
+    for f in M.shards_of(data):
+        with np.load(f, allow_pickle=False) as z:
+            made = json.loads(str(z['settings'])) if 'settings' in z else {}
+        if made.get('teacher_digest', digest) != digest:
+            raise M.UserError(f"{f} was made for the teacher {made['teacher']}, which is not {teacher}: its own images, or "
+                              '--any_teacher=True')
+
+
+def linear_head(net, name):
+    """The last linear layer of a classifier, whose weights make the class activation maps. Raises UserError where it
+    sees more than the mean of the last map."""
+    side = net.image_size or 32
+    x = torch.randn(2, net.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, maps = net.eval().forward_features(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-        layer = net.get_submodule(net.head_name)
-        if layer.in_features != maps[-1].shape[1] or (
-                (layer(maps[-1].mean((2, 3))) - logits).abs().max() > 1e-3 * (1 + logits.abs().max())):
-            raise ValueError(f"{net.config['name']} has no class activation maps, its last layer sees more than the "
-                             'mean of the last map: --lam_msarc=0')
+        logits, maps = M.forward_features(net.eval(), x)
+        linear = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
+        layer = net.get_submodule(net.head_name) if hasattr(net, 'head_name') else linear[-1]
+        fits = layer.in_features == maps[-1].shape[1]
+        if fits:
+            seen = layer(maps[-1].mean((2, 3)))
+            fits = (seen - logits).abs().max() <= 1e-3 * (1 + logits.abs().max())
+    if not fits:
+        raise M.UserError(f'{name} has no class activation maps, its last layer sees more than the mean of the last map: '
+                          '--lam_msarc=0')
     return layer
 
 
-try:
-    net_T = None if method == 'data' else M.load_classifier(teacher, **teacher_config)
-    if distilling:
-        settings['teacher_digest'] = M.digest(net_T)
-        if not any_teacher:
-            check_origin(data, settings['teacher_digest'])
-    images, labels = M.load_images(data, image_size=image_size) if method != 'test' else (None, None)
-    path = data.split(':')[0]
-    is_name = method != 'test' and not (path.endswith(('.npz', '.txt')) or os.path.isdir(path))
-    test_images = test_labels = None
-    if test or is_name:
-        test_images, test_labels = M.load_images(test or data, train=False, image_size=image_size)
-    images = test_images if images is None else images
-    if labels is None and method == 'data':
-        raise ValueError(f"{data} has no labels ('arr_1', or a subfolder per class)")
-    if method != 'test' and len(images) - holdout < batch_size:
-        raise ValueError(f'{data} has {len(images)} images; holdout={holdout} leaves fewer than a batch of '
-                         f'{batch_size}: a smaller --holdout or --batch_size')
-    if test_images is not None and (test_labels is None or test_images.shape[1:] != images.shape[1:]):
-        raise ValueError(f'{test or data}: test images are {tuple(test_images.shape[1:])}, with labels '
-                         f'{test_labels is not None}; the training images {tuple(images.shape[1:])}')
-    if images.shape[2] != images.shape[3]:
-        raise ValueError(f'{data}: images must be square, they are {images.shape[2]}x{images.shape[3]}')
-    if net_T is not None:
-        config = net_T.config
-        if config.get('in_channels', 3) != images.shape[1]:
-            raise ValueError(f"{data} has {images.shape[1]} channels, {teacher} takes {config.get('in_channels', 3)}")
-        if test_images is not None and test_labels.max() >= config['num_classes']:
-            raise ValueError(f"{test or data} has labels up to {test_labels.max()}, {teacher} has "
-                             f"{config['num_classes']} classes")
-    kw = {'width': width} if width and student.startswith('resnet') else {}
-    if net_T is not None:                                                      # the teacher's size and normalisation
-        kw |= {k: config[k] for k in ('num_classes', 'image_size', 'mean', 'std')}
-    else:                                                                      # the network sees mean 0 and deviation 1
-        pixels = images[:10000].float() / 255
-        kw |= dict(num_classes=int(labels.max()) + 1, image_size=images.shape[-1], mean=pixels.mean((0, 2, 3)).tolist(),
-                   std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
-    net = M.make('classifier', name=student, in_channels=images.shape[1], **kw)
-    head_S, head_T = (linear(net), linear(net_T)) if distilling and lam_msarc else (None, None)
-    checkpoint = M.resume(settings, rank, net) if method != 'test' else None
-except (ValueError, RuntimeError, TypeError) as e:
-    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
-if net_T is not None:
-    net_T = net_T.to(device, memory_format=M.memory_format(device))
-net = net.to(device, memory_format=M.memory_format(device))
-
-
 @torch.no_grad()
-def predictions(net, images):
+def predictions(net, images, device, autocast, rank=0, world=1):
     """The class that a network sees in each of the uint8 images; every rank does its share, all get the sum."""
     net.eval()
     found = torch.zeros(len(images), device=device)
@@ -240,110 +219,187 @@ def agreement(a, b):
     return (a == b).float().mean().item()
 
 
-if net_T is not None and test_images is not None:
-    accuracy_T = agreement(predictions(net_T, test_images), test_labels)
+# ==== set-up ====
+if __name__ == '__main__':
+    settings = {k: globals()[k] for k in _defaults}
+    distilling = method == 'distill'
+    for wrong, message in [
+            (distilling and lam_kl == lam_msarc == 0, 'lam_kl=0 and lam_msarc=0 leave nothing to learn'),
+            (method == 'test' and not test, "method='test' needs images: --test=mnist, an .npz or a folder"),
+            (temperature <= 0 or holdout < 0 or batch_size < 1, 'temperature and batch_size are above 0')]:
+        if wrong:
+            raise M.UserError(message)
+    device, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    M.per_rank(batch_size, world)
+
+    # ---- teacher ----
+    net_T = None
+    channels = 0                                                       # of images: as they are
+    if method != 'data':
+        net_T = M.load_classifier(teacher, **teacher_config)
+        channels = net_T.in_channels
+    if distilling:
+        settings['teacher_digest'] = M.digest(net_T)
+        if not any_teacher:
+            check_origin(data, settings['teacher_digest'], teacher)
+
+    # ---- images ----
+    images = labels = test_images = None
+    if method != 'test':
+        images, labels = M.load_images(data, image_size=image_size, channels=channels)
+        if labels is None and method == 'data':
+            raise M.UserError(f"{data} has no labels ('arr_1', or a subfolder per class)")
+        if len(images) - holdout < batch_size:
+            raise M.UserError(f'{data} has {len(images)} images; holdout={holdout} leaves fewer than a batch of {batch_size}')
+        if images.shape[2] != images.shape[3]:
+            raise M.UserError(f'{data}: images must be square, they are {images.shape[2]}x{images.shape[3]}: --image_size')
+    name = M.split_classes(data)[0]
+    if test or not os.path.exists(name) and M.torchvision_dataset(name):
+        test_images, test_labels = M.load_images(test or data, False, image_size, channels or images.shape[1])
+        wanted = test_images.shape[1:] if images is None else images.shape[1:]
+        classes = net_T.num_classes if net_T else int(labels.max()) + 1
+        if test_labels is None or test_images.shape[1:] != wanted or test_labels.max() >= classes:
+            raise M.UserError(f'{test or data}: test images need labels below {classes} and the shape {tuple(wanted)}, '
+                              f'they have {tuple(test_images.shape[1:])}')
+    if images is None:
+        images = test_images
+
+    # ---- student ----
+    size = {}
+    if net_T is not None:                                              # the teacher's size and normalisation
+        size = dict(num_classes=net_T.num_classes, image_size=net_T.image_size or images.shape[-1])
+        size |= {k: getattr(net_T, k, (0.5,)) for k in ('mean', 'std')}
+    else:                                                              # the network sees mean 0 and deviation 1
+        pixels = images[:10000].float() / 255
+        size = dict(num_classes=int(labels.max()) + 1, image_size=images.shape[-1], mean=pixels.mean((0, 2, 3)).tolist(),
+                    std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
+    if width and student.startswith('resnet'):
+        size['width'] = width
+    net = build_classifier(student, in_channels=images.shape[1], **size)
+    heads = None
+    if distilling and lam_msarc:
+        heads = linear_head(net, student), linear_head(net_T, teacher)
+    checkpoint = M.resume(settings, rank, net) if method != 'test' else None
+    net = net.to(device, memory_format=M.memory_format(device))
+    if net_T is not None:
+        net_T = net_T.to(device, memory_format=M.memory_format(device))
+    if net_T is not None and test_images is not None:
+        accuracy_T = agreement(predictions(net_T, test_images, device, autocast, rank, world), test_labels)
+        if rank == 0:
+            print(f'teacher {teacher}: test accuracy {100 * accuracy_T:.2f} % of {len(test_images):,} images')
+    if method == 'test':
+        M.finish()
+
+    # the same images on all ranks, whatever their number: kept out, so that the best epoch is not chosen on test images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    held, train = order[:holdout], order[holdout:]
+    held_images = images[held]
+    if distilling:
+        held_labels = predictions(net_T, held_images, device, autocast, rank, world)
+    else:
+        held_labels = labels[held]
+    fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info()[0] / 2
+    home = device if fits else 'cpu'                                   # where the images live
+    images = images.to(home)
+    labels = None if distilling else labels.to(home)
+
+    groups = [{'params': [p for p in net.parameters() if p.ndim > 1], 'weight_decay': weight_decay},
+              {'params': [p for p in net.parameters() if p.ndim <= 1], 'weight_decay': 0.}]    # biases and BatchNorm
+    if optimizer == 'sgd':
+        opt = torch.optim.SGD(groups, lr, momentum=0.9)
+    else:
+        opt = torch.optim.AdamW(groups, lr)
+    if compile:                                                        # by stages: Grad-CAM needs their maps
+        torch._functorch.config.donated_buffer = False                 # ... and goes back through them twice
+        torch._dynamo.config.cache_size_limit = 64                     # counted over all stages together
+        for network in (net, net_T):
+            for name, module in network.named_modules() if network is not None else ():
+                if isinstance(module, torch.nn.Sequential) and name.count('.') < 2:
+                    module.compile()
+    model = WithMaps(net, maps=lam_msarc > 0 and distilling)
+    ask_teacher = WithMaps(net_T, maps=lam_msarc > 0)
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    if rank:
+        torch.manual_seed(seed + rank)                                 # crops of its own for every rank
+    steps_per_epoch = len(train) // batch_size
+    epoch, first, sums, best = 0, 0, {}, -1.
+    if checkpoint:
+        shared, own = M.restore(checkpoint, opt)
+        epoch, first = divmod(shared['step'], steps_per_epoch)         # a signal saves within an epoch
+        sums = {k: v.to(device) for k, v in own['sums'].items()}
+        best = shared['best']
     if rank == 0:
-        print(f"{'teacher' if distilling else teacher}: test accuracy {100 * accuracy_T:.2f} % of "
-              f'{len(test_images):,} images')
-if method == 'test':
-    sys.exit()
+        log = M.Log(os.path.join(out_dir, 'log.csv'), epoch)
+        size = f'{sum(p.numel() for p in net.parameters()):,} parameters'
+        if distilling:
+            size += f', teacher {teacher}: {sum(p.numel() for p in net_T.parameters()):,}'
+        print(f'{student}: {size}; {len(train):,} images of {tuple(images.shape[1:])}, {net.num_classes} classes')
+    stop = M.StopFlag()
 
-# the same images on all ranks, whatever their number: kept out, so that the best epoch is not chosen on test images
-order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-held_images, train = images[order[:holdout]], order[holdout:]
-held_labels = predictions(net_T, held_images) if distilling else labels[order[:holdout]]
-fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info()[0] / 2
-home = device if fits else 'cpu'                                               # where the images live
-images, labels = images.to(home), None if distilling else labels.to(home)
-
-decay = [p for p in net.parameters() if p.ndim > 1]                            # no decay of biases and BatchNorm
-groups = [{'params': decay, 'weight_decay': weight_decay},
-          {'params': [p for p in net.parameters() if p.ndim <= 1], 'weight_decay': 0.}]
-opt = torch.optim.SGD(groups, lr, momentum=0.9) if optimizer == 'sgd' else torch.optim.AdamW(groups, lr)
-
-
-class WithMaps(torch.nn.Module):
-    """The student as DistributedDataParallel wants it: what the losses need is what forward returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net.forward_features(x)
-
-
-if compile:                                                                    # by stages: Grad-CAM needs their maps
-    torch._functorch.config.donated_buffer = False                             # ... and goes back through them twice
-    torch._dynamo.config.cache_size_limit = 64                                 # counted over all stages together
-    for module in [m for n in (net, net_T) if n is not None for k, m in n.named_modules()
-                   if isinstance(m, torch.nn.Sequential) and k.count('.') < 2]:
-        module.compile()
-model = WithMaps()
-if world > 1:
-    model = torch.nn.parallel.DistributedDataParallel(model)
-if rank:
-    torch.manual_seed(seed + rank)                                             # crops of its own for every rank
-steps_per_epoch = len(train) // batch_size
-epoch, first, sums, best = 0, 0, 0., -1.
-if checkpoint:
-    shared, own = M.go_on(checkpoint, opt)
-    epoch, first = divmod(shared['step'], steps_per_epoch)                     # a signal saves within an epoch
-    sums, best = torch.as_tensor(own['sums'], device=device), shared['best']
-log = M.Log(os.path.join(out_dir, 'log.csv'), epoch) if rank == 0 else None
-stop = M.stop_flag()
-if rank == 0:
-    print(f'{student}: {sum(p.numel() for p in net.parameters()):,} parameters'
-          + (f', teacher {teacher}: {sum(p.numel() for p in net_T.parameters()):,}' if distilling else '')
-          + f"; {len(train):,} images of {tuple(images.shape[1:])}, {net.config['num_classes']} classes")
-
-
-# ---- the loop ----
-t0, row, leaving = time.time(), {}, 0
-while epoch < epochs:
-    net.train()
-    g = torch.Generator().manual_seed(seed + epoch)                            # the same order on all ranks
-    order = train[torch.randperm(len(train), generator=g)]
-    order = order[:steps_per_epoch * batch_size].view(steps_per_epoch, world, -1)[:, rank].to(home)
-    for i in tqdm(range(first, steps_per_epoch), f'epoch {epoch + 1}/{epochs}', disable=rank > 0, leave=False):
-        leaving = (world == 1 or i % 20 == 0) and M.largest(sum(stop[:1]))
+    # ==== the loop ====
+    begin, row, leaving = time.time(), {}, 0
+    while epoch < epochs:
+        net.train()
+        g = torch.Generator().manual_seed(seed + epoch)                # the same order on all ranks
+        order = train[torch.randperm(len(train), generator=g)]
+        order = order[:steps_per_epoch * batch_size].view(steps_per_epoch, world, -1)[:, rank].to(home)
+        for i in tqdm(range(first, steps_per_epoch), f'epoch {epoch + 1}/{epochs}', disable=rank > 0, leave=False):
+            if world == 1 or i % 20 == 0:
+                leaving = M.all_reduce_max(stop.signal)
+            if leaving:
+                break
+            done = epoch + i / steps_per_epoch
+            scale = min(1., (done + 1 / steps_per_epoch) / warmup_epochs) if warmup_epochs else 1.
+            for group in opt.param_groups:
+                group['lr'] = lr * scale * 0.5 * (1 + math.cos(math.pi * done / epochs))
+            x = augment(images[order[i]].to(device, non_blocking=True), augment_crop, augment_flip)
+            x = M.to_float(x)
+            if distilling:
+                terms = distill_losses(model, ask_teacher, x, heads, lam_kl, lam_msarc, temperature, autocast)
+            else:
+                y = labels[order[i]].to(device, non_blocking=True)
+                with autocast:
+                    logits, _ = model(x)
+                terms = {'ce': F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)}
+            sum(terms.values()).backward()                             # Eq. (12)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            for key, term in terms.items():
+                sums[key] = sums.get(key, 0.) + term.detach()
+        if (~torch.stack([p.sum() for p in net.parameters()]).isfinite()).any():
+            raise M.UserError(f'the weights are not finite in epoch {epoch + 1}: a smaller --lr; the last checkpoint is '
+                              'untouched')
         if leaving:
+            M.save_checkpoint(settings, epoch * steps_per_epoch + i, net, opt, {'best': best}, {'sums': sums}, rank)
             break
-        idx, done = order[i], epoch + i / steps_per_epoch
-        scale = min(1., (done + 1 / steps_per_epoch) / warmup_epochs) if warmup_epochs else 1.
-        for g in opt.param_groups:
-            g['lr'] = lr * scale * 0.5 * (1 + math.cos(math.pi * done / epochs))
-        x = augment(images[idx].to(device, non_blocking=True))
-        terms = losses(x, None if distilling else labels[idx].to(device, non_blocking=True))
-        sum(terms.values()).backward()                                         # Eq. (12)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        sums = sums + torch.stack(list(terms.values())).detach()
-    if (~torch.stack([p.sum() for p in net.parameters()]).isfinite()).any():   # from here on the host has waited
-        M.die(f'the weights are not finite in epoch {epoch + 1}: a smaller --lr; the last checkpoint is untouched')
-    if leaving:
-        M.save_checkpoint(settings, epoch * steps_per_epoch + i, net, opt, {'best': best}, {'sums': sums}, rank)
-        break
-    epoch += 1
-    means = dict(zip(terms, (sums / steps_per_epoch).tolist()))
-    first, sums = 0, 0.
-    row = dict(step=epoch, loss=sum(means.values()), **means)
-    if holdout:
-        row['agreement'] = agreement(predictions(net, held_images), held_labels)
-    if test_images is not None:
-        row['test_accuracy'] = agreement(predictions(net, test_images), test_labels)
+        epoch += 1
+        means = {k: (v / steps_per_epoch).item() for k, v in sums.items()}
+        first, sums = 0, {}
+        row = dict(step=epoch, loss=sum(means.values()), **means)
+        if holdout:
+            row['agreement'] = agreement(predictions(net, held_images, device, autocast, rank, world), held_labels)
+        if test_images is not None:
+            row['test_accuracy'] = agreement(predictions(net, test_images, device, autocast, rank, world), test_labels)
+        if rank == 0:
+            print(f'epoch {epoch}: ' + ', '.join(f'{k} {v:.4f}' for k, v in row.items() if k != 'step'))
+            log(**row, lr=opt.param_groups[0]['lr'], seconds=log.seconds + time.time() - begin)
+            M.save_model(net, os.path.join(out_dir, 'student.safetensors'))
+            if holdout and row['agreement'] > best:
+                M.save_model(net, os.path.join(out_dir, 'best.safetensors'))
+        best = max(best, row.get('agreement', -1.))
+        M.save_checkpoint(settings, epoch * steps_per_epoch, net, opt, {'best': best}, {'sums': sums}, rank)
     if rank == 0:
-        print(f'epoch {epoch}: ' + ', '.join(f'{k} {v:.4f}' for k, v in row.items() if k != 'step'))
-        log(**row, lr=opt.param_groups[0]['lr'], seconds=time.time() - t0)
-        M.save_model(net, os.path.join(out_dir, 'student.safetensors'))
-        if holdout and row['agreement'] > best:
-            M.save_model(net, os.path.join(out_dir, 'best.safetensors'))
-    best = max(best, row.get('agreement', -1.))
-    M.save_checkpoint(settings, epoch * steps_per_epoch, net, opt, {'best': best}, {'sums': sums}, rank)
-if rank == 0:
-    print(f'student: {out_dir}/student.safetensors, {time.time() - t0:.0f} s' if epoch else
-          'stopped before the first epoch was complete')
-    if 'test_accuracy' in row:
-        print(f'test accuracy of the student {100 * row["test_accuracy"]:.2f} %'
-              + (f', of the teacher {100 * accuracy_T:.2f} %' if distilling else ''))
-M.leave(leaving)
+        path = os.path.join(out_dir, 'student.safetensors')
+        if epoch:
+            print(f'student: {path}, {time.time() - begin:.0f} s')
+        else:
+            print('stopped before the first epoch was complete')
+        if 'test_accuracy' in row:
+            of_teacher = f', of the teacher {100 * accuracy_T:.2f} %' if distilling else ''
+            print(f"test accuracy of the student {100 * row['test_accuracy']:.2f} %{of_teacher}")
+        elif epoch:
+            spec = f'{student}:{path}' if student.endswith('.py') else path
+            command = ['distill_classifier.py', '--method=test', f'--teacher={spec}', '--test=FOLDER']
+            print('test: python ' + shlex.join(command) + ', a folder of labelled images, an .npz or a torchvision name')
+    M.finish(leaving)

@@ -2,48 +2,42 @@
 DKDM: trains a small diffusion model of any architecture from a big pretrained one, without the data the big one was
 trained on. The student learns from the teacher's own denoising steps (Xiang et al., CVPR 2025, arXiv 2409.03550).
 
-    python dkdm.py                                                     # the bundled MNIST teacher, minutes on a laptop
-    python dkdm.py config/dkdm_cifar10.py --teacher=cifar10_32.pt      # the paper's CIFAR-10 setting
+    python dkdm.py                                                   # the bundled MNIST teacher, minutes on a laptop
+    python dkdm.py config/dkdm_cifar10.py --teacher=cifar10_32.pt    # the paper's CIFAR-10 setting
+    python dkdm.py config/dkdm_mnist_one_step.py                     # a student that makes a digit in one evaluation
+    python dkdm.py --teacher=my_teacher.py --student=my_student.py   # networks of your own (docs/reference.md)
     torchrun --nproc_per_node=8 dkdm.py config/dkdm_cifar10.py --rho=0.4
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 dkdm.py ...
-    python dkdm.py config/mnist_teacher.py --data=mnist                # ordinary training on images makes a teacher
+    python dkdm.py config/mnist_teacher.py --data=mnist              # ordinary training on images makes a teacher
 """
 import os
-import time
 
 # teacher
 teacher = 'pretrained/mnist_classes.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM, LDM or DiT
-                             # checkpoint, or a diffusers folder or hub id
-teacher_source = ''          # where a missing teacher is to be had, for the message
+                             # checkpoint, a diffusers folder or hub id, or a Python file with load()
 teacher_config = {}          # what an original checkpoint does not say: image_size, ... (models.load_denoiser)
 guidance = 0.0               # teachers with classes or texts are distilled at this scale; 1 is none, 0 is 2 for them
 prompts = ''                 # teachers with texts: a file of them, one per line
 # student
-student = 'unet'             # 'unet' or 'dit', whatever the teacher is; or the config.json of a model of diffusers
+student = 'unet'             # 'unet' or 'dit', whatever the teacher is; a Python file with build(); or the config.json of
+                             # a network of diffusers
+student_config = {}          # its sizes, where SIZES below is not wanted: --student_config.model_channels=64
 student_prediction = 'v'     # 'v', 'eps', 'x0', 'flow', or 'teacher': the same as the teacher's (the paper)
 learn_sigma = True           # the student predicts its variance too, Eq. (12)
-patch_size = 2               # pixels folded into channels (unet) or into a token (dit)
-dropout = 0.0                # unet
-model_channels = 28          # unet
-num_res_blocks = 1           # unet
-channel_mult = (1, 1)        # unet: channels per level, in model_channels
-attention_resolutions = (7,) # unet: sides of the feature maps with attention
-num_head_channels = 32       # unet: channels per attention head
-resblock_updown = True       # unet: ADM's resampling blocks; False: LDM's strided convolutions
-use_scale_shift_norm = True  # unet: t scales and shifts (ADM), or only shifts (LDM)
-use_new_attention_order = True  # unet: ADM's order of the qkv channels, or LDM's
-hidden_size = 128            # dit
-depth = 6                    # dit
-num_heads = 4                # dit
 # distillation
 method = 'dynamic'           # 'dynamic' (the paper's), 'shuffled', 'iterative' (its ablations), 'synthetic' (train on
-                             # images the teacher made before), 'data' (ordinary training, no teacher)
+                             # images the teacher made before), 'data' (ordinary training, no teacher), 'jumps' (few steps)
 rho = 0.4                    # the pool holds round(rho T / stride) batches of half-finished images
 stride = 40                  # a visit moves an image about so many of the T steps; 1 is the paper
 warmup_steps = 0             # teacher steps of a whole walk while the pool is filled; 0: T / stride, the paper: T
 pool_dtype = 'float32'       # 'float32', 'float16' or 'bfloat16'
 lam = 0.001                  # weight of L_vlb, Eq. (19)
 uncond_prob = 0.0            # students with classes or texts: how often the null condition is trained
+# few-step students, 'jumps'
+jumps = 1                    # evaluations of the student per image
+walks = 2048                 # the pool holds so many finished walks of the teacher, over all ranks
+walk_steps = 16              # teacher evaluations of each, a multiple of jumps
+walk_evals = 0               # teacher evaluations per training step, which replace the oldest walks; 0: the pool stays
 # images, for 'data' and 'synthetic'
 data = ''                    # an .npz, a folder, or a torchvision name; with real_fraction: the real images
 synthetic = ''               # 'synthetic': images made earlier; '' makes them now
@@ -61,8 +55,7 @@ grad_accum = 1               # accumulation steps
 lr = 4e-3
 lr_warmup = 50               # steps of linear warm-up
 lr_decay = True              # cosine decay to 0 at max_steps
-weight_decay = 0.0
-beta2 = 0.99                 # AdamW's second beta
+adamw = {'beta2': 0.99, 'weight_decay': 0.0}
 grad_clip = 1.0              # largest norm of the gradient; 0 for none
 ema = 0.999                  # decay of the averaged weights, which are the result
 # when to stop: the distance of 1,000 images of the EMA student, sampled as samples.png is, goes to log.csv, the best
@@ -76,26 +69,32 @@ init_from = 'scratch'        # 'scratch', 'resume', or the file of a student tha
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
 sampler = 'ddim'             # of samples.png: 'ddpm', 'ddim' or 'dpm++'
-sample_steps = 8             # evaluations of each image; the paper has 50 of ddpm for pixels, 200 of ddim for latents
+sample_steps = 0             # evaluations of each image; 0 is 8, or the student's jumps. The paper has 50 of ddpm for
+                             # pixels, 200 of ddim for latents
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
 compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
-_ranges = {                  # what configurator.py does not know of itself
-    'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data'),
+_ranges = {                  # allowed words that the defaults do not show
+    'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data', 'jumps'),
     'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'), 'sampler': ('ddpm', 'ddim', 'dpm++'),
     'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'), 'pool_dtype': ('float32', 'float16', 'bfloat16'),
-    'rho': (1e-30, 1e30), 'T': (2, 10 ** 6), 'channel_mult': (0.01, 100), 'dropout': (0, 0.99), 'uncond_prob': (0, 1),
-    'real_fraction': (0, 1), 'beta2': (0, 0.999999), 'ema': (0, 0.999999), 'lr_warmup': (0, 10 ** 9),
-    'batch_size': (1, 10 ** 6)}
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
-config = {k: globals()[k] for k in _defaults}
+    'dtype': ('auto', 'bfloat16', 'float32')}
+SIZES = {                    # of small students; what student_config says counts more
+    'unet': dict(patch_size=2, model_channels=28, num_res_blocks=1, channel_mult=(1, 1), attention_resolutions=(7,)),
+    'dit': dict(patch_size=2, hidden_size=128, depth=6, num_heads=4)}
+if __name__ == '__main__':
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
+import contextlib
 import copy
-import importlib.util
+import inspect
+import json
 import math
 import random
+import shlex
+import time
 
 import numpy as np
 import torch
@@ -103,7 +102,8 @@ from tqdm import tqdm
 
 import models as M
 
-# ---- the method ----
+
+# ==== the method ====
 #   pool <- rho T / stride batches, each image walked by the teacher from noise to a t of its own      Alg. 1, line 1
 #   repeat:
 #       x_t, t <- any batch of the pool                                                                        line 4
@@ -111,341 +111,643 @@ import models as M
 #       student <- student - lr grad |out - out_T|^2 + lam KL(p_T || p_S)                    lines 5-7, Eqs. (19)-(21)
 #       x_s ~ p_T(x_s | x_t), s = t - stride: the teacher's own step moves the images                          line 8
 #       finished images leave the pool, fresh noise enters it
-def draw_labels(n):
-    """Labels for n new images, -1 for the null condition; None for models without classes."""
-    if not num_classes:
-        return None
-    y = torch.randint(num_classes, (n,), device=device)
-    return torch.where(torch.rand(n, device=device) < uncond_prob, -1, y)
+def make_teacher(net, guidance=1., autocast=contextlib.nullcontext()):
+    """teacher(x_t, t, y): the network's guided output (B, C or 2C, H, W) in float32, without gradients."""
+    @torch.no_grad()
+    def teacher(x_t, t, y=None):
+        with autocast:
+            return M.guided(net, x_t, t, y, guidance).float()
+    return teacher
 
 
-@torch.no_grad()
-def teacher_eval(x_t, t, y):
+def make_labels(num_classes, uncond_prob=0., device='cpu'):
+    """draw_labels(n): labels (n,) of new images, -1 for the null condition; None for networks without classes."""
+    def draw_labels(n):
+        if not num_classes:
+            return None
+        y = torch.randint(num_classes, (n,), device=device)
+        return torch.where(torch.rand(n, device=device) < uncond_prob, -1, y)
+    return draw_labels
+
+
+class Pool:
+    """Half-finished images x (N, C, H, W) of the teacher's walks, each at a time t (N,) of its own: Alg. 1's enlarged
+    batch. `shape` is (C, H, W); draw_labels(n) gives the conditions y of new images, or None."""
+
+    def __init__(self, size, shape, diffusion, draw_labels=lambda n: None, dtype=torch.float32, device='cpu'):
+        self.diffusion = diffusion
+        self.draw_labels = draw_labels
+        self.x = torch.randn(size, *shape, device=device).to(dtype)
+        self.t = torch.full((size,), diffusion.T - 1, device=device)
+        self.y = draw_labels(size)
+
+    @torch.no_grad()
+    def fill(self, teacher, steps, chunk, same_t=False, progress=True):
+        """Line 1, shuffled denoise: every image walks from noise to a t of its own, uniform over 0 ... T-1 (or stays at
+        T-1 if `same_t`), `steps` to a whole walk, `chunk` images at once. Returns the number of evaluations."""
+        size, T = len(self.x), self.diffusion.T
+        if same_t:
+            return 0
+        goal = torch.randint(T, (size,)).sort().values
+        walking_at = [int((goal < t).sum()) for t in range(T)]         # goals are sorted: the first so many walk on
+        goal = goal.to(self.x.device)
+        levels = torch.linspace(T - 1, -1, steps + 1).round().long().tolist()
+        pairs = list(zip(levels, levels[1:]))
+        evaluations = 0
+        for t, s in tqdm(pairs, desc='filling the pool', disable=not progress, leave=False):
+            for i in range(0, walking_at[t], chunk):                   # whole chunks: some images are at their goal
+                x_t = self.x[i:i + chunk].float()
+                x_goal = goal[i:i + chunk]
+                tt = torch.full_like(x_goal, t)
+                y = None if self.y is None else self.y[i:i + chunk]
+                x_s = self.diffusion.ddpm_step(teacher(x_t, tt, y), x_t, tt, x_goal.clamp(min=s))
+                walking = x_goal < t
+                x_s = torch.where(walking.view(-1, 1, 1, 1), x_s, x_t)
+                self.x[i:i + chunk] = x_s.to(self.x.dtype)
+                self.t[i:i + chunk] = torch.where(walking, x_goal.clamp(min=s), self.t[i:i + chunk])
+                evaluations += chunk
+        return evaluations
+
+    def draw(self, n):
+        """Line 4: any n of the images, (idx, x_t, t, y)."""
+        device = self.x.device
+        idx = torch.arange(n, device=device)
+        if n < len(self.x):
+            idx = torch.randperm(len(self.x), device=device)[:n]
+        y = None if self.y is None else self.y[idx]
+        return idx, self.x[idx].float(), self.t[idx], y
+
+    def advance(self, idx, x_s, s):
+        """Line 8: the images idx move on to (x_s, s); where s = -1 they leave, and fresh noise enters."""
+        done = s < 0
+        x_s = torch.where(done.view(-1, 1, 1, 1), torch.randn_like(x_s), x_s)
+        self.x[idx] = x_s.to(self.x.dtype)
+        self.t[idx] = torch.where(done, self.diffusion.T - 1, s)
+        if self.y is not None:
+            self.y[idx] = torch.where(done, self.draw_labels(len(idx)), self.y[idx])
+
+    def state(self):
+        return {'x': self.x, 't': self.t, 'y': self.y}
+
+    def load(self, state):
+        self.x, self.t, self.y = (v if v is None else v.to(self.x.device) for v in state.values())
+
+
+def mean_and_backward(terms, scale):
+    """Backpropagates the sum of loss terms (B,) times `scale`; returns their means, detached."""
+    (sum(terms.values()).mean() * scale).backward()
+    return {name: term.detach().mean() for name, term in terms.items()}
+
+
+def distill_step(student, teacher, pool, diffusion, batch_size, stride=1, lam=0.001, jump=None,
+                 autocast=contextlib.nullcontext(), scale=1.):
+    """Lines 4-8 of Alg. 1: adds the gradient of the student's loss on one batch of the pool, and moves the batch on.
+
+    teacher(x_t, t, y) gives an output on pool.diffusion, the student's means what `diffusion` says. jump: how far all
+    images move; None draws about `stride` for each. Returns the loss terms, {name: mean}.
+    """
+    idx, x_t, t, y = pool.draw(batch_size)
+    out_T = teacher(x_t, t, y)
     with autocast:
-        return M.guided(run_T, x_t, t, y, guidance).float()
+        out = student(x_t, t, y)
+    target = pool.diffusion.convert(out_T, x_t, t, diffusion.prediction)
+    losses = diffusion.distill_loss(out, target, x_t, t, lam)          # Eqs. (19)-(21)
+    terms = {'mse': losses['mse'], 'vb': losses['vb']}                 # a further loss is one more entry, (B,)
+    terms = mean_and_backward(terms, scale)
 
-
-@torch.no_grad()
-def shuffle_denoise():
-    """Alg. 1, line 1: every image of the pool walks from noise to a t of its own, uniform over 0 ... T-1."""
-    goal = torch.randint(T, (pool_size,)).sort().values if method != 'iterative' else torch.full((pool_size,), T - 1)
-    walkers = torch.bincount(goal, minlength=T).cumsum(0).tolist()             # so many, the first, have a goal up to t
-    goal = goal.to(device)
-    levels = torch.linspace(T - 1, -1, warmup_steps + 1).round().long().tolist()
-    evaluations = 0
-    for t, s in tqdm(list(zip(levels, levels[1:])), desc='filling the pool', disable=rank > 0, leave=False):
-        for i in range(0, walkers[t - 1] if t else 0, micro_batch):            # whole batches: some are at their goal
-            x_t, x_goal = pool_x[i:i + micro_batch].float(), goal[i:i + micro_batch]
-            tt, walking = torch.full_like(x_goal, t), x_goal < t
-            out = teacher_eval(x_t, tt, None if pool_y is None else pool_y[i:i + micro_batch])
-            x_s = diffusion_T.ddpm_step(out, x_t, tt, x_goal.clamp(min=s))
-            pool_x[i:i + micro_batch] = torch.where(walking.view(-1, 1, 1, 1), x_s, x_t).to(pool_x.dtype)
-            pool_t[i:i + micro_batch] = torch.where(walking, x_goal.clamp(min=s), pool_t[i:i + micro_batch])
-            evaluations += micro_batch
-    return evaluations
-
-
-def distill_batch(idx):
-    """Lines 4-8 of Alg. 1 on the pool's images idx: the student's losses, and the pool moved on."""
-    x_t, t, y = pool_x[idx].float(), pool_t[idx], None if pool_y is None else pool_y[idx]
-    out_T = teacher_eval(x_t, t, y)
-    with autocast:
-        out = model(x_t, t, y)
-    target = diffusion_T.convert(out_T, x_t, t, diffusion.prediction)
-    losses = diffusion.distill_loss(out, target, x_t, t, lam)                  # Eqs. (19)-(21)
-
-    # the same evaluation moves the teacher's walk: x_t -> x_s, a jump of stride give or take a half
-    low, high = (stride + 1) // 2, stride + stride // 2
-    if method == 'iterative':                                                  # all images share one t, on all ranks
-        jump = random.Random(step).randint(low, high)
-    else:
-        jump = torch.randint(low, high + 1, t.shape, device=device)
+    # the same evaluation moves the teacher's walk: x_t -> x_s
+    if jump is None:
+        jump = torch.randint((stride + 1) // 2, stride + stride // 2 + 1, t.shape, device=t.device)
     s = (t - jump).clamp(min=-1)
-    x_s = diffusion_T.ddpm_step(out_T, x_t, t, s)
-    # finished images leave, fresh noise enters
-    done = s < 0
-    pool_x[idx] = torch.where(done.view(-1, 1, 1, 1), torch.randn_like(x_s), x_s).to(pool_x.dtype)
-    pool_t[idx] = torch.where(done, T - 1, s)
-    if pool_y is not None:
-        pool_y[idx] = torch.where(done, draw_labels(len(idx)), y)
-    return losses
+    pool.advance(idx, pool.diffusion.ddpm_step(out_T, x_t, t, s), s)
+    return terms
 
 
-def image_batch(n):
-    """Ordinary training, Eq. (13): images, noised to a uniform t."""
-    idx = torch.randint(len(images), (n,), device=device)
-    x0, y = M.to_float(images[idx]), None
-    if num_classes:
-        y = torch.where(torch.rand(n, device=device) < uncond_prob, -1, labels[idx])
-    if flip:
-        x0 = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x0.flip(-1), x0)
-    t, noise = torch.randint(T, (n,), device=device), torch.randn_like(x0)
+# ==== few-step students: the same, but of finished walks ====
+#   pool <- deterministic (DDIM) walks of the teacher, of which jumps + 1 states are kept
+#   repeat:
+#       x_t, x_s <- two neighbouring states of any walks
+#       x_0* = the image whose one DDIM step from x_t lands on x_s                             Diffusion.jump_x0
+#       student <- student - lr grad |out - (x_0* as the student's prediction)|^2
+class Walks:
+    """Finished walks of the teacher: x (jumps + 1, N, C, H, W), the states at `times`, from noise to image. One batch of
+    walks is always on its way; when it arrives, it replaces the oldest."""
+
+    def __init__(self, size, jumps, steps, shape, diffusion, batch_size, draw_labels=lambda n: None,
+                 dtype=torch.float32, device='cpu'):
+        size = batch_size * -(-size // batch_size)                     # whole batches
+        self.diffusion = diffusion
+        self.draw_labels = draw_labels
+        self.batch_size = batch_size
+        self.all_times = M.sampling_steps(diffusion.T, steps) + [-1]
+        self.every = steps // jumps
+        self.times = torch.tensor(self.all_times[::self.every], device=device)
+        self.x = torch.zeros(jumps + 1, size, *shape, dtype=dtype, device=device)
+        self.y = torch.full((size,), -1, device=device)
+        self.done = 0                                                  # walks finished so far
+        self.start()
+
+    def start(self):
+        """A new batch of walks, of noise."""
+        shape = self.batch_size, *self.x.shape[2:]
+        self.now = torch.randn(shape, device=self.x.device)
+        self.now_y = self.draw_labels(self.batch_size)
+        self.states = [self.now]
+        self.position = 0
+
+    @torch.no_grad()
+    def advance(self, teacher):
+        """One evaluation of the teacher moves the batch that is on its way."""
+        t, s = self.all_times[self.position:self.position + 2]
+        tt = torch.full((self.batch_size,), t, device=self.x.device)
+        out = teacher(self.now, tt, self.now_y)
+        self.now = self.diffusion.ddim_step(out, self.now, tt, s)
+        self.position += 1
+        if self.position % self.every == 0:
+            self.states.append(self.now)
+        if s == -1:
+            first = self.done % self.x.shape[1]
+            place = slice(first, first + self.batch_size)
+            self.x[:, place] = torch.stack(self.states).to(self.x.dtype)
+            if self.now_y is not None:
+                self.y[place] = self.now_y
+            self.done += self.batch_size
+            self.start()
+
+    def fill(self, teacher, progress=True):
+        """Walks until the pool is full. Returns the number of evaluations."""
+        size = self.x.shape[1]
+        evaluations = size * (len(self.all_times) - 1)
+        rounds = range(evaluations // self.batch_size)
+        for _ in tqdm(rounds, desc='the teacher walks', disable=not progress, leave=False):
+            self.advance(teacher)
+        return evaluations
+
+    def draw(self, n):
+        """Any jumps of any walks: (x_t, t, x_s, s, y)."""
+        device = self.x.device
+        idx = torch.randint(self.x.shape[1], (n,), device=device)
+        k = torch.randint(len(self.x) - 1, (n,), device=device)
+        y = None if self.now_y is None else self.y[idx]
+        return self.x[k, idx].float(), self.times[k], self.x[k + 1, idx].float(), self.times[k + 1], y
+
+    def state(self):
+        names = ('x', 'y', 'done', 'now', 'now_y', 'states', 'position')
+        return {name: getattr(self, name) for name in names}
+
+    def load(self, state):
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                value = value.to(self.x.device)
+            setattr(self, name, value)
+        self.states = [x.to(self.x.device) for x in self.states]
+
+
+def jump_step(student, walks, diffusion, batch_size, autocast=contextlib.nullcontext(), scale=1.):
+    """Adds the gradient of the student's loss on one batch of jumps. Returns the loss terms, {name: mean}."""
+    x_t, t, x_s, s, y = walks.draw(batch_size)
+    x0 = diffusion.jump_x0(x_t, t, x_s, s)
+    target = diffusion.target(x0, x_t, t, diffusion.prediction)
+    with autocast:
+        out = student(x_t, t, y)
+    losses = diffusion.losses(out[:, :x0.shape[1]], target, x_t, None, None, t, lam=0)
+    return mean_and_backward({'mse': losses['mse']}, scale)
+
+
+# ==== training on images: teachers, and the baselines of the paper ====
+class Images:
+    """A set of uint8 images (N, C, H, W) with labels (N,) or None, on the device."""
+
+    def __init__(self, images, labels, uncond_prob=0., flip=False):
+        self.images, self.labels = images, labels
+        self.uncond_prob, self.flip = uncond_prob, flip
+
+    def draw(self, n):
+        """Any n images as floats, (x_0, y)."""
+        device = self.images.device
+        idx = torch.randint(len(self.images), (n,), device=device)
+        x0 = M.to_float(self.images[idx])
+        y = None
+        if self.labels is not None:
+            y = torch.where(torch.rand(n, device=device) < self.uncond_prob, -1, self.labels[idx])
+        if self.flip:
+            x0 = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x0.flip(-1), x0)
+        return x0, y
+
+
+def training_step(student, images, diffusion, batch_size, lam=0.001, autocast=contextlib.nullcontext(), scale=1.):
+    """Ordinary training, Eq. (13), on images noised to a uniform t. Returns the loss terms, {name: mean}."""
+    x0, y = images.draw(batch_size)
+    t = torch.randint(diffusion.T, (batch_size,), device=x0.device)
+    noise = torch.randn_like(x0)
     x_t = diffusion.q_sample(x0, t, noise)
     with autocast:
-        out = model(x_t, t, y)
-    return diffusion.training_loss(out, x0, x_t, t, noise, lam)
-
-
-# ---- check everything before any work starts ----
-walks = method in ('dynamic', 'shuffled', 'iterative')
-for wrong, message in [
-        (method == 'data' and guidance > 1,
-         f"guidance={guidance}: method='data' has no teacher to guide; eval_fid.py guides what it samples"),
-        (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
-        (real_fraction and (method != 'synthetic' or not data),
-         f"real_fraction={real_fraction} mixes real images, --data=..., into those of method='synthetic'"),
-        (wandb and importlib.util.find_spec('wandb') is None, f'wandb={wandb} needs its package: pip install wandb')]:
-    if wrong:
-        M.die(message)
-device, autocast, rank, world = M.start(device, dtype, seed)
-micro_batch = M.share(batch_size, world, grad_accum)                           # images of one forward pass
-
-# ---- teacher, images, student ----
-try:
-    net_T, diffusion_T, sets = None, None, {}
-    if method == 'data':
-        sets[data] = M.load_images(data)
-        C, H = sets[data][0].shape[1:3]
-        num_classes = int(sets[data][1].max()) + 1 if class_cond and sets[data][1] is not None else int(class_cond)
-        process = dict(schedule=schedule, steps=T)
-    else:
-        net_T, diffusion_T = M.load_denoiser(teacher, M.pick_dtype(device, dtype), **teacher_config)
-        config['teacher_digest'] = M.digest(net_T)
-        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
-        if getattr(net_T, 'condition', '') == 'text':
-            net_T.set_prompts(M.read_lines(prompts, f'{teacher} takes texts: --prompts=file.txt'),
-                              os.path.join(out_dir, 'prompts.safetensors'))
-        T, C, H = diffusion_T.T, net_T.config['in_channels'], net_T.config['image_size']
-        num_classes, process = net_T.num_classes, diffusion_T.config
-        if stride > T or warmup_steps > T:
-            raise ValueError(f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps')
-        guidance = guidance or (2. if num_classes else 1.)
-        if guidance != 1 and not num_classes:
-            raise ValueError(f'guidance={guidance}: {teacher} has no classes or texts to be guided to')
-        if method == 'synthetic':
-            if not diffusion_T.clip:
-                raise ValueError("method='synthetic' stores images, this teacher makes latents: method='dynamic' can")
-            sets = {s: M.load_images(s) for s in (synthetic, data if real_fraction else '') if s}
-    for spec, (images, labels) in sets.items():
-        if images.shape[1:] != (C, H, H):
-            raise ValueError(f'{spec}: its images are {tuple(images.shape[1:])}, {(C, H, H)} are wanted')
-        if num_classes and (labels is None or labels.max() >= num_classes):
-            raise ValueError(f"{spec} needs labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)")
-    if prompts and getattr(net_T, 'condition', '') != 'text':
-        raise ValueError(f'prompts={prompts}: {teacher if net_T else method} takes no texts')
-    prediction = process.get('prediction', 'v') if student_prediction == 'teacher' else student_prediction
-    net = M.make_student(config, C, H, num_classes, net_T, device)
-    if isinstance(net, M.Pipeline):
-        learn_sigma, flows = net.config['out_channels'] == 2 * C, process['schedule'] == 'flow'
-        if (prediction == 'flow') != flows or flows and (not net_T or net.config['class'] != net_T.config['class']):
-            raise ValueError(f'{student}, student_prediction={student_prediction}: diffusers samples a flow only by '
-                             "the teacher's class, and flow predictions only of a flow: --student_prediction=teacher")
-    diffusion = M.make('Diffusion', **process | dict(prediction=prediction, learn_sigma=learn_sigma))
-    M.sampling_steps(diffusion.T, sample_steps)
-    M.sampling_steps(diffusion.T, synthetic_steps if method == 'synthetic' and not synthetic else 1)
-    pool_batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
-    pool_size = pool_batches * batch_size // world if walks else 0
-    pool_bytes = pool_size * C * H * H * torch.finfo(getattr(torch, pool_dtype)).bits // 8
-    free = M.free_memory(device)
-    if pool_bytes > free:
-        raise ValueError(f'the pool of {pool_size:,} images takes {pool_bytes / 2 ** 20:,.0f} MB, there are '
-                         f'{free / 2 ** 20:,.0f}: a smaller --rho, a larger --stride, or --pool_dtype=float16')
-    if eval_every:
-        net_F, space, D = M.load_features(eval_features, device)
-        made, wanted = 3 if M.has_vae(net_T) else C, net_F.config.get('in_channels', 3)
-        if made != wanted:
-            raise ValueError(f'eval_features={eval_features} takes {wanted} channels, the images have {made}: '
-                             'a classifier of such images')
-        reference = M.read_statistics(eval_reference, space, {'mu': D})
-        if reference is None:
-            raise ValueError(f'eval_reference={eval_reference} holds no statistics: eval_fid.py --save_stats')
-    checkpoint = M.resume(config, rank, net, pool_bytes * world + 16 * sum(p.numel() for p in net.parameters()))
-except (ValueError, RuntimeError, TypeError) as e:
-    M.die(f'{e}; get {teacher_source}' if teacher_source and not os.path.exists(teacher) else str(e))
-warmup_steps = warmup_steps or max(1, T // stride)
-net = net.to(device, memory_format=M.memory_format(device))
-net_ema = copy.deepcopy(net).eval().requires_grad_(False)
-opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, (0.9, beta2), weight_decay=weight_decay,
-                        fused=True)
-# the same weights, for the loop
-run_T, model = (torch.compile(n, dynamic=False) if compile and n else n for n in (net_T, net))
-if world > 1:
-    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-torch.manual_seed(seed * 1000 + rank + 1)                                      # from here on every rank has its luck
-if prompts and rank == 0:
-    net_T.keep_prompts(os.path.join(out_dir, 'prompts.safetensors'))
-if rank == 0:
-    for role, name, n, d in (('student', student, net, diffusion), ('teacher', teacher, net_T, diffusion_T)):
-        if n is not None:
-            size = sum(p.numel() for p in n.parameters())
-            print(f'{role} {name}: {size / 1e6:.2f} M parameters, predicts {d.prediction}')
-    print(f'{method}, {max_steps:,} steps of {batch_size} images of {C}x{H}x{H} on {world} x {device.type}'
-          + (f', guidance {guidance:g}' if guidance > 1 else '')
-          + (f'; a pool of {pool_size * world:,} images, {pool_bytes * world / 2 ** 20:.1f} MB' if walks else ''))
-
-
-# ---- where (x_t, t, target) come from ----
-t0, step, evaluations, best = time.time(), 0, 0, math.inf
-pool_x = pool_t = pool_y = None
-if walks and checkpoint:
-    pool_x, pool_t, pool_y = (v if v is None else v.to(device) for v in checkpoint[1]['pool'])
-elif walks:
-    pool_x = torch.randn(pool_size, C, H, H, device=device).to(getattr(torch, pool_dtype))
-    pool_t = torch.full((pool_size,), T - 1, device=device)
-    pool_y = draw_labels(pool_size)
-    evaluations = shuffle_denoise()
-elif method == 'data' or synthetic:
-    images, labels = sets[data if method == 'data' else synthetic]
-else:                                                                          # Data-Free Training: the teacher's own
-    path, n = os.path.join(out_dir, f'synthetic_rank{rank}.npz'), -(-synthetic_images // world)
-    if not checkpoint:                                                         # a resumed run has the same
-        batches = []
-        for i in tqdm(range(0, n, micro_batch), desc='making images', disable=rank > 0, leave=False):
-            shape = min(micro_batch, n - i), C, H, H
-            y = draw_labels(shape[0])
-            with autocast:
-                x = M.sample(net_T, diffusion_T, shape, synthetic_steps, 'ddpm', y, guidance, spacing='even')
-            batches.append([M.to_uint8(x).permute(0, 2, 3, 1).cpu()] + ([y.cpu()] if num_classes else []))
-        arrays = {f'arr_{i}': torch.cat(parts).numpy() for i, parts in enumerate(zip(*batches))}
-        M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
-    images, labels = M.load_npz(path)
-    evaluations = len(images) * synthetic_steps
-if real_fraction:                                                              # Data-Limited Training
-    real, real_labels = sets[data]
-    picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed + rank))
-    picked = picked[:round(real_fraction * len(images))]
-    made = len(images) - len(picked)
-    images = torch.cat([images[:made], real[picked]])
-    labels = torch.cat([labels[:made], real_labels[picked]]) if num_classes else None
-if not walks:
-    images, labels = images.to(device), labels.to(device) if num_classes else None
-
-
-# ---- results on disk ----
-source = getattr(net_T, 'source', '')                                          # the teacher's pipeline, if it has one
-about = dict(guided=guidance > 1, vae=source if M.has_vae(net_T) else '',
-             pipeline=source if isinstance(net, M.Pipeline) else '')
-
-
-def save_result():
-    """The student (its EMA), and samples.png, each row of the teacher's above the student's from the same noise."""
-    M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
-    y = torch.arange(36, device=device) % 12 % num_classes if num_classes else None
-    both, sets = [(net_T, diffusion_T, guidance)] * (method != 'data') + [(net_ema, diffusion, 1.)], []
-    for n, d, g in both:
-        noise = torch.Generator(device).manual_seed(seed)                      # the same at every step for both
-        with autocast:
-            sets.append(M.decode(net_T, M.sample(n, d, (36, C, H, H), sample_steps, sampler, y, g, noise)))
-    M.save_grid(os.path.join(out_dir, 'samples.png'), sets, 12)
-
-
-def save_checkpoint():
-    shared = {'ema': net_ema.state_dict(), 'evaluations': evaluations, 'best': best}
-    own = {'pool': (pool_x, pool_t, pool_y), 'weights': M.digest(net), 'sums': sums}
-    M.save_checkpoint(config, step, net, opt, shared, own, rank)
+        out = student(x_t, t, y)
+    losses = diffusion.training_loss(out, x0, x_t, t, noise, lam)
+    return mean_and_backward({'mse': losses['mse'], 'vb': losses['vb']}, scale)
 
 
 @torch.no_grad()
-def distance():
-    """The Frechet distance of 1,000 images of the student (its EMA), always from the same noise, to eval_reference."""
-    g, found = torch.Generator(device).manual_seed(seed), []
-    for _ in range(10):
-        y = torch.randint(num_classes, (100,), generator=g, device=device) if num_classes else None
+def make_images(net, diffusion, n, shape, steps, draw_labels, guidance, chunk, autocast, progress=True):
+    """Data-Free Training: (uint8 images (n, C, H, W), labels or None) of the teacher's own, on the CPU."""
+    images, labels = [], []
+    for i in tqdm(range(0, n, chunk), desc='making images', disable=not progress, leave=False):
+        size = min(chunk, n - i)
+        y = draw_labels(size)
         with autocast:
-            x = M.decode(net_T, M.sample(net_ema, diffusion, (100, C, H, H), sample_steps, sampler, y, 1., g))
-        found.append(M.features(net_F, M.to_uint8(x))[0].cpu().double())
-    f = torch.cat(found)
-    return M.frechet_distance(f.mean(0), f.T.cov(), reference['mu'], reference['sigma'])[0]
+            x = M.sample(net, diffusion, (size, *shape), steps, 'ddpm', y, guidance, spacing='even')
+        images.append(M.to_uint8(x).cpu())
+        if y is not None:
+            labels.append(y.cpu())
+    return torch.cat(images), torch.cat(labels) if labels else None
 
 
-sums = torch.zeros(5, device=device)                                           # on the device: no wait between two rows
-if checkpoint:
-    shared, own = M.go_on(checkpoint, opt)
-    step, evaluations, best, sums = shared['step'], shared['evaluations'], shared['best'], own['sums'].to(device)
-    net_ema.load_state_dict(shared['ema'])
-elif walks:
-    save_checkpoint()                                                          # the warm-up is not to be lost
-if rank == 0:
-    log = M.Log(os.path.join(out_dir, 'log.csv'), step)
-    t0 -= log.seconds
-    if wandb:
-        import wandb as wb
-        wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
-    if walks or method == 'synthetic':
-        print(f'{evaluations * world:,} teacher evaluations before the first step')
-
-# ---- the loop ----
-stop = M.stop_flag()
-net.train()
-t1, first, leaving = time.time(), step, 0
-bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
-while step < max_steps:
-    scale = min(1., (step + 1) / max(1, lr_warmup))
-    if lr_decay:
-        scale *= 0.5 * (1 + math.cos(math.pi * step / max_steps))
-    opt.param_groups[0]['lr'] = lr * scale
-    if walks:
-        # B_j^s: any batch of the pool (Alg. 1, line 4); the other methods have no other
-        draw = torch.randperm if method == 'dynamic' else torch.arange
-        order = draw(pool_size, device=device)
-    for i in range(grad_accum):
-        if world > 1:
-            model.require_backward_grad_sync = i == grad_accum - 1
-        losses = distill_batch(order[i * micro_batch:(i + 1) * micro_batch]) if walks else image_batch(micro_batch)
-        (losses['loss'].mean() / grad_accum).backward()
-        sums[:3] += torch.stack([losses[k].detach().mean() for k in ('loss', 'mse', 'vb')]) / grad_accum
+def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
+    """Clips the gradients, updates the student and its average. Returns the norm of the gradients; where it is not
+    finite, nothing changes."""
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
-    opt.found_inf = (~norm.isfinite()).float()                                 # the fused step then changes nothing
-    sums[3:] += torch.stack([norm, torch.ones_like(norm)])                     # ... and the number of steps
+    opt.found_inf = (~norm.isfinite()).float()                         # the fused step then changes nothing
     opt.step()
     opt.zero_grad(set_to_none=True)
-    M.update_ema(net_ema, net, ema, step)
-    step += 1
-    bar.update()
-    leaving = (world == 1 or step % 5 == 0) and M.largest(sum(stop[:1]))
-    saving = step % save_every == 0 or step == max_steps or leaving
-    evaluating = eval_every and (step % eval_every == 0 or step == max_steps)
-    if step % log_every == 0 or saving or evaluating:
-        loss, mse, vb, norm, _ = (sums / sums[-1]).tolist()
-        if not math.isfinite(norm):                                            # the same on all ranks, as gradients are
-            bar.close()
-            M.die(f'step {step}: the loss or its gradient was not finite since the last row; nothing of that reached '
-                  f'the weights. Try a smaller --lr (now {lr * scale:.2g})')
-    if step % log_every == 0 or step == max_steps or evaluating:
-        if rank == 0:
-            bar.set_postfix(loss=f'{loss:.4f}')
-            row = dict(step=step, loss=loss, mse=mse, vb=vb, grad_norm=norm, lr=lr * scale)
-            if eval_every:
-                before = time.time()
-                row['frechet'] = distance() if evaluating else ''
-                if evaluating and row['frechet'] < best:
-                    best = row['frechet']
-                    M.save_model(net_ema, os.path.join(out_dir, 'best.safetensors'), diffusion, **about)
-                t0, t1 = (t + time.time() - before for t in (t0, t1))          # the clock is of the training
-            row |= dict(images_per_s=(step - first) * batch_size / (time.time() - t1), seconds=time.time() - t0)
-            log(**row)
-            if wandb:
-                wb.log({k: v for k, v in row.items() if v != ''}, step=step)
-        sums.zero_()
-    if saving:
-        save_checkpoint()                                                      # first: who stops us may not wait
-        if rank == 0:
-            save_result()
-    if leaving:
-        break
-bar.close()
-if rank == 0:
-    if step == first:                                                          # killed between checkpoint and result
-        save_result()
-    path = f'{out_dir}/student.safetensors'
-    print(f'step {step} of {max_steps}, {time.time() - t0:.0f} s; student: {path}, pictures: {out_dir}/samples.png')
-    print(f'evaluate: python eval_fid.py --models={path}' + (f',{teacher}' if method != 'data' else '')
-          + (f' --guidance={guidance}' if guidance > 1 else '') + (f' --prompts={prompts}' if prompts else '')
-          + (f' --sampler={sampler} --steps={sample_steps}' if (sampler, sample_steps) != ('ddim', 8) else '')
-          + (f' --features={eval_features} --reference={eval_reference}'
-             if eval_features != _defaults['eval_features'] else ''))
-    if isinstance(net, M.Pipeline):
-        print(f'for diffusers: python export.py --model={path} --out_dir={out_dir}/pipeline')
+    M.update_ema(ema_net, net, ema, step)
+    return norm
+
+
+# ==== the student ====
+def build_denoiser(spec, image_size, in_channels, num_classes, learn_sigma=True, config={}, teacher=None):
+    """A denoiser with random weights: a name in models.DENOISERS with `config` as its sizes; a Python file, whose
+    build(image_size, in_channels, num_classes, **config) is called; or the config.json of a network of diffusers, with
+    the texts of the teacher. Raises UserError where it does not fit the images or the condition."""
+    size = dict(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
+    if spec in M.DENOISERS:
+        takes = inspect.signature(M.DENOISERS[spec]).parameters
+        if odd := config.keys() - takes.keys():
+            raise M.UserError(f"student_config: {spec} has no {min(odd)!r}, but {', '.join(takes.keys() - size.keys())}")
+        if 'out_channels' in takes:
+            size['out_channels'] = in_channels * (2 if learn_sigma else 1)
+        elif 'learn_sigma' in takes:
+            size['learn_sigma'] = learn_sigma
+        return M.DENOISERS[spec](**SIZES.get(spec, {}) | config | size)
+    if spec.endswith('.py'):
+        net = M.build_from_file(spec, **config | size)
+    elif spec.endswith('.json'):
+        with open(spec) as f:
+            said = json.load(f)
+        said = {k: v for k, v in said.items() if not k.startswith('_')} | {'class': said['_class_name']}
+        net = M.make(said | config)
+        condition = getattr(teacher, 'condition', 'class' if num_classes else '')
+        if net.condition != condition or condition == 'class' and net.num_classes != num_classes:
+            raise M.UserError(f"{spec} takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
+                              f"{num_classes or ''} {condition or 'none'} (num_class_embeds has one more, for none)")
+        net.num_classes = num_classes
+        net.shared = getattr(teacher, 'shared', net.shared)
+    else:
+        raise M.UserError(f"student={spec!r}: {', '.join(map(repr, M.DENOISERS))}, a Python file with build(), or the "
+                          'config.json of a network of diffusers')
+    for key, value in size.items():
+        if getattr(net, key) != value:
+            raise M.UserError(f'{spec}: its {key} is {getattr(net, key)}, it should be {value}')
+    return net
+
+
+def output_channels(net, diffusion, device):
+    """How many channels a network of the user's or of diffusers predicts. Raises UserError for none that we know."""
+    C, H = net.in_channels, net.image_size
+    t = torch.zeros(1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        out = net.eval()(torch.zeros(1, C, H, H, device=device), t, t if net.num_classes else None)
+    if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)):
+        raise M.UserError(f'the student makes {tuple(out.shape[1:])} of {(C, H, H)}: the same channels or twice as many')
+    return out.shape[1]
+
+
+# ==== set-up ====
+if __name__ == '__main__':
+    config = {k: globals()[k] for k in _defaults}
+    walking = method in ('dynamic', 'shuffled', 'iterative')
+    for wrong, message in [
+            (method == 'data' and guidance > 1, "guidance: method='data' has no teacher to guide; eval_fid.py guides"),
+            (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
+            (real_fraction and (method != 'synthetic' or not data),
+             "real_fraction mixes real images, --data=..., into those of method='synthetic'"),
+            (class_cond and method != 'data', "class_cond is for method='data', all others follow the teacher"),
+            (method == 'jumps' and (jumps < 1 or walk_steps % jumps),
+             f'walk_steps={walk_steps} must be a multiple of jumps={jumps}'),
+            (rho <= 0 or stride < 1 or batch_size < 1 or walks < 1, 'rho, stride, batch_size and walks are above 0'),
+            (not 0 <= ema < 1 or not 0 <= uncond_prob <= 1 or not 0 <= real_fraction <= 1,
+             'ema, uncond_prob and real_fraction are from 0 to 1, ema below it')]:
+        if wrong:
+            raise M.UserError(message)
+    device, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    micro_batch = M.per_rank(batch_size, world, grad_accum)            # images of one forward pass
+    compute_dtype = M.pick_dtype(device, dtype)
     if wandb:
-        wb.finish()
-M.leave(leaving)
+        import wandb as wb
+
+    # ---- teacher ----
+    net_T = diffusion_T = None
+    if method == 'data':
+        images, labels = M.load_images(data)
+        C, H = images.shape[1:3]
+        num_classes = 0
+        if class_cond:
+            num_classes = int(labels.max()) + 1
+        else:
+            labels = None
+        process = dict(schedule=schedule, steps=T)
+    else:
+        net_T, diffusion_T = M.load_denoiser(teacher, compute_dtype, **teacher_config)
+        config['teacher_digest'] = M.digest(net_T)
+        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), compute_dtype)
+        takes_text = getattr(net_T, 'condition', '') == 'text'
+        if bool(prompts) != takes_text:
+            raise M.UserError(f"{teacher} takes {'texts: --prompts=file.txt' if takes_text else 'no texts (prompts)'}")
+        if takes_text:
+            net_T.set_prompts(M.read_lines(prompts))
+        C, H = net_T.in_channels, net_T.image_size
+        T, num_classes, process = diffusion_T.T, net_T.num_classes, diffusion_T.config
+        if stride > T or warmup_steps > T:
+            raise M.UserError(f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps')
+        guidance = guidance or (2. if num_classes else 1.)
+        if guidance != 1 and not num_classes:
+            raise M.UserError(f'guidance={guidance}: {teacher} has no classes or texts to be guided to')
+        if method == 'synthetic' and not diffusion_T.clip:
+            raise M.UserError("method='synthetic' stores images, this teacher makes latents: method='dynamic' can")
+    run_T = torch.compile(net_T, dynamic=False) if compile and net_T else net_T
+    ask_teacher = make_teacher(run_T, guidance, autocast)
+    draw_labels = make_labels(num_classes, uncond_prob, device)
+
+    # ---- student ----
+    prediction = student_prediction
+    if student_prediction == 'teacher':
+        prediction = process.get('prediction', 'v')
+    process = process | dict(prediction=prediction, learn_sigma=learn_sigma)
+    if method == 'jumps':
+        if prediction == 'eps':
+            raise M.UserError("method='jumps' starts where nothing of the image is left, and eps does not tell it: 'v'")
+        learn_sigma = False                                            # its steps have no noise
+        process |= dict(learn_sigma=False, clip=False)                 # x_0* of a jump may be anything
+        sampler = 'ddim'
+    net = build_denoiser(student, H, C, num_classes, learn_sigma, student_config, net_T).to(
+        device, memory_format=M.memory_format(device))
+    diffusion = M.Diffusion(**process)
+    M.match_times(net, diffusion)
+    if student not in M.DENOISERS:
+        process['learn_sigma'] = output_channels(net, diffusion, device) == 2 * C
+        diffusion = M.Diffusion(**process)
+    sample_steps = sample_steps or (jumps if method == 'jumps' else 8)
+    net_ema = copy.deepcopy(net).eval().requires_grad_(False)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, lr, (0.9, adamw['beta2']), weight_decay=adamw['weight_decay'], fused=True)
+    checkpoint = M.resume(config, rank, net)
+    if checkpoint is None:
+        net_ema.load_state_dict(net.state_dict())                      # of the file init_from
+    model = torch.compile(net, dynamic=False) if compile else net
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    if eval_every:
+        net_F, space, _ = M.load_features(eval_features, device)
+        reference = M.read_statistics(eval_reference, space)
+        colours = 3 if getattr(net_T, 'vae', None) else C
+        if reference is None or net_F.in_channels != colours:
+            raise M.UserError(f'eval_reference={eval_reference} and eval_features={eval_features} must be statistics, '
+                              f'and a classifier, of images with {colours} channels')
+    torch.manual_seed(seed * 1000 + rank + 1)                          # from here on each rank draws its own numbers
+    begin = time.time()
+
+    # ---- where (x_t, t, target) come from ----
+    evaluations = 0
+    if walking:
+        batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
+        source = Pool(batches * batch_size // world, (C, H, H), diffusion_T, draw_labels, getattr(torch, pool_dtype), device)
+    elif method == 'jumps':
+        source = Walks(-(-walks // world), jumps, walk_steps, (C, H, H), diffusion_T, micro_batch, draw_labels,
+                       getattr(torch, pool_dtype), device)
+    elif method == 'synthetic':
+        path = synthetic or os.path.join(out_dir, f'synthetic_rank{rank}.npz')
+        if not synthetic and not checkpoint:                           # a resumed run has them
+            n = -(-synthetic_images // world)
+            images, labels = make_images(run_T, diffusion_T, n, (C, H, H), synthetic_steps, draw_labels, guidance,
+                                         micro_batch, autocast, rank == 0)
+            arrays = {'arr_0': images.permute(0, 2, 3, 1).numpy()}
+            if labels is not None:
+                arrays['arr_1'] = labels.numpy()
+            M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
+        images, labels = M.load_npz(path) if not synthetic else M.load_images(synthetic, channels=C)
+        if not synthetic:
+            evaluations = len(images) * synthetic_steps
+        if real_fraction:                                              # Data-Limited Training
+            real, real_labels = M.load_images(data, channels=C)
+            picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed + rank))
+            picked = picked[:round(real_fraction * len(images))]
+            made = len(images) - len(picked)
+            images = torch.cat([images[:made], real[picked]])
+            if num_classes and labels is not None and real_labels is not None:
+                labels = torch.cat([labels[:made], real_labels[picked]])
+            else:
+                labels = None
+    if method in ('data', 'synthetic'):
+        if images.shape[1:] != (C, H, H):
+            raise M.UserError(f'the images are {tuple(images.shape[1:])}, {(C, H, H)} are wanted')
+        if num_classes and (labels is None or labels.max() >= num_classes):
+            raise M.UserError(f"the images need labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)")
+        labels = labels.to(device) if num_classes else None
+        source = Images(images.to(device), labels, uncond_prob, flip)
+    if rank == 0:
+        for role, name, n, d in (('student', student, net, diffusion), ('teacher', teacher, net_T, diffusion_T)):
+            if n is not None:
+                size = sum(p.numel() for p in n.parameters())
+                print(f'{role} {name}: {size / 1e6:.2f} M parameters, predicts {d.prediction}')
+        how = f', guidance {guidance:g}' if guidance > 1 else ''
+        if walking:
+            n = len(source.x) * world
+            how += f'; a pool of {n:,} images, {source.x.nbytes * world / 2 ** 20:.1f} MB'
+        print(f'{method}, {max_steps:,} steps of {batch_size} images of {C}x{H}x{H} on {world} x {device.type}{how}')
+
+    # ---- results on disk ----
+    pipeline = getattr(net_T, 'source', '')                            # the teacher's, if it has one
+    about = dict(guided=guidance > 1, vae=pipeline if getattr(net_T, 'vae', None) else '',
+                 pipeline=pipeline if isinstance(net, M.Pipeline) else '')
+    if method == 'jumps':
+        about['sampling'] = dict(sampler='ddim', steps=jumps, spacing='trailing')
+    stop = M.StopFlag()
+    last_pictures = time.time()
+
+    def pictures(seconds_per_evaluation):
+        """samples.png: each row of the teacher's images above the student's from the same noise. Fewer of them where
+        36 would take more than a tenth of the training since the last time; a signal ends it."""
+        global last_pictures
+        steps_T = walk_steps if method == 'jumps' else sample_steps
+        passes = sample_steps + (2 if guidance > 1 else 1) * steps_T * (net_T is not None)
+        budget = max(20., 0.1 * (time.time() - last_pictures))
+        n = int(min(36, budget / max(1e-9, passes * seconds_per_evaluation)))
+        n = n if n < 12 else n // 12 * 12
+        if not n:
+            print('no samples.png: even one picture would take more than a tenth of the training')
+            return
+        y = torch.arange(n, device=device) % 12 % num_classes if num_classes else None
+        rows = [(net_ema, diffusion, 1., sample_steps)]
+        if net_T is not None:
+            rows.insert(0, (net_T, diffusion_T, guidance, steps_T))
+        sets = []
+        for network, process, scale, steps in rows:
+            noise = torch.Generator(device).manual_seed(seed)          # the same at every step for both
+            chunks = []
+            x = M.random_normal((n, C, H, H), noise, device)
+            size = n if sampler == 'ddpm' or n * C * H * H < 2 ** 18 else 1
+            for part, label in tqdm(list(zip(x.split(size), (y if y is not None else x).split(size))), 'pictures',
+                                    leave=False, disable=size == n):
+                with autocast, torch.no_grad():
+                    chunks.append(M.decode(net_T, M.sample(network, process, part, steps, sampler,
+                                                           label if y is not None else None, scale, noise)))
+            sets.append(torch.cat(chunks))
+        M.save_grid(os.path.join(out_dir, 'samples.png'), sets, 12)
+        last_pictures = time.time()
+
+    @torch.no_grad()
+    def distance():
+        """The Frechet distance of 1,000 images of the student (its EMA), always from the same noise, to eval_reference."""
+        noise = torch.Generator(device).manual_seed(seed)
+        found = []
+        for _ in range(10):
+            y = torch.randint(num_classes, (100,), generator=noise, device=device) if num_classes else None
+            with autocast:
+                x = M.sample(net_ema, diffusion, (100, C, H, H), sample_steps, sampler, y, 1., noise)
+                x = M.decode(net_T, x)
+            found.append(M.features(net_F, M.to_uint8(x))[0].cpu().double())
+        f = torch.cat(found)
+        return M.frechet_distance(f.mean(0), f.T.cov(), reference['mu'], reference['sigma'])[0]
+
+    def save_checkpoint():
+        shared = {'ema': net_ema.state_dict(), 'evaluations': evaluations, 'best': best}
+        own = {'pool': source.state() if method != 'data' and method != 'synthetic' else {}, 'sums': sums}
+        M.save_checkpoint(config, step, net, opt, shared, own, rank)
+
+    # ==== the loop ====
+    step, best = 0, math.inf
+    names = ('mse', 'vb') if method != 'jumps' else ('mse',)
+    sums = {}                                                          # on the device: no wait between two rows
+    if checkpoint:
+        shared, own = M.restore(checkpoint, opt)
+        step, evaluations, best = shared['step'], shared['evaluations'], shared['best']
+        sums = {k: v.to(device) for k, v in own['sums'].items()}
+        net_ema.load_state_dict(shared['ema'])
+        if own['pool']:
+            source.load(own['pool'])
+    elif method == 'jumps':
+        evaluations = source.fill(ask_teacher, rank == 0)
+        save_checkpoint()                                              # the walks are not to be lost
+    elif walking:
+        evaluations = source.fill(ask_teacher, warmup_steps or max(1, T // stride), micro_batch, method == 'iterative',
+                                  rank == 0)
+        save_checkpoint()
+    if rank == 0:
+        log = M.Log(os.path.join(out_dir, 'log.csv'), step)
+        if wandb:
+            wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
+        if method != 'data':
+            print(f'{evaluations * world:,} teacher evaluations before the first step')
+    net.train()
+    first, leaving = step, 0
+    start = time.time()                                                # of the loop; log.csv counts the filling, too
+    paused = 0.                                                        # seconds of pictures and distances
+    bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
+    while step < max_steps:
+        scale = min(1., (step + 1) / max(1, lr_warmup))
+        if lr_decay:
+            scale *= 0.5 * (1 + math.cos(math.pi * step / max_steps))
+        opt.param_groups[0]['lr'] = lr * scale
+        for i in range(grad_accum):
+            if world > 1:
+                model.require_backward_grad_sync = i == grad_accum - 1
+            if method == 'jumps':
+                terms = jump_step(model, source, diffusion, micro_batch, autocast, 1 / grad_accum)
+            elif walking:
+                jump = None
+                if method == 'iterative':                              # all images share one t, on all ranks
+                    jump = random.Random(step).randint((stride + 1) // 2, stride + stride // 2)
+                terms = distill_step(model, ask_teacher, source, diffusion, micro_batch, stride, lam, jump, autocast,
+                                     1 / grad_accum)
+            else:
+                terms = training_step(model, source, diffusion, micro_batch, lam, autocast, 1 / grad_accum)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.) + value / grad_accum
+        norm = optimizer_step(net, net_ema, opt, grad_clip, ema, step)
+        if method == 'jumps':
+            for _ in range(walk_evals):
+                source.advance(ask_teacher)
+        sums['grad_norm'] = sums.get('grad_norm', 0.) + norm
+        sums['steps'] = sums.get('steps', 0.) + torch.ones_like(norm)
+        step += 1
+        bar.update()
+        if world == 1 or step % 5 == 0:
+            leaving = M.all_reduce_max(stop.signal)
+        saving = step % save_every == 0 or step == max_steps or leaving
+        evaluating = eval_every and (step % eval_every == 0 or step == max_steps)
+        logging = step % log_every == 0 or step == max_steps or evaluating
+        if logging or saving:
+            n = sums['steps'].item()
+            means = {k: (v / n).item() for k, v in sums.items() if k != 'steps'}
+            if not math.isfinite(means['grad_norm']):                  # the same on all ranks, as gradients are
+                bar.close()
+                raise M.UserError(f'step {step}: the loss or its gradient was not finite since the last row; nothing of '
+                                  f'that reached the weights. Try a smaller --lr (now {lr * scale:.2g})')
+        if logging:
+            if rank == 0:
+                norm = means.pop('grad_norm')
+                row = dict(step=step, loss=sum(means.values()), **means, grad_norm=norm, lr=lr * scale)
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
+                if eval_every:
+                    before = time.time()
+                    row['frechet'] = distance() if evaluating else ''
+                    if evaluating and row['frechet'] < best:
+                        best = row['frechet']
+                        M.save_model(net_ema, os.path.join(out_dir, 'best.safetensors'), diffusion, **about)
+                    paused += time.time() - before
+                seconds = time.time() - start - paused
+                row['images_per_s'] = (step - first) * batch_size / seconds
+                row['seconds'] = log.seconds + start - begin + seconds
+                log(**row)
+                if wandb:
+                    wb.log({k: v for k, v in row.items() if v != ''}, step=step)
+            sums = {}
+        if saving:
+            save_checkpoint()                                          # first: who stops us may not wait
+            if rank == 0:
+                before = time.time()
+                M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
+                per_evaluation = (before - start - paused) / (step - first) / micro_batch / grad_accum
+                with stop.interrupts():
+                    pictures(per_evaluation)
+                paused += time.time() - before
+        if leaving:
+            break
+    bar.close()
+    if rank == 0:
+        if step == first:                                              # killed between checkpoint and result
+            M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
+        path = os.path.join(out_dir, 'student.safetensors')
+        if student.endswith('.py'):
+            path = f'{student}:{path}'
+        command = ['eval_fid.py', f'--models={path}' + (f',{teacher}' if net_T else '')]
+        if teacher_config:
+            command.append(f'--model_config={teacher_config}')
+        if guidance > 1:
+            command.append(f'--guidance={guidance}')
+        if prompts:
+            command.append(f'--prompts={prompts}')
+        if method != 'jumps' and (sampler, sample_steps) != ('ddim', 8):
+            command += [f'--sampler={sampler}', f'--steps={sample_steps}']
+        colours = 3 if getattr(net_T, 'vae', None) else C
+        if eval_features != _defaults['eval_features']:
+            command += [f'--features={eval_features}', f'--reference={eval_reference}']
+        elif colours == 3:
+            command += ['--features=pretrained/cifar10_resnet.safetensors', '--reference=pretrained/cifar10_stats.npz']
+        print(f'step {step} of {max_steps}, {time.time() - begin + log.seconds:.0f} s; student: {path}, '
+              f'pictures: {out_dir}/samples.png')
+        print('evaluate: python ' + shlex.join(command))
+        if isinstance(net, M.Pipeline):
+            print('for diffusers: python ' + shlex.join(['export.py', f'--model={path}', f'--out_dir={out_dir}/pipeline']))
+        if wandb:
+            wb.finish()
+    M.finish(leaving)

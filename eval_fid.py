@@ -18,10 +18,10 @@ features the first 10,000 of the reference and 50,000 of a model are kept for th
 against 10,000, in the features of a ResNet-20: 93 to 100 s on two CPU cores (AMD EPYC, Zen 4) and 1.2 GB at the peak.
 """
 import os
-import time
 
 # what is measured
-models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders, torchvision names
+models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders, torchvision names;
+                             # with a network of your own my_student.py:student.safetensors
 model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 reference = 'pretrained/mnist_stats.npz'  # as above, or stored statistics, ours or ADM's
 features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier
@@ -30,9 +30,9 @@ save_stats = ''              # write the reference's statistics to this .npz
 n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images of each set; 0 leaves them out
 # sampling
 num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for all
-sampler = 'ddim'             # 'ddpm', 'ddim' or 'dpm++'
-steps = 8                    # the DKDM paper has 50 of ddpm, spaced evenly, for pixels, 200 of ddim for latents
-spacing = 'trailing'         # of the steps: 'trailing', 'even' (Improved DDPM's) or 'leading' (DDIM's)
+sampler = ''                 # 'ddpm', 'ddim' or 'dpm++'; '' is what the student's file says, or else 'ddim'
+steps = 0                    # evaluations; 0 is what the student's file says, or else 8. The DKDM paper has 50 of ddpm, spaced evenly, for pixels, 200 of ddim for latents
+spacing = ''                 # of the steps; '' is what the file says, or else 'trailing'. 'trailing', 'even' (Improved DDPM's) or 'leading' (DDIM's)
 guidance = 1.0               # of checkpoints with classes or texts, but for those distilled with guidance
 prompts = ''                 # checkpoints with texts: a file of them, one per line
 batch_size = 100             # per rank; also of the feature network. The samples depend on it: a batch has one seed
@@ -41,12 +41,15 @@ out_dir = 'out/eval'         # metrics.jsonl, and a grid of images per model
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # of the models: 'auto' (bfloat16 where the device has it), 'bfloat16', 'float32'
-_ranges = {'sampler': ('ddpm', 'ddim', 'dpm++'), 'spacing': ('trailing', 'even', 'leading'),
-           'num_samples': (0, 10 ** 9), 'n_two_sample': (0, 10 ** 5)}
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+_ranges = {                  # allowed words that the defaults do not show
+    'sampler': ('', 'ddpm', 'ddim', 'dpm++'), 'spacing': ('', 'trailing', 'even', 'leading'),
+    'dtype': ('auto', 'bfloat16', 'float32')}
+if __name__ == '__main__':
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 import hashlib
 import json
+import time
 import unittest.mock
 
 import numpy as np
@@ -63,11 +66,12 @@ KEEP = 10_000, 50_000        # features kept of the reference and of a model, fo
 SPLIT = 5000                 # images per split of the Inception Score, ADM's
 
 
-# ---- the metrics, of features (N, D) in float64, on the device ----
+# ==== the metrics, of features (N, D) in float64, on the device ====
 def inception_score(logits):
     """exp of the mean divergence of p(y|x) from p(y), averaged over splits (Salimans et al. 2016)."""
     scores = []
-    for log_p in (split.log_softmax(1) for split in logits.split(SPLIT)):
+    for split in logits.split(SPLIT):
+        log_p = split.log_softmax(1)
         p = log_p.exp()
         scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp())
     return float(sum(scores) / len(scores))
@@ -79,144 +83,69 @@ def distances(a, b):
     A block has 64 MB: what is below 32 MB comes from the heap, and there what a block leaves between others adds up
     to GB. torch.cdist would copy all of b for each of them.
     """
-    size, (a2, b2) = max(1, 2 ** 23 // len(b)), (torch.linalg.vector_norm(x, dim=1) ** 2 for x in (a, b))
-    for rows, rows2 in zip(a.split(size), a2.split(size)):
+    rows_at_once = max(1, 2 ** 23 // len(b))
+    a2 = torch.linalg.vector_norm(a, dim=1) ** 2
+    b2 = torch.linalg.vector_norm(b, dim=1) ** 2
+    for rows, rows2 in zip(a.split(rows_at_once), a2.split(rows_at_once)):
         yield torch.addmm(b2, rows, b.T, alpha=-2).add_(rows2[:, None]).clamp_(min=0).sqrt_()
+
+
+def third_neighbour(x):
+    """The distance (N,) of every row to its third neighbour (itself is the first of the sorted distances)."""
+    return torch.cat([d.kthvalue(NEIGHBOURS + 1).values for d in distances(x, x)])
+
+
+def covered(x, y, radii):
+    """The share of the rows of x that lie in any of the balls around the rows of y."""
+    return float(torch.cat([(d <= radii).any(1) for d in distances(x, y)]).double().mean())
 
 
 def precision_recall(real, fake):
     """The share of fakes within the manifold of the reals, and of reals within that of the fakes: balls to the third
     neighbour (Kynkaanniemi et al. 2019)."""
-    radii = [torch.cat([d.kthvalue(NEIGHBOURS + 1).values for d in distances(x, x)]) for x in (real, fake)]
-    return [float(torch.cat([(d <= r).any(1) for d in distances(x, y)]).double().mean())
-            for x, y, r in ((fake, real, radii[0]), (real, fake, radii[1]))]
+    return covered(fake, real, third_neighbour(real)), covered(real, fake, third_neighbour(fake))
 
 
 def kid(real, fake):
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), over all pairs, not subsets."""
+    D = real.shape[1]
+
     def total(a, b):
-        return sum(((rows @ b.T / a.shape[1] + 1) ** 3).sum() for rows in a.split(1000))
+        return sum(((rows @ b.T / D + 1) ** 3).sum() for rows in a.split(1000))
+
     def without_diagonal(a):
         n = len(a)
-        return (total(a, a) - (((a * a).sum(1) / a.shape[1] + 1) ** 3).sum()) / (n * (n - 1))
-    return float(without_diagonal(real) + without_diagonal(fake) - 2 * total(real, fake) / len(real) / len(fake))
+        diagonal = (((a * a).sum(1) / D + 1) ** 3).sum()
+        return (total(a, a) - diagonal) / (n * (n - 1))
+    across = total(real, fake) / len(real) / len(fake)
+    return float(without_diagonal(real) + without_diagonal(fake) - 2 * across)
 
 
 def two_sample(real, fake):
     """EMD: mean distance of the best assignment. MMD: Gaussian kernel exp(-d^2 / (2 m)), m the mean squared distance
     within the reference; the root of the biased estimate. 1-NN: leave-one-out accuracy of telling the two apart, 0.5 is
     best (Xu et al. 2018). Both sets have the same size."""
-    n, both = len(real), torch.cat([real, fake])
+    n = len(real)
+    both = torch.cat([real, fake])
     d = torch.cat(list(distances(both, both)))
     across = d[:n, n:].cpu().numpy()
+    emd = across[linear_sum_assignment(across)].mean()
     k = (-d ** 2 / (2 * (d[:n, :n] ** 2).mean())).exp()
     mmd = k[:n, :n].mean() + k[n:, n:].mean() - 2 * k[:n, n:].mean()
     nearest_is_real = d.fill_diagonal_(float('inf')).argmin(1) < n
-    return {'EMD': float(across[linear_sum_assignment(across)].mean()), 'MMD': float(mmd.clamp(min=0).sqrt()),
-            '1-NN': float((nearest_is_real == (torch.arange(2 * n, device=d.device) < n)).double().mean())}
-
-
-# ---- check everything before any work starts ----
-specs = [s for s in models.split(',') if s]
-inception = features == 'inception'
-if not specs and not save_stats:
-    M.die('nothing to measure: --models=student.safetensors, an .npz, a folder of images, or several with commas')
-if save_stats and (not save_stats.endswith('.npz') or os.path.isdir(save_stats)):
-    M.die(f'save_stats={save_stats}: a name that ends in .npz')
-device, autocast, rank, world = M.start(device, dtype, seed)
-exact = torch.device('cpu') if device.type == 'mps' else device                # where float64 is computed: mps has none
-
-
-def is_images(spec):
-    if os.path.isdir(spec):
-        return not os.path.exists(os.path.join(spec, 'model_index.json'))      # else a diffusers pipeline
-    return spec.endswith('.npz') or not (spec.endswith(M.WEIGHTS) or '/' in spec)
-
-
-def load_inception():
-    """torch-fidelity's Inception with TensorFlow's resize, and its name as a feature space."""
-    import torch_fidelity.feature_extractor_inceptionv3 as fidelity
-    url = fidelity.URL_INCEPTION_V3
-    file = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(url))
-    try:
-        with M.one_first():
-            if not inception_weights and not os.path.exists(file):
-                os.makedirs(os.path.dirname(file), exist_ok=True)
-                torch.hub.download_url_to_file(url, file, '6726825d', progress=False)
-        state, _ = M.read_weights(inception_weights or file)
-        # its own torch.load runs code
-        with unittest.mock.patch.object(fidelity, 'load_state_dict_from_url', lambda *args, **kw: state):
-            net = fidelity.FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'])
-    except Exception as e:
-        raise ValueError(f'the weights of Inception are not to be had ({M.first_line(e)}): put '
-                         f'{os.path.basename(file)} from {os.path.dirname(url)} to {file}, or name the file with '
-                         '--inception_weights') from None
-    with open(inception_weights or file, 'rb') as f:                           # the genuine file's name has its hash
-        name = hashlib.sha256(f.read()).hexdigest()[:8]
-    return net, 'inception' if name in file else f'inception {name}'
-
-
-def open_source(spec):
-    """The uint8 images that a spec names, or (net, diffusion) of what is sampled, diffusion None for a VAE."""
-    if is_images(spec):
-        images, _ = M.load_images(spec)
-        made, source = images.shape[1], images
-    else:
-        if M.class_in(spec) == 'LVAE':
-            net, diffusion = M.load_vae(spec), None
-        else:
-            net, diffusion = M.load_denoiser(spec, M.pick_dtype(device, dtype),
-                                             **{} if len(specs) > 1 and M.class_in(spec) else model_config)
-            M.sampling_steps(diffusion.T, steps, spacing)
-        if not num_samples:
-            raise ValueError('num_samples=0 takes all images of a set; a checkpoint needs a number')
-        net = M.cast_frozen(net.to(device, memory_format=M.memory_format(device)), M.pick_dtype(device, dtype))
-        if getattr(net, 'condition', '') == 'text':
-            net.set_prompts(M.read_lines(prompts, f'{spec} takes texts: --prompts=file.txt'),
-                            os.path.join(out_dir, 'prompts.safetensors'))
-        if guidance != 1 and diffusion and not net.num_classes:
-            raise ValueError(f'guidance={guidance}: {spec} has no classes to be guided to')
-        made, source = 3 if M.has_vae(net) else net.config['in_channels'], (net, diffusion)
-    if made != channels and not (inception and made == 1):
-        raise ValueError(f'{spec} has {made} channels, features={features} takes {channels}: a classifier of such '
-                         "images, or 'inception'")
-    return source
-
-
-try:
-    if inception:
-        net_F, space = load_inception()
-        net_F, channels, D, classes = net_F.to(device), 3, 2048, 1008
-        spatial = []                                                           # of sFID: 7 channels of 17 x 17
-        net_F.Mixed_6d.branch1x1.register_forward_hook(lambda m, args, out: spatial.append(out[:, :7].flatten(1)))
-    else:
-        net_F, space, D = M.load_features(features, device)
-        channels, classes = net_F.config.get('in_channels', 3), net_F.config['num_classes']
-    sizes, stored = {'mu': D, 'mu_s': 2023}, None
-    inputs = [open_source(spec) for spec in specs]
-    if reference.endswith('.npz') and not save_stats:
-        stored = M.read_statistics(reference, space, sizes)
-    for folder in [out_dir] * bool(specs) + [os.path.dirname(os.path.abspath(save_stats))] * bool(save_stats):
-        M.check_folder(folder)
-    ref_source = open_source(reference) if stored is None else None
-except (ValueError, RuntimeError, TypeError) as e:
-    M.die(e)
-
-
-# ---- features ----
-def summed(x):
-    """The sum of a tensor over all ranks."""
-    if world > 1:
-        dist.all_reduce(x)
-    return x
+    is_real = torch.arange(2 * n, device=d.device) < n
+    return {'EMD': float(emd), 'MMD': float(mmd.clamp(min=0).sqrt()),
+            '1-NN': float((nearest_is_real == is_real).double().mean())}
 
 
 class Moments:
-    """Mean and covariance of a stream of features over all ranks, accumulated in float64."""
+    """Mean and covariance of a stream of features (B, D) over all ranks, accumulated in float64."""
 
-    def __init__(self, size):
-        self.packed = torch.zeros(size + size ** 2 + 1, dtype=torch.float64, device=exact)
-        self.s, self.ss, self.n = self.packed[:size], self.packed[size:-1].view(size, size), self.packed[-1]
+    def __init__(self, size, device):
+        self.packed = torch.zeros(size + size ** 2 + 1, dtype=torch.float64, device=device)
+        self.s = self.packed[:size]
+        self.ss = self.packed[size:-1].view(size, size)
+        self.n = self.packed[-1]
 
     def add(self, f):
         self.s += f.sum(0)
@@ -224,157 +153,319 @@ class Moments:
         self.n += len(f)
 
     def result(self):
-        summed(self.packed)
+        """(mean (D,), covariance (D, D))."""
+        all_reduce_sum(self.packed)
         mu = self.s / self.n
         return mu, (self.ss - self.n * torch.outer(mu, mu)) / (self.n - 1).clamp(min=1)
 
 
+def all_reduce_sum(x):
+    """The sum of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# ==== feature spaces: fn(uint8 images) -> features (B, D), logits, spatial features (B, 2023) or None ====
+def load_inception(path=''):
+    """(net, space) of torch-fidelity's Inception with TensorFlow's resize: its weights from a file, or downloaded once."""
+    import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+    url = fidelity.URL_INCEPTION_V3
+    genuine = os.path.basename(url)
+    if not path:
+        path = os.path.join(torch.hub.get_dir(), 'checkpoints', genuine)
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with M.local_rank_0_first():
+                try:
+                    torch.hub.download_url_to_file(url, path, '6726825d', progress=False)
+                except OSError as e:
+                    raise M.UserError(f'the weights of Inception cannot be downloaded ({e}): put {genuine} from '
+                                      f'{os.path.dirname(url)} to {path}, or name the file with --inception_weights') from e
+    state, _ = M.read_weights(path)
+    # its own torch.load would run code
+    with unittest.mock.patch.object(fidelity, 'load_state_dict_from_url', lambda *args, **kw: state):
+        net = fidelity.FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'])
+    with open(path, 'rb') as f:                                        # the genuine file's name has its hash
+        name = hashlib.sha256(f.read()).hexdigest()[:8]
+    return net, 'inception' if name in genuine else f'inception {name}'
+
+
+def inception_features(net):
+    """fn(uint8 images); the spatial features are sFID's, 7 channels of 17 x 17."""
+    spatial = []
+    net.Mixed_6d.branch1x1.register_forward_hook(lambda m, args, out: spatial.append(out[:, :7].flatten(1)))
+
+    def extract(x):
+        f, logits = net(x.expand(-1, 3, -1, -1))
+        return f, logits, spatial.pop()
+    return extract
+
+
 @torch.inference_mode()
-def extract(batches, total, keep):
-    """What is known of a set of images, uint8 (B, C, H, W) per batch with their places in the set: count, mu and sigma
-    (of the spatial features too), and the first `keep` features and logits, in order; all on the device."""
-    moments, moments_s = Moments(D), Moments(2023) if inception else None
-    kept = torch.zeros(min(keep, total), D + classes, device=exact)
-    for places, x in tqdm(batches, total=-(-total // batch_size // world), disable=rank > 0, leave=False):
-        if inception:
-            f, logits = net_F(x.to(device).expand(-1, 3, -1, -1))
-            moments_s.add(spatial.pop().to(exact).double())
-        else:
-            f, logits = M.features(net_F, x.to(device))
-        moments.add(f.to(exact).double())
+def measure_set(batches, total, keep, extract, sizes, device, progress=True):
+    """What is known of a set of images: count, mu and sigma (of the spatial features too), and the first `keep` features
+    and logits, in order.
+
+    batches: (places in the set, uint8 (B, C, H, W)) of this rank. extract: as above. sizes: of features, logits and
+    spatial features (0 for none). device: where float64 is computed.
+    """
+    D, classes, D_s = sizes
+    moments = Moments(D, device)
+    moments_s = Moments(D_s, device)
+    kept = torch.zeros(min(keep, total), D + classes, device=device)
+    for places, x in tqdm(batches, disable=not progress, leave=False):
+        f, logits, spatial = extract(x)
+        moments.add(f.to(device).double())
+        if D_s:
+            moments_s.add(spatial.to(device).double())
         mine = kept[places.start:places.stop]
         mine.copy_(torch.cat([f, logits], dim=1)[:len(mine)])
-    out = dict(zip(('mu', 'sigma'), moments.result()), n=total)
-    if inception:
-        out |= dict(zip(('mu_s', 'sigma_s'), moments_s.result()))
-    kept = summed(kept)                                                        # every rank has filled its own rows
-    return out | dict(features=kept[:, :D].double(), logits=kept[:, D:].double())
+    found = {'n': total}
+    found['mu'], found['sigma'] = moments.result()
+    if D_s:
+        found['mu_s'], found['sigma_s'] = moments_s.result()
+    kept = all_reduce_sum(kept)                                        # every rank has filled its own rows
+    return found | dict(features=kept[:, :D].double(), logits=kept[:, D:].double())
 
 
-def image_batches(images):
+# ==== sets of images, and samples ====
+def is_images(spec):
+    """Whether a spec names images; otherwise it is a network."""
+    if os.path.isdir(spec):
+        return not os.path.exists(os.path.join(spec, 'model_index.json'))      # else a diffusers pipeline
+    path, _ = M.split_classes(spec)
+    return path.endswith('.npz') or os.path.isdir(path) or M.torchvision_dataset(path) is not None
+
+
+def load_network(spec, dtype, **known):
+    """(net, diffusion) of a denoiser, (net, None) of a VAE or another generator."""
+    file, weights = M.split_file(spec)
+    if weights:
+        is_denoiser = 'diffusion' in M.read_weights(weights)[1]
+    elif file:
+        is_denoiser = isinstance(M.run_file(file).load(), tuple)
+    elif os.path.isfile(spec):
+        is_denoiser = M.read_model(spec)[1].get('net', {}).get('class') != 'LVAE'
+    else:
+        is_denoiser = True
+    if not is_denoiser:
+        return M.load_vae(spec), None
+    return M.load_denoiser(spec, dtype, **known if not file and (not os.path.isfile(spec) or M.is_plain(spec)) else {})
+
+
+def image_batches(images, batch_size, rank, world):
     """This rank's share of a set of images."""
     for i in range(rank * batch_size, len(images), world * batch_size):
         yield range(i, min(i + batch_size, len(images))), images[i:i + batch_size]
 
 
-def generator(i):
-    """Of all that is random in the batch that begins with sample i."""
-    return torch.Generator(device).manual_seed(seed * 1_000_000_007 + i)
+class Samples:
+    """Samples of a denoiser, or of a VAE (diffusion None). Every batch has a seed of its own, so the set is the same for
+    any number of ranks; it is another one for another batch_size, and on another kind of device."""
 
+    def __init__(self, net, diffusion, n, batch_size, seed, device, autocast, guidance=1., **how):
+        self.net, self.diffusion = net, diffusion
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.device, self.autocast = device, autocast
+        said = getattr(net, 'sampling', {})                            # what the student's file says
+        usual = dict(sampler='ddim', steps=8, spacing='trailing') | said
+        self.how = {k: how.get(k) or v for k, v in usual.items()}
+        self.how['guidance'] = 1. if getattr(net, 'guided', False) else guidance
+        self.seconds = []                                              # per image, of each batch
 
-def scale_of(net):
-    return 1. if getattr(net, 'guided', False) else guidance
+    def generator(self, i):
+        """Of all that is random in the batch that begins with sample i."""
+        return torch.Generator(self.device).manual_seed(self.seed * 1_000_000_007 + i)
 
+    def labels(self, i, g):
+        """What is asked of the batch that begins with sample i: the first that its generator draws; None for no classes."""
+        classes = getattr(self.net, 'num_classes', 0)
+        size = min(self.batch_size, self.n - i)
+        return torch.randint(classes, (size,), generator=g, device=self.device) if classes else None
 
-def draw_labels(net, i, g):
-    """What is asked of the batch that begins with sample i: the first that its generator draws."""
-    return torch.randint(net.num_classes, (min(batch_size, num_samples - i),), generator=g, device=device)
+    @torch.no_grad()
+    def make(self, size, y, g):
+        net = self.net
+        with self.autocast:
+            if self.diffusion is None:
+                made = net.decode(net.noise(size, g))
+                made = made if torch.is_tensor(made) else made[0]
+                C = getattr(net, 'in_channels', made.shape[1])
+                low, high = getattr(net, 'image_range', (0, 1))
+                return (made[:, :C].float() - low) / (high - low) * 2 - 1
+            shape = size, net.in_channels, net.image_size, net.image_size
+            x = M.sample(net, self.diffusion, shape, y=y, generator=g, **self.how)
+            return M.decode(net, x)
 
+    def batches(self, rank, world):
+        """This rank's share: (places, uint8 images on the CPU)."""
+        for i in range(rank * self.batch_size, self.n, world * self.batch_size):
+            g = self.generator(i)
+            places = range(i, min(i + self.batch_size, self.n))
+            begin = time.time()
+            x = M.to_uint8(self.make(len(places), self.labels(i, g), g)).cpu()     # the clock waits for the device
+            self.seconds.append((time.time() - begin) / len(places))
+            yield places, x
 
-def sample_batches(net, diffusion, seconds):
-    """This rank's share of the samples, of a denoiser or a VAE. Every batch has a seed of its own, so the set is the
-    same for any number of ranks; it is another one for another batch_size, and on another kind of device."""
-    C, H = (net.config[k] for k in ('in_channels', 'image_size'))
-    for i in range(rank * batch_size, num_samples, world * batch_size):
-        places, g = range(i, min(i + batch_size, num_samples)), generator(i)
-        t0 = time.time()
-        with autocast, torch.no_grad():
-            if diffusion:
-                y = draw_labels(net, i, g) if net.num_classes else None
-                x = M.decode(net, M.sample(net, diffusion, (len(places), C, H, H), steps, sampler, y, scale_of(net), g,
-                                           spacing=spacing))
+    def cost(self):
+        """Parameters, FLOPs of one evaluation, passes and time per image."""
+        net = self.net
+        device = next(net.parameters()).device
+        with FlopCounterMode(display=False) as flops, self.autocast, torch.no_grad():
+            if self.diffusion is None:
+                net.decode(net.noise(1))
             else:
-                x = net.generate(net.noise(len(places), g))[0][:, :C] * 2 - 1
-            x = M.to_uint8(x).cpu()                                            # the clock waits for the device
-        seconds.append((time.time() - t0) / len(places))
-        yield places, x
+                x = torch.zeros(1, net.in_channels, net.image_size, net.image_size, device=device)
+                t = torch.zeros(1, dtype=torch.long, device=device)
+                net(x, t, t if net.num_classes else None)
+        seconds = self.seconds[1:] or self.seconds                     # the first batch warms up
+        row = {'parameters': sum(p.numel() for p in net.parameters()), 'MFLOPs': flops.get_total_flops() / 1e6}
+        if self.diffusion is not None:
+            row['passes'] = self.how['steps'] * (2 if self.how['guidance'] != 1 and net.num_classes else 1)
+        return row | {'ms/image': 1000 * np.mean(seconds), '+-': 1000 * np.std(seconds)}
 
 
-def opened(source, seconds=None):
-    """(batches, number of images) of what `open_source` found."""
-    if torch.is_tensor(source):
-        return image_batches(source), len(source)
-    return sample_batches(*source, [] if seconds is None else seconds), num_samples
-
-
-def first(batches, kept):
-    """Passes batches on and keeps the first for the picture."""
-    for places, x in batches:
-        if not kept:
-            kept.append(x[:100])
-        yield places, x
-
-
-# ---- the reference ----
-ref = stored or extract(*opened(ref_source), KEEP[0])
-moments = {k: torch.as_tensor(v, dtype=torch.float64, device=exact) for k, v in ref.items()
-           if k in ('mu', 'sigma', 'mu_s', 'sigma_s')}
-if save_stats and rank == 0:
-    arrays = {k: v.cpu().numpy() for k, v in moments.items()} | {'n': ref['n'], 'space': space}
-    M.write_atomically(save_stats, lambda tmp: np.savez(tmp, **arrays))
-    print(f"{save_stats}: statistics of {ref['n']:,} images of {reference} in the space of {space}")
-
-# ---- the models ----
 def written(v):
     """A cell of the table."""
-    return '' if v is None else v if isinstance(v, str) else f'{v:,}' if isinstance(v, int) else f'{v:.4g}'
+    if v is None:
+        return ''
+    if isinstance(v, int):
+        return f'{v:,}'
+    return v if isinstance(v, str) else f'{v:.4g}'
 
 
-table = []
-for spec, source in zip(specs, inputs):
-    kept, seconds, row = [], [], {'model': spec}
-    batches, total = opened(source[:num_samples or None] if torch.is_tensor(source) else source, seconds)
-    found = extract(first(batches, kept), total, KEEP[1])
-    if rank:
-        continue
-    if seconds:
-        net, diffusion = source
-        x = torch.zeros(1, *[net.config[k] for k in ('in_channels', 'image_size', 'image_size')], device=device)
-        seconds = seconds[1:] or seconds                                       # the first batch warms up
-        with FlopCounterMode(display=False) as flops, autocast, torch.no_grad():
-            net(x, torch.zeros(1, dtype=torch.long, device=device)) if diffusion else net.generate(net.noise(1))
-        row |= {'parameters': sum(p.numel() for p in net.parameters()),
-                'MB': os.path.getsize(spec) / 2 ** 20 if os.path.isfile(spec) else None,
-                'MFLOPs': flops.get_total_flops() / 1e6, 'ms/image': 1000 * np.mean(seconds),
-                '+-': 1000 * np.std(seconds)}
-    row['images'] = total
-    row['FID' if inception else 'Frechet'], singular = M.frechet_distance(
-        found['mu'], found['sigma'], moments['mu'], moments['sigma'])
-    if inception and 'mu_s' in ref:
-        row['sFID'], _ = M.frechet_distance(found['mu_s'], found['sigma_s'], moments['mu_s'], moments['sigma_s'])
-    row['IS' if inception else 'score'] = inception_score(found['logits'])
-    if seconds and diffusion and net.num_classes == classes:                  # does the classifier agree?
-        seen = found['logits'].argmax(1)
-        asked = [draw_labels(net, i, generator(i)) for i in range(0, len(seen), batch_size)]
-        row['agreement'] = float((seen == torch.cat(asked)[:len(seen)].to(exact)).double().mean())
-    if 'features' in ref:
-        real, fake = ref['features'], found['features']
-        row['precision'], row['recall'] = precision_recall(real, fake)
-        row['KID'] = kid(real, fake[:KEEP[0]])
-        n = min(n_two_sample, len(real), len(fake))
-        row |= two_sample(real[:n], fake[:n]) if n > 1 else {}
-    if total <= D or singular:
-        print(f'{spec}: {total:,} images for {D:,} features'
-              + (', so the covariance has not full rank and the distance is biased' if total <= D else
-                 ': the product of the covariances is near singular, its root uncertain'))
-    table.append(row)
-    how = dict(features=space, reference=reference, reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
-               n_two_sample=n_two_sample, device=device.type, batch_size=batch_size)
-    if seconds and diffusion:
-        how |= dict(sampler=sampler, steps=steps, spacing=spacing, guidance=scale_of(net))
-    os.makedirs(out_dir, exist_ok=True)
-    if seconds and getattr(net, 'condition', '') == 'text':
-        net.keep_prompts(os.path.join(out_dir, 'prompts.safetensors'))
-    with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
-        f.write(json.dumps(row | how) + '\n')
-    name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')[-100:]
-    M.save_grid(os.path.join(out_dir, f'{name}.png'), [M.to_float(kept[0])], 10)
-if table:
-    columns = list(dict.fromkeys(k for row in table for k in row))
-    cells = [columns] + [[written(row.get(k)) for k in columns] for row in table]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
-    print(f"features of {space}; reference {reference}" + (f" ({int(ref['n']):,} images)" if 'n' in ref else '')
-          + f'; denoisers: {sampler}, {steps} steps, {spacing}; seed {seed}')
-    for r in cells:
-        print('  '.join([r[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(r[1:], widths[1:])]))
-M.leave()
+# ==== set-up ====
+if __name__ == '__main__':
+    specs = [models] if os.path.exists(models) else [s for s in models.split(',') if s]
+    if not specs and not save_stats:
+        raise M.UserError('nothing to measure: --models=student.safetensors, an .npz, a folder, or several with commas')
+    if save_stats and not save_stats.endswith('.npz'):
+        raise M.UserError(f'save_stats={save_stats}: a name that ends in .npz')
+    if num_samples < 0 or n_two_sample < 0 or steps < 0 or batch_size < 1:
+        raise M.UserError('num_samples, n_two_sample and steps are 0 or above, batch_size above 0')
+    device, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    compute_dtype = M.pick_dtype(device, dtype)
+    exact = torch.device('cpu') if device.type == 'mps' else device    # where float64 is computed: mps has none
+    inception = features == 'inception'
+    if inception:
+        net_F, space = load_inception(inception_weights)
+        net_F = net_F.to(device)
+        in_F = inception_features(net_F)
+        channels, sizes = 3, (2048, 1008, 2023)
+    else:
+        net_F, space, D = M.load_features(features, device)
+
+        def in_F(x):
+            return *M.features(net_F, x), None
+        channels, sizes = net_F.in_channels, (D, net_F.num_classes, 0)
+
+    def extract(x):
+        return in_F(x.to(device))
+
+    def open_source(spec):
+        """The uint8 images that a spec names, or the Samples of a network."""
+        if is_images(spec):
+            return M.load_images(spec, channels=channels)[0]
+        net, diffusion = load_network(spec, compute_dtype, **model_config)
+        if not num_samples:
+            raise M.UserError('num_samples=0 takes all images of a set; a network needs a number')
+        net = M.cast_frozen(net.to(device, memory_format=M.memory_format(device)), compute_dtype)
+        if getattr(net, 'condition', '') == 'text':
+            if not prompts:
+                raise M.UserError(f'{spec} takes texts: --prompts=file.txt')
+            net.set_prompts(M.read_lines(prompts))
+        if guidance != 1 and diffusion and not net.num_classes:
+            raise M.UserError(f'guidance={guidance}: {spec} has no classes to be guided to')
+        source = Samples(net, diffusion, num_samples, batch_size, seed, device, autocast, guidance, sampler=sampler,
+                         steps=steps, spacing=spacing)
+        made = source.make(1, source.labels(0, source.generator(0))[:1] if diffusion and net.num_classes else None,
+                           source.generator(0)).shape[1]
+        if made != channels and not (inception and made == 1):
+            raise M.UserError(f'{spec} makes {made} channels, features={features} takes {channels}: a classifier of such '
+                              "images, or 'inception'")
+        return source
+
+    def batches_of(source):
+        """(batches, number of images) of what `open_source` found."""
+        if torch.is_tensor(source):
+            return image_batches(source, batch_size, rank, world), len(source)
+        return source.batches(rank, world), source.n
+
+    def first(batches, kept):
+        """Passes batches on and keeps the first for the picture."""
+        for places, x in batches:
+            if not kept:
+                kept.append(x[:100])
+            yield places, x
+
+    # ---- the reference ----
+    sources = [open_source(spec) for spec in specs]
+    ref = None
+    if reference.endswith('.npz') and not save_stats:
+        ref = M.read_statistics(reference, space)
+    if ref is None:
+        ref = measure_set(*batches_of(open_source(reference)), KEEP[0], extract, sizes, exact, rank == 0)
+    moments = {k: torch.as_tensor(ref[k], dtype=torch.float64, device=exact)
+               for k in ('mu', 'sigma', 'mu_s', 'sigma_s') if k in ref}
+    if save_stats and rank == 0:
+        arrays = {k: v.cpu().numpy() for k, v in moments.items()} | {'n': ref['n'], 'space': space}
+        M.write_atomically(save_stats, lambda tmp: np.savez(tmp, **arrays))
+        print(f"{save_stats}: statistics of {ref['n']:,} images of {reference} in the space of {space}")
+
+    # ==== the models ====
+    table = []
+    for spec, source in zip(specs, sources):
+        if torch.is_tensor(source):
+            source = source[:num_samples or None]
+        kept, row, how = [], {'model': spec}, {}
+        batches, total = batches_of(source)
+        found = measure_set(first(batches, kept), total, KEEP[1], extract, sizes, exact, rank == 0)
+        if rank:
+            continue
+        if isinstance(source, Samples):
+            row |= source.cost()
+            row['MB'] = os.path.getsize(spec) / 2 ** 20 if os.path.isfile(spec) else None
+            if source.diffusion:
+                how = source.how
+        row['images'] = total
+        row['FID' if inception else 'Frechet'], singular = M.frechet_distance(
+            found['mu'], found['sigma'], moments['mu'], moments['sigma'])
+        if 'mu_s' in found and 'mu_s' in moments:
+            row['sFID'], _ = M.frechet_distance(found['mu_s'], found['sigma_s'], moments['mu_s'], moments['sigma_s'])
+        row['IS' if inception else 'score'] = inception_score(found['logits'])
+        if how and source.net.num_classes == sizes[1]:                 # does the classifier agree?
+            seen = found['logits'].argmax(1)
+            asked = [source.labels(i, source.generator(i)) for i in range(0, len(seen), batch_size)]
+            row['agreement'] = float((seen == torch.cat(asked)[:len(seen)].to(exact)).double().mean())
+        if 'features' in ref:
+            real, fake = ref['features'], found['features']
+            row['precision'], row['recall'] = precision_recall(real, fake)
+            row['KID'] = kid(real, fake[:KEEP[0]])
+            n = min(n_two_sample, len(real), len(fake))
+            if n > 1:
+                row |= two_sample(real[:n], fake[:n])
+        if total <= sizes[0]:
+            print(f'{spec}: {total:,} images for {sizes[0]:,} features, so the distance is biased')
+        elif singular:
+            print(f'{spec}: the product of the covariances is near singular, its root uncertain')
+        table.append(row)
+        said = dict(features=space, reference=reference, reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
+                    n_two_sample=n_two_sample, device=device.type, batch_size=batch_size)
+        os.makedirs(out_dir, exist_ok=True)
+        with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
+            f.write(json.dumps(row | said | how) + '\n')
+        name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')[-100:]
+        M.save_grid(os.path.join(out_dir, f'{name}.png'), [M.to_float(kept[0])], 10)
+        if how:
+            print(f"{spec}: {how['sampler']}, {how['steps']} steps, {how['spacing']}, guidance {how['guidance']:g}")
+    if table:
+        columns = list(dict.fromkeys(k for row in table for k in row))
+        cells = [columns] + [[written(row.get(k)) for k in columns] for row in table]
+        widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
+        n = f" ({int(ref['n']):,} images)" if 'n' in ref else ''
+        print(f'features of {space}; reference {reference}{n}; seed {seed}')
+        for r in cells:
+            rest = [c.rjust(w) for c, w in zip(r[1:], widths[1:])]
+            print('  '.join([r[0].ljust(widths[0])] + rest))
+    M.finish()

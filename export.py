@@ -8,17 +8,21 @@ A student whose class is that of its teacher's network becomes the teacher's pip
 scheduler with the student's prediction, and the teacher's other parts (VAE, text encoders). Any other UNet2DModel of
 pixels without condition becomes a DDPMPipeline. No pipeline samples from the rest: network and scheduler alone.
 Networks of ours become diffusers' UNet2DModel (patch_size=1, channels in 32) or DiTTransformer2DModel (with classes).
+A few-step student gets a DDIMScheduler: the pipeline samples it with num_inference_steps set to its number of jumps.
 """
 import os
 
 model = 'out/dkdm/student.safetensors'  # a student of dkdm.py, or another file of a denoiser (models.load_denoiser)
+model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 link = True                  # the teacher's other parts are links to where they are; False: copies
 out_dir = 'out/pipeline'     # a new folder, or an empty one
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+if __name__ == '__main__':
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 import json
 import shutil
 import tempfile
+from functools import partial
 
 import diffusers
 import torch
@@ -27,151 +31,188 @@ import torch.nn.functional as F
 import models as M
 
 
-# ---- networks of ours as networks of diffusers ----
-def to_diffusers(net):
-    """A UNet as a UNet2DModel (the same outputs), a DiT with classes as a DiTTransformer2DModel (outputs within about
-    0.1 %: diffusers spaces the frequencies of t by 127 steps where DiT's authors have 128).
+# ==== networks of ours as networks of diffusers ====
+def copy_layer(old, new, source, target, names=('',)):
+    """Copies a layer's weights and bias from one state dict to another; a layer of several outputs is cut into its
+    targets, target + name."""
+    for kind in ('weight', 'bias'):
+        if f'{source}.{kind}' in old:
+            w = old[f'{source}.{kind}']
+            if w.dim() == 3:                                           # attention's 1-D convolutions are linear there
+                w = w[:, :, 0]
+            for name, part in zip(names, w.chunk(len(names))):
+                new[f'{target}{name}.{kind}'] = part.clone()
 
-    Raises ValueError where the class does not fit: patch_size, channel_mult[0] != 1 or channels that are no multiples
-    of 32 of a UNet; a DiT without classes.
-    """
-    c, old, new = net.config, net.state_dict(), {}
 
-    def copy(source, target, *names):
-        """Weights and biases; a layer of several outputs is cut into its targets."""
-        for kind in ('weight', 'bias'):
-            if f'{source}.{kind}' in old:
-                w = old[f'{source}.{kind}']
-                w = w[:, :, 0] if w.dim() == 3 else w          # attention's 1-D convolutions are linear there
-                for name, part in zip(names or [''], w.chunk(len(names) or 1)):
-                    new[f'{target}{name}.{kind}'] = part.clone()
-    if c['class'] == 'DiT':
-        if not c['num_classes']:
-            raise ValueError(f'{model}: DiTTransformer2DModel has classes, this DiT has none')
-        other = diffusers.DiTTransformer2DModel(
-            c['num_heads'], c['hidden_size'] // c['num_heads'], c['in_channels'], net.out_channels, c['depth'],
-            sample_size=c['image_size'], patch_size=c['patch_size'], num_embeds_ada_norm=c['num_classes'],
-            norm_elementwise_affine=False, norm_eps=1e-6)
-        copy('x_embedder.proj', 'pos_embed.proj')
-        for i in range(c['depth']):
-            a, b = f'blocks.{i}.', f'transformer_blocks.{i}.'
-            copy('t_embedder.mlp.0', b + 'norm1.emb.timestep_embedder.linear_1')
-            copy('t_embedder.mlp.2', b + 'norm1.emb.timestep_embedder.linear_2')
-            copy('y_embedder.embedding_table', b + 'norm1.emb.class_embedder.embedding_table')
-            copy(a + 'adaLN_modulation.1', b + 'norm1.linear')
-            copy(a + 'attn.qkv', b + 'attn1.', 'to_q', 'to_k', 'to_v')
-            copy(a + 'attn.proj', b + 'attn1.to_out.0')
-            copy(a + 'mlp.fc1', b + 'ff.net.0.proj')
-            copy(a + 'mlp.fc2', b + 'ff.net.2')
-        copy('final_layer.adaLN_modulation.1', 'proj_out_1')
-        copy('final_layer.linear', 'proj_out_2')
-    else:
-        widths, n = [int(mult * c['model_channels']) for mult in c['channel_mult']], c['num_res_blocks']
-        if c['patch_size'] > 1 or c['channel_mult'][0] != 1 or any(w % 32 for w in widths) \
-                or not c['use_new_attention_order'] or c['num_head_channels'] < 1:
-            raise ValueError(f'{model}: UNet2DModel has no patch_size, starts at model_channels, has groups of '
-                             'channels in 32 and the new order of attention heads; this UNet is another')
-        at = [c['image_size'] // 2 ** i in c['attention_resolutions'] for i in range(len(widths))]
-        how = 'resnet' if c['resblock_updown'] else 'conv'
-        down, up = [f'Resnet{way}sampleBlock2D' if how == 'resnet' else f'{way}Block2D' for way in ('Down', 'Up')]
-        other = diffusers.UNet2DModel(
-            c['image_size'], c['in_channels'], c['out_channels'], block_out_channels=widths, layers_per_block=n,
-            down_block_types=['AttnDownBlock2D' if a else down for a in at],
-            up_block_types=['AttnUpBlock2D' if a else up for a in at[::-1]], downsample_type=how, upsample_type=how,
-            attention_head_dim=c['num_head_channels'], attn_norm_num_groups=32, norm_eps=1e-5, dropout=c['dropout'],
-            resnet_time_scale_shift='scale_shift' if c['use_scale_shift_norm'] else 'default', freq_shift=0,
-            flip_sin_to_cos=True, downsample_padding=1,
-            num_class_embeds=c['num_classes'] + 1 if c['num_classes'] else None)
-
-        def layer(source, target):
-            if f'{source}.in_layers.0.weight' not in old:                      # a convolution
-                return copy(f'{source}.op' if f'{source}.op.weight' in old else source, target)
-            for a, b in (('in_layers.0', 'norm1'), ('in_layers.2', 'conv1'), ('emb_layers.1', 'time_emb_proj'),
-                         ('out_layers.0', 'norm2'), ('out_layers.3', 'conv2'), ('skip_connection', 'conv_shortcut')):
-                copy(f'{source}.{a}', f'{target}.{b}')
-
-        def attention(source, target):
-            copy(source + '.norm', target + '.group_norm')
-            copy(source + '.qkv', target + '.', 'to_q', 'to_k', 'to_v')
-            copy(source + '.proj_out', target + '.to_out.0')
-        copy('time_embed.0', 'time_embedding.linear_1')
-        copy('time_embed.2', 'time_embedding.linear_2')
-        if c['num_classes']:                                                   # the null condition adds nothing
-            new['class_embedding.weight'] = F.pad(old['label_emb.weight'], (0, 0, 0, 1))
-        copy('input_blocks.0.0', 'conv_in')
-        copy('out.0', 'conv_norm_out')
-        copy('out.2', 'conv_out')
-        layer('middle_block.0', 'mid_block.resnets.0')
-        attention('middle_block.1', 'mid_block.attentions.0')
-        layer('middle_block.2', 'mid_block.resnets.1')
-        for i in range(len(widths)):
-            last = i == len(widths) - 1
-            for j in range(n + (not last)):
-                source = f'input_blocks.{1 + i * (n + 1) + j}'
-                part = f'resnets.{j}' if j < n else 'downsamplers.0' + '.conv' * (how == 'conv')
-                layer(source + '.0', f'down_blocks.{i}.{part}')
-                if j < n and at[i]:
-                    attention(source + '.1', f'down_blocks.{i}.attentions.{j}')
-            for j in range(n + 1):
-                source, target, a = f'output_blocks.{i * (n + 1) + j}', f'up_blocks.{i}.', at[::-1][i]
-                layer(source + '.0', f'{target}resnets.{j}')
-                if a:
-                    attention(source + '.1', f'{target}attentions.{j}')
-                if j == n and not last:
-                    source += '.2' if a else '.1'
-                    layer(source + '.conv' * (how == 'conv'), f'{target}upsamplers.0' + '.conv' * (how == 'conv'))
+def dit_to_diffusers(net):
+    """A DiT with classes as a DiTTransformer2DModel. Outputs agree within about 0.1 %: diffusers spaces the frequencies
+    of t by 127 steps where DiT's authors have 128. Raises UserError for a DiT without classes."""
+    c = net.config
+    if not c['num_classes']:
+        raise M.UserError('a DiTTransformer2DModel of diffusers has classes, this DiT has none')
+    other = diffusers.DiTTransformer2DModel(
+        c['num_heads'], c['hidden_size'] // c['num_heads'], c['in_channels'], net.out_channels, c['depth'],
+        sample_size=c['image_size'], patch_size=c['patch_size'], num_embeds_ada_norm=c['num_classes'],
+        norm_elementwise_affine=False, norm_eps=1e-6)
+    new = {}
+    copy = partial(copy_layer, net.state_dict(), new)
+    copy('x_embedder.proj', 'pos_embed.proj')
+    for i in range(c['depth']):
+        a, b = f'blocks.{i}.', f'transformer_blocks.{i}.'
+        copy('t_embedder.mlp.0', b + 'norm1.emb.timestep_embedder.linear_1')
+        copy('t_embedder.mlp.2', b + 'norm1.emb.timestep_embedder.linear_2')
+        copy('y_embedder.embedding_table', b + 'norm1.emb.class_embedder.embedding_table')
+        copy(a + 'adaLN_modulation.1', b + 'norm1.linear')
+        copy(a + 'attn.qkv', b + 'attn1.', ('to_q', 'to_k', 'to_v'))
+        copy(a + 'attn.proj', b + 'attn1.to_out.0')
+        copy(a + 'mlp.fc1', b + 'ff.net.0.proj')
+        copy(a + 'mlp.fc2', b + 'ff.net.2')
+    copy('final_layer.adaLN_modulation.1', 'proj_out_1')
+    copy('final_layer.linear', 'proj_out_2')
     other.load_state_dict(new, strict=True)
     return other.eval()
 
 
-# ---- check everything before any work starts ----
-try:
-    M.check_folder(out_dir)
+def unet_to_diffusers(net):
+    """A UNet as a UNet2DModel, with the same outputs. Raises UserError where that class does not fit: patch_size,
+    channel_mult[0] != 1, channels that are no multiples of 32, the old order of attention heads."""
+    c = net.config
+    old, new = net.state_dict(), {}
+    copy = partial(copy_layer, old, new)
+    widths = [int(mult * c['model_channels']) for mult in c['channel_mult']]
+    blocks = c['num_res_blocks']
+    if c['patch_size'] > 1 or c['channel_mult'][0] != 1 or any(w % 32 for w in widths) or c.get('time_scale', 1) != 1 \
+            or not c['use_new_attention_order'] or c['num_head_channels'] < 1:
+        raise M.UserError('UNet2DModel of diffusers has no patch_size, starts at model_channels, has groups of channels in '
+                          '32 and the new order of attention heads; this UNet is another')
+    attends = [c['image_size'] // 2 ** i in c['attention_resolutions'] for i in range(len(widths))]
+    if c['resblock_updown']:
+        how, down, up, conv = 'resnet', 'ResnetDownsampleBlock2D', 'ResnetUpsampleBlock2D', ''
+    else:
+        how, down, up, conv = 'conv', 'DownBlock2D', 'UpBlock2D', '.conv'
+    other = diffusers.UNet2DModel(
+        c['image_size'], c['in_channels'], c['out_channels'], block_out_channels=widths, layers_per_block=blocks,
+        down_block_types=['AttnDownBlock2D' if a else down for a in attends],
+        up_block_types=['AttnUpBlock2D' if a else up for a in attends[::-1]], downsample_type=how, upsample_type=how,
+        attention_head_dim=c['num_head_channels'], attn_norm_num_groups=32, norm_eps=1e-5, dropout=c['dropout'],
+        resnet_time_scale_shift='scale_shift' if c['use_scale_shift_norm'] else 'default', freq_shift=0,
+        flip_sin_to_cos=True, downsample_padding=1, num_class_embeds=c['num_classes'] + 1 if c['num_classes'] else None)
+
+    def layer(source, target):
+        if f'{source}.in_layers.0.weight' not in old:                  # a convolution
+            copy(f'{source}.op' if f'{source}.op.weight' in old else source, target)
+            return
+        for a, b in (('in_layers.0', 'norm1'), ('in_layers.2', 'conv1'), ('emb_layers.1', 'time_emb_proj'),
+                     ('out_layers.0', 'norm2'), ('out_layers.3', 'conv2'), ('skip_connection', 'conv_shortcut')):
+            copy(f'{source}.{a}', f'{target}.{b}')
+
+    def attention(source, target):
+        copy(source + '.norm', target + '.group_norm')
+        copy(source + '.qkv', target + '.', ('to_q', 'to_k', 'to_v'))
+        copy(source + '.proj_out', target + '.to_out.0')
+
+    copy('time_embed.0', 'time_embedding.linear_1')
+    copy('time_embed.2', 'time_embedding.linear_2')
+    if c['num_classes']:                                               # the null condition adds nothing
+        new['class_embedding.weight'] = F.pad(old['label_emb.weight'], (0, 0, 0, 1))
+    copy('input_blocks.0.0', 'conv_in')
+    copy('out.0', 'conv_norm_out')
+    copy('out.2', 'conv_out')
+    layer('middle_block.0', 'mid_block.resnets.0')
+    attention('middle_block.1', 'mid_block.attentions.0')
+    layer('middle_block.2', 'mid_block.resnets.1')
+    for i in range(len(widths)):
+        last = i == len(widths) - 1
+        for j in range(blocks):
+            source = f'input_blocks.{1 + i * (blocks + 1) + j}'
+            layer(source + '.0', f'down_blocks.{i}.resnets.{j}')
+            if attends[i]:
+                attention(source + '.1', f'down_blocks.{i}.attentions.{j}')
+        if not last:
+            layer(f'input_blocks.{(i + 1) * (blocks + 1)}.0', f'down_blocks.{i}.downsamplers.0{conv}')
+        target = f'up_blocks.{i}.'
+        for j in range(blocks + 1):
+            source = f'output_blocks.{i * (blocks + 1) + j}'
+            layer(source + '.0', f'{target}resnets.{j}')
+            if attends[::-1][i]:
+                attention(source + '.1', f'{target}attentions.{j}')
+        if not last:
+            source += '.2' if attends[::-1][i] else '.1'
+            layer(source + conv, f'{target}upsamplers.0{conv}')
+    other.load_state_dict(new, strict=True)
+    return other.eval()
+
+
+def to_diffusers(net):
+    """A network of ours as one of diffusers. Raises UserError where diffusers has none such."""
+    if isinstance(net, M.Pipeline):
+        return net.net
+    if isinstance(net, M.DiT):
+        return dit_to_diffusers(net)
+    if isinstance(net, M.UNet):
+        return unet_to_diffusers(net)
+    raise M.UserError(f'diffusers has no {type(net).__name__}; its weights are plain PyTorch, a state dict in safetensors')
+
+
+def make_scheduler(diffusion, sampling, theirs=None):
+    """The scheduler of diffusers for a process. `theirs`, the teacher's, is kept where it has the same betas, with the
+    student's prediction. `sampling`: what the student's file says of its steps; few-step students need DDIM's.
+    Raises UserError for a process that diffusers does not have."""
+    predictions = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}
+    flow = diffusion.config['schedule'] == 'flow'
+    if flow or diffusion.prediction not in predictions or theirs is not None and not hasattr(theirs, 'betas'):
+        if theirs is None or diffusion.prediction != 'flow' or theirs.config.get('shift') != diffusion.config['shift']:
+            raise M.UserError(f"diffusers samples {diffusion.prediction!r} on {diffusion.config['schedule']!r} by no "
+                              "scheduler but a flow's in the pipeline of its teacher")
+        return theirs
+    betas = M.betas_from_alpha_bar(diffusion.alpha_bar[:-1])
+    said = dict(num_train_timesteps=diffusion.T, trained_betas=betas.tolist(), clip_sample=diffusion.clip,
+                prediction_type=predictions[diffusion.prediction])
+    if sampling:
+        return diffusers.DDIMScheduler(timestep_spacing=sampling['spacing'], set_alpha_to_one=True, **said)
+    if theirs is not None:
+        same = len(theirs.betas) == len(betas) and torch.allclose(theirs.betas.double(), betas, atol=1e-6)
+        if same:
+            return theirs.from_config(theirs.config, prediction_type=said['prediction_type'])
+    variance = 'learned_range' if diffusion.learn_sigma else 'fixed_small'
+    own = diffusers.DDPMScheduler(variance_type=variance, **said)
+    return own if theirs is None else theirs.from_config(own.config)
+
+
+# ==== the folder, which appears as a whole ====
+if __name__ == '__main__':
     if os.path.isdir(out_dir) and os.listdir(out_dir):
-        raise ValueError(f'out_dir={out_dir} holds other things, which are not mixed with a pipeline: a new folder')
-    if not os.path.isfile(model):
-        raise ValueError(f'no file {model}')
-    net, diffusion = M.load_denoiser(model)
-    network = net.net if isinstance(net, M.Pipeline) else to_diffusers(net)
-    kind, spec = type(network).__name__, getattr(net, 'source', '')            # the teacher's pipeline, if it has one
+        raise M.UserError(f'out_dir={out_dir} holds other things, which are not mixed with a pipeline: a new folder')
+    net, diffusion = M.load_denoiser(model, **model_config)
+    network = to_diffusers(net)
+    kind = type(network).__name__
+    spec = getattr(net, 'source', '')                                  # the teacher's pipeline, if it has one
     root, parts = M.read_pipeline(spec) if spec else ('', {})
     name = next((k for k in ('unet', 'transformer') if (parts.get(k) or [0, 0])[1] == kind), '')
-    others, lost = {}, []                                                      # the teacher's parts; those not there
+    others, lost = {}, []                                              # the teacher's parts; those that are not there
+    theirs = None
     if name:
-        scheduler = M.load_part(spec, 'scheduler')
-        if not os.path.isdir(spec):                                            # a hub's, not all of which may be here
+        theirs = M.load_part(spec, 'scheduler')
+        if not os.path.isdir(spec):                                    # a hub's, not all of which may be here
             M.open_pipeline(spec, torch.float32, **{name: network})
-        others = {k: os.path.abspath(os.path.join(root, k)) for k, v in parts.items()
-                  if isinstance(v, list) and v[0] and k not in (name, 'scheduler')}
+        for k, v in parts.items():
+            if isinstance(v, list) and v[0] and k not in (name, 'scheduler'):
+                others[k] = os.path.abspath(os.path.join(root, k))
         lost = [k for k, path in others.items() if not os.path.isdir(path)]
         if set(lost) - set(M.UNUSED):
-            raise ValueError(f"{spec} lacks its {', '.join(lost)}")
-    predicts = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}.get(diffusion.prediction)
-    if not predicts or diffusion.config['schedule'] == 'flow' or name and not hasattr(scheduler, 'betas'):
-        if predicts or not name or scheduler.config.get('shift') != diffusion.config['shift']:
-            raise ValueError(f"{model}: diffusers samples {diffusion.prediction!r} on {diffusion.config['schedule']!r} "
-                             "by no scheduler but a flow's in the pipeline of its teacher")
-    else:
-        alpha_bar = diffusion.alpha_bar[:-1]
-        betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        own = diffusers.DDPMScheduler(                                         # by keywords: from_config forgets others
-            num_train_timesteps=diffusion.T, trained_betas=betas.tolist(), clip_sample=diffusion.clip,
-            variance_type='learned_range' if diffusion.learn_sigma else 'fixed_small')
-        scheduler = scheduler if name else own
-        theirs = scheduler.betas.double()
-        same = len(theirs) == len(betas) and torch.allclose(theirs, betas, atol=1e-6)    # or the pipeline has changed
-        scheduler = scheduler.from_config(scheduler.config if same else own.config, prediction_type=predicts)
-except (ValueError, RuntimeError, TypeError) as e:
-    M.die(e)
+            raise M.UserError(f"{spec} lacks its {', '.join(lost)}")
+    sampling = getattr(net, 'sampling', {})
+    scheduler = make_scheduler(diffusion, sampling, theirs)
+    # a pipeline of diffusers samples from the teacher's class, and from any UNet2DModel of pixels without condition
+    plain = kind == 'UNet2DModel' and not net.num_classes and not getattr(net, 'vae', None)
+    whole = bool(name) or plain
+    if not name:
+        name = 'unet' if kind.startswith('UNet') else 'transformer'
+        pipeline = 'DDIMPipeline' if sampling else 'DDPMPipeline'
+        parts = {'_class_name': pipeline, '_diffusers_version': diffusers.__version__, name: ['diffusers', kind]}
+    parts['scheduler'] = ['diffusers', type(scheduler).__name__]
 
-# ---- the folder, which appears as a whole ----
-whole = name or kind == 'UNet2DModel' and not net.num_classes and not M.has_vae(net)
-if not name:
-    name = 'unet' if kind.startswith('UNet') else 'transformer'
-    parts = {'_class_name': 'DDPMPipeline', '_diffusers_version': diffusers.__version__, name: ['diffusers', kind],
-             'scheduler': ['diffusers', 'DDPMScheduler']}
-target = os.path.realpath(out_dir)
-try:
+    target = os.path.realpath(out_dir)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.tmp-', dir=os.path.dirname(target)) as tmp:
         folder = os.path.join(tmp, 'pipeline')
@@ -180,11 +221,12 @@ try:
         for part in others.keys() - lost:
             (os.symlink if link else shutil.copytree)(others[part], os.path.join(folder, part))
         if whole:
+            more = {k: [None, None] for k in lost} | {'_guided': getattr(net, 'guided', False)}
             with open(os.path.join(folder, 'model_index.json'), 'w') as f:
-                more = {k: [None, None] for k in lost} | {'_guided': getattr(net, 'guided', False)}
                 f.write(json.dumps(parts | more, indent=2) + '\n')
         os.rename(folder, target)
-except Exception as e:                                                         # a full disk: safetensors' is no OSError
-    M.die(f'{out_dir} is not written: {M.first_line(e)}')
-print(f"{out_dir}: {parts['_class_name']}, for DiffusionPipeline.from_pretrained({out_dir!r})" if whole else
-      f'{out_dir}: {kind} and its scheduler alone, no pipeline of diffusers samples from such a network')
+    if whole:
+        few = f", num_inference_steps={sampling['steps']}" if sampling else ''
+        print(f"{out_dir}: {parts['_class_name']}, for DiffusionPipeline.from_pretrained({out_dir!r}){few}")
+    else:
+        print(f'{out_dir}: {kind} and its scheduler alone, no pipeline of diffusers samples from such a network')

@@ -5,10 +5,10 @@ BatchNorm statistics and its predictions (Qi et al. 2025, arXiv 2504.00870). A V
 what it reconstructs well.
 
     python synthesize.py                                          # MNIST digits from the bundled models, on a laptop
-    python synthesize.py config/synth_cifar10_sd15.py             # the paper's CIFAR-10, Stable Diffusion 1.5
-    torchrun --nproc_per_node=8 synthesize.py config/synth_cifar10_sd15.py
+    python synthesize.py config/synth_sd15.py             # the paper's CIFAR-10, Stable Diffusion 1.5
+    torchrun --nproc_per_node=8 synthesize.py config/synth_sd15.py
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 synthesize.py ...
-    python synthesize.py config/synth_cifar10_sd15.py --eta=0 --lca=none   # DM-KD, with the same prompts (Table I)
+    python synthesize.py config/synth_sd15.py --eta=0 --lca=none   # DM-KD, with the same prompts (Table I)
     python synthesize.py config/synth_mnist_deepinversion.py      # DeepInversion: no prior at all
     python synthesize.py config/synth_mnist_vae.py                # for a VAE, the bundled one
 
@@ -20,17 +20,15 @@ Memory: Stable Diffusion 1.5 at batch_size 16 in bfloat16 has 1.9 GB of weights,
 the U-Net alone, unguided, 2.7 GB. Computed by adding up the tensors alive at every operation, not measured on a GPU.
 """
 import os
-import time
 
 # teacher
 teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet, WRN or VGG,
-                             # torchvision:NAME, or vae:PATH (models.load_vae)
-teacher_source = ''          # where a missing teacher is to be had, for the message
+                             # torchvision:NAME, a Python file with load(), or vae:PATH (models.load_vae)
 teacher_config = {}          # what a state dict does not say: image_size, mean, std (models.load_classifier)
 student = ''                 # a distilled student: from then on L_adv counts
 # prior
-prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original checkpoint, a diffusers folder or hub id;
-                             # 'none' is DeepInversion
+prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original checkpoint, a diffusers folder or hub id, a
+                             # Python file with load(); 'none' is DeepInversion
 prior_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 guidance = 1.0               # scale s of classifier-free guidance, Eq. (3); 1 is none
 prompt = 'a realistic photo' # text priors: followed by a random subject and style
@@ -69,15 +67,16 @@ grad_batch = 100             # walks at once in the decoder, and in the denoiser
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
-_ranges = {                  # what configurator.py does not know of itself
-    'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t'), 'bn_loss': ('l2', 'kl'), 'ddim_eta': (0, 1),
-    'lca': ('cutmix', 'mixup', 'traditional', 'none'), 'tau': (1e-30, 1e30), 'lr': (1e-30, 1e30), 'jitter': (0, 1000),
-    'image_size': (0, 4096), 'steps': (1, 10 ** 6)}
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
-config = {k: globals()[k] for k in _defaults}
+_ranges = {                  # allowed words that the defaults do not show
+    'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t'), 'bn_loss': ('l2', 'kl'),
+    'lca': ('cutmix', 'mixup', 'traditional', 'none'), 'dtype': ('auto', 'bfloat16', 'float32')}
+if __name__ == '__main__':
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
+import contextlib
 import json
-import math
+import shlex
+import time
 from functools import partial
 
 import numpy as np
@@ -107,7 +106,8 @@ NAMES = {
         television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""",
     'faces': "woman's_face man's_face"}
 
-# ---- the method ----
+
+# ==== the method ====
 #   x_t ~ N(0, 1), labels y at random
 #   for t from T-1 down:
 #       out = prior(x_t, t), guided                                                                Eqs. (2), (3)
@@ -117,157 +117,136 @@ NAMES = {
 #       every lca_every steps: boxes of x_t are exchanged between the walks                        Eq. (11)
 #       x_t <- the prior's next                                                                    Eq. (5)
 #   the last x_0s, decoded, and y are training images of the teacher's student
-def bn_distance():
-    """L_bn, Eq. (6): how far the batch's statistics are from those of the teacher's training, summed over layers."""
-    total = torch.zeros((), device=device)
-    for m, x in seen.items():
+class BatchNormInputs:
+    """The input of every BatchNorm2d of a network, noted as it passes: `inputs`, {layer: (B, C, h, w)}."""
+
+    def __init__(self, net):
+        self.inputs = {}
+        self.layers = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self.note)
+
+    def note(self, layer, args):
+        self.inputs[layer] = args[0]
+
+
+def bn_distance(inputs, kind='l2'):
+    """L_bn, Eq. (6): how far a batch's statistics are from those of the teacher's training, summed over layers. `inputs`
+    is {layer: (B, C, h, w)}; 'l2' is the distance of the means and of the variances, 'kl' that of the Gaussians."""
+    total = 0.
+    for layer, x in inputs.items():
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        if bn_loss == 'l2':
-            total += (mean - m.running_mean).norm() + (var - m.running_var).norm()
-        else:                                                                  # KL of two Gaussians, per channel
-            ratio = (var + m.eps) / (m.running_var + m.eps)
-            total += 0.5 * (ratio + (mean - m.running_mean) ** 2 / (m.running_var + m.eps) - 1 - ratio.log()).sum()
-    seen.clear()
+        if kind == 'l2':
+            total = total + (mean - layer.running_mean).norm() + (var - layer.running_var).norm()
+        else:
+            expected = layer.running_var + layer.eps
+            ratio = (var + layer.eps) / expected
+            total = total + 0.5 * (ratio + (mean - layer.running_mean) ** 2 / expected - 1 - ratio.log()).sum()
     return total
 
 
-def inversion_losses(images, y):
-    """L_inv, Eq. (9), of a batch of images that are to have the labels y, and a dict of its terms: L_bn, L_cls and
-    L_adv, Eqs. (6)-(8); of a VAE the KL of its posterior and the error of its reconstruction."""
-    x = as_input(images)
-    if vae:
-        seen = net_T.encode(x)
-        out, q, p = net_T.decode([torch.zeros_like(mean) for mean, _ in seen], seen)
-        terms = {'kl': sum(M.gaussian_kl(a, b).mean() for a, b in zip(q, p)) / x[0].numel(),
-                 'mse': F.mse_loss(out[:, :channels], x)}
-        if not alpha:                                                          # AutoencoderTiny has no posterior
-            terms['kl'] = torch.zeros((), device=device)
+def inversion_loss(teacher, x, y, noted, weights, student=None, tau=4., bn_kind='l2'):
+    """(L_inv, its terms), Eqs. (6)-(9): how little a batch x (B, C, H, W), as the teacher wants it, looks like the
+    teacher's training images of the classes y (B,).
+
+    noted: the teacher's BatchNormInputs. weights: (alpha, beta, gamma). student: one that disagrees is wanted, Eq. (8).
+    """
+    alpha, beta, gamma = weights
+    logits = teacher(x)
+    terms = {'bn': bn_distance(noted.inputs, bn_kind) + torch.zeros((), device=x.device)}          # Eq. (6)
+    terms['cls'] = F.cross_entropy(logits, y)                                                      # Eq. (7)
+    loss = alpha * terms['bn'] + beta * terms['cls']
+    if student is not None:
+        log_p = F.log_softmax(student(x) / tau, 1)
+        terms['adv'] = -F.kl_div(log_p, F.log_softmax(logits / tau, 1), log_target=True, reduction='batchmean')  # Eq. (8)
+        loss = loss + gamma * terms['adv']
+    return loss, terms
+
+
+def vae_inversion_loss(vae, x, weights):
+    """(loss, its terms) of a batch x (B, C, H, W) in [0, 1] for a VAE as the teacher (the slides): the KL of its posterior
+    from its prior in nats per pixel, and the mean squared error of its reconstruction."""
+    alpha, beta, _ = weights
+    seen = vae.encode(x)
+    out, q, p = vae.decode([torch.zeros_like(mean) for mean, _ in seen], seen)
+    terms = {'kl': torch.zeros((), device=x.device)}
+    if alpha:                                                          # AutoencoderTiny has no posterior
+        terms['kl'] = sum(M.gaussian_kl(a, b).mean() for a, b in zip(q, p)) / x[0].numel()
+    terms['mse'] = F.mse_loss(out[:, :x.shape[1]], x)
+    return alpha * terms['kl'] + beta * terms['mse'], terms
+
+
+def move(x_t, x0, out, grad, t, diffusion, edit, eta):
+    """Eq. (10): (x_t, x_0, out) moved down the gradient of the loss, so that `out` still means x_0.
+
+    edit = 'paper': x_t <- x_t - eta grad, the gradient with respect to x_t. The network is asked once, so Eq. (4) gives
+    the x_0 of the new x_t with the eps of the old one. 'x0' and 'x_t': as in classifier guidance the step shrinks with
+    the noise, so that the prior repairs what it breaks; a move of x_0, and a_t times that of x_t, leave eps what it was.
+    """
+    a_t, b_t = (v.to(x_t) for v in diffusion.ab(t, x_t))
+    C = x_t.shape[1]
+    if edit == 'paper':
+        x0 = diffusion.predict_x0(out, x_t, t, clip=False) - eta / a_t * grad
+        x_t = x_t - eta * grad
     else:
-        logits = net_T(x)
-        terms = {'bn': bn_distance(), 'cls': F.cross_entropy(logits, y)}
-        if net_S:
-            terms['adv'] = -F.kl_div(F.log_softmax(net_S(x) / tau, 1), F.log_softmax(logits / tau, 1), log_target=True,
-                                     reduction='batchmean')
-    loss = sum(weight * term for weight, term in zip((alpha, beta, gamma), terms.values()))
-    return loss, {'loss': loss.detach()} | {k: v.detach() for k, v in terms.items()}
+        step = eta * b_t ** 2 * len(x_t) * grad                        # len: of each image's own loss
+        x0 = x0.detach() - step
+        x_t = x_t - a_t * step
+    if diffusion.clip:
+        x0 = x0.clamp(-1, 1)
+    return x_t, x0, torch.cat([diffusion.target(x0, x_t, t, diffusion.prediction), out[:, C:]], dim=1)
 
 
-def denoise(x_t, t, y=None):
-    return M.guided(net, x_t, t, y, guidance).float()                          # Eqs. (2), (3)
+def augment(x_t, out, other, r, kind='cutmix'):
+    """Latent augmentation, Eq. (11), with four random numbers r (4, B, 1) a walk; `other` (B,) is the walk to mix with.
+    The network's output is treated like x_t, so that the step that follows needs no further evaluation.
 
-
-def augment(x_t, out, other, r):
-    """Latent augmentation, Eq. (11), with four random numbers r (4, B, 1) a walk. CutMix: a box of every walk, at most
-    half as high and wide, comes from another walk. The network's output is treated like x_t, so that the step that
-    follows needs no further evaluation."""
-    H, W = x_t.shape[2:]
-    if lca == 'traditional':                                                   # by up to an eighth; mirrored or not
-        rows, cols = ((torch.arange(n, device=device) + ((2 * u - 1) * n / 8).round().long()).clamp(0, n - 1)
-                      for n, u in zip((H, W), r))
+    'cutmix': a box of every walk, at most half as high and wide, comes from the other. 'mixup': a mean of both.
+    'traditional': flips, and shifts by up to an eighth.
+    """
+    B, _, H, W = x_t.shape
+    device = x_t.device
+    if kind == 'traditional':
+        index = []
+        for n, u in zip((H, W), r):
+            shift = ((2 * u - 1) * n / 8).round().long()
+            index.append((torch.arange(n, device=device) + shift).clamp(0, n - 1))
+        rows, cols = index
         cols = torch.where(r[2] < 0.5, cols.flip(1), cols)
-        place = torch.arange(batch_size, device=device)[:, None, None], slice(None), rows[:, :, None], cols[:, None]
-        return tuple(v[place].permute(0, 3, 1, 2) for v in (x_t, out))
-    if lca == 'mixup':
+        batch = torch.arange(B, device=device)[:, None, None]
+        place = batch, slice(None), rows[:, :, None], cols[:, None]
+        return x_t[place].permute(0, 3, 1, 2), out[place].permute(0, 3, 1, 2)
+    if kind == 'mixup':
         mask = r[0].view(-1, 1, 1, 1) / 2
     else:
-        low = r[2:] * (1 - r[:2] / 2)                                          # corners and sizes: inside the image
-        rows, cols = ((at >= a) & (at < a + size / 2) for at, a, size in
-                      zip([torch.arange(n, device=device) / n for n in (H, W)], low, r))
-        mask = (rows[:, None, :, None] & cols[:, None, None, :]).float()
+        inside = []                                                    # corners and sizes: the box is inside the image
+        for n, size, corner in zip((H, W), r[:2] / 2, r[2:]):
+            at = torch.arange(n, device=device) / n
+            low = corner * (1 - size)
+            inside.append((at >= low) & (at < low + size))
+        mask = (inside[0][:, None, :, None] & inside[1][:, None, None, :]).float()
     return torch.lerp(x_t, x_t[other], mask), torch.lerp(out, out[other], mask)
 
 
-def synthesize(shard):
-    """One shard: batch_size walks from noise. The kept images in [-1, 1], the labels, the losses as [(t, dict)]."""
-    # all draws are made on the CPU, so that they are the same on every device, and sent there at once
-    g = torch.Generator().manual_seed(seed * 1_000_000 + shard)
-    x_t, noise = torch.randn(shape, generator=g).to(device), torch.randn(steps, *shape, generator=g).to(device)
-    others = torch.stack([torch.randperm(batch_size, generator=g) for _ in times]).to(device)
-    boxes = torch.rand(steps, 4, batch_size, 1, generator=g).to(device)
-    y, cond = (shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes, []
-    if text and class_names:
-        cond = [y * len(STYLES) + torch.randint(len(STYLES), (batch_size,), generator=g)]
-    elif net.num_classes:                                                      # the prior's own classes, or any prompt
-        cond = [y if net.num_classes == num_classes else torch.randint(net.num_classes, (batch_size,), generator=g)]
-    y, cond = y.to(device), [c.to(device) for c in cond]
-    guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
-    kept, rows = [], []
-    for i, (t, s) in enumerate(zip(times, [*times[1:], -1])):
-        tt = torch.full((batch_size,), t, device=device)
-        x_t.requires_grad_(guiding and edit != 'x0')
-        with torch.set_grad_enabled(x_t.requires_grad), autocast:
-            out = in_slices(denoise, x_t, tt, *cond) if x_t.requires_grad else denoise(x_t, tt, *cond)
-        x0 = diffusion.predict_x0(out, x_t, t)                                 # Eq. (4)
-
-        if guiding:
-            point = x0.requires_grad_() if edit == 'x0' else x_t
-            with autocast:
-                images = in_slices(lambda z: as_kept(M.decode(net, z)), x0)
-            loss, terms = inversion_losses(images, y)                          # Eqs. (6)-(9)
-            rows.append((t, terms))
-            grad, = torch.autograd.grad(loss, point)
-            a_t, b_t = (v.to(x_t) for v in diffusion.ab(t, x_t))
-            x_t, out = x_t.detach(), out.detach()
-            if edit == 'paper':
-                # the network is asked once, so Eq. (4) gives the x_0 of the new z_t with the eps of the old one
-                x0 = diffusion.predict_x0(out, x_t, t, clip=False) - eta / a_t * grad
-                x_t = x_t - eta * grad                                         # Eq. (10)
-            else:
-                # as in classifier guidance the step shrinks with the noise, so that the prior repairs what it breaks; a
-                # move of x_0, and a_t times that of x_t, leave the predicted eps what it was
-                move = eta * b_t ** 2 * batch_size * grad                      # batch_size: of each image's own loss
-                x0, x_t = x0.detach() - move, x_t - a_t * move
-            x0 = x0.clamp(-1, 1) if diffusion.clip else x0
-            out = torch.cat([diffusion.target(x0, x_t, t, diffusion.prediction), out[:, shape[1]:]], dim=1)
-
-        if t in kept_times:
-            with torch.no_grad():
-                with autocast:
-                    kept.append(in_slices(lambda z: as_kept(M.decode(net, z)), x0))
-                if not guiding:
-                    rows.append((t, inversion_losses(kept[-1], y)[1]))
-        if lca != 'none' and (i + 1) % lca_every == 0 and steps - 1 - i >= lca_every:   # time for repair is left
-            x_t, out = augment(x_t, out, others[i], boxes[i])                  # Eq. (11)
-        if sampler == 'ddpm':
-            x_t = diffusion.ddpm_step(out, x_t, t, s, noise[i])                # in the place of Eq. (5): ancestral
-        elif sampler == 'ddim':
-            x_t = diffusion.ddim_step(out, x_t, t, s, ddim_eta, noise[i])
-        else:
-            x_t = diffusion.q_sample(diffusion.predict_x0(out, x_t, t), s, noise[i])   # Eq. (5)
-    return kept, y, rows
+def prior_step(x_t, out, t, s, noise, diffusion, sampler, ddim_eta=0.):
+    """Eq. (5): x_t -> x_s by the prior's own output, ancestral ('ddpm'), 'ddim', or by fresh noise ('renoise', as
+    printed)."""
+    if sampler == 'ddpm':
+        return diffusion.ddpm_step(out, x_t, t, s, noise)
+    if sampler == 'ddim':
+        return diffusion.ddim_step(out, x_t, t, s, ddim_eta, noise)
+    return diffusion.q_sample(diffusion.predict_x0(out, x_t, t), s, noise)
 
 
-def deep_inversion(shard):
-    """The same without a prior: pixels that start as noise (Yin et al. 2020)."""
-    g = torch.Generator().manual_seed(seed * 1_000_000 + shard)
-    x = torch.randn(shape, generator=g).clamp(-1, 1).to(device).requires_grad_()
-    y = ((shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes).to(device)
-    opt = torch.optim.Adam([x], lr)
-    kept, rows = [], []
-    for i, t in enumerate(times):
-        shift = torch.randint(-jitter, jitter + 1, (2,), generator=g).tolist()
-        mirrored = x.flip(3) if flip and torch.rand((), generator=g) < 0.5 else x
-        loss, terms = inversion_losses(torch.roll(mirrored, shift, (2, 3)), y)
-        rows.append((t, terms))
-        x.grad, = torch.autograd.grad(loss + tv * (x.diff(dim=2).square().mean() + x.diff(dim=3).square().mean())
-                                      + l2 * x.square().mean(), x)
-        opt.step()
-        with torch.no_grad():
-            x.clamp_(-1, 1)
-        if t in kept_times:
-            kept.append(x.detach().clone())
-    return kept, y, rows
-
-
-def in_slices(fn, *rows):
-    """fn of a few walks at a time; where a gradient is wanted, what it needs is made again instead of being kept."""
-    if grad_batch >= batch_size:
+def in_slices(fn, n, *rows):
+    """fn of n walks at a time; where a gradient is wanted, what it needs is made again instead of being kept."""
+    if n >= len(rows[0]):
         return fn(*rows)
     run = partial(checkpoint, fn, use_reentrant=False) if torch.is_grad_enabled() else fn
-    return torch.cat([run(*part) for part in zip(*(r.split(grad_batch) for r in rows))])
+    return torch.cat([run(*part) for part in zip(*(r.split(n) for r in rows))])
 
 
-def as_kept(images):
+def as_kept(images, channels, image_size):
     """Images of the prior as they are kept: in [-1, 1], with the teacher's channels, image_size a side."""
     images = images.clamp(-1, 1)
     if images.shape[1] != channels:
@@ -275,123 +254,241 @@ def as_kept(images):
     return M.resize(images, image_size)
 
 
-def as_input(images):
-    """Images of the prior as the teacher wants them."""
-    return (as_kept(images) + 1) / 2 if vae else M.preprocess(net_T, as_kept(images))
+def synthesize(prior, diffusion, images_of, loss_of, draws, y, cond, times, kept_times,
+               autocast=contextlib.nullcontext(), guiding=True, edit='x0', eta=3., lca='cutmix', lca_every=8,
+               sampler='ddpm', ddim_eta=0., grad_batch=100):
+    """One batch of walks from noise: (kept images in [-1, 1], a list of (B, C, H, W); losses, a list of (t, terms)).
+
+    prior(x_t, t, *cond): the guided output. images_of(x_0): decoded, as they are kept. loss_of(images, y): (loss, terms).
+    draws: the noise of the start (B, C, H, W) and of every step, the partners and random numbers of the augmentation.
+    times: the walk's timesteps, from noise to image; at kept_times the predicted x_0 is kept. The rest are settings.
+    """
+    x_t, noise, partners, numbers = draws
+    kept, rows = [], []
+    wants_grad = guiding and edit != 'x0'                              # through the denoiser
+    for i, (t, s) in enumerate(zip(times, [*times[1:], -1])):
+        tt = torch.full((len(x_t),), t, device=x_t.device)
+        x_t.requires_grad_(wants_grad)
+        with torch.set_grad_enabled(wants_grad), autocast:
+            out = in_slices(prior, grad_batch if wants_grad else len(x_t), x_t, tt, *cond)         # Eqs. (2), (3)
+        x0 = diffusion.predict_x0(out, x_t, t)                                                     # Eq. (4)
+
+        if guiding:
+            point = x_t if wants_grad else x0.requires_grad_()
+            with autocast:
+                images = in_slices(images_of, grad_batch, x0)
+            loss, terms = loss_of(images, y)                                                       # Eqs. (6)-(9)
+            rows.append((t, {'loss': loss.detach()} | {k: v.detach() for k, v in terms.items()}))
+            grad, = torch.autograd.grad(loss, point)
+            x_t, x0, out = move(x_t.detach(), x0, out.detach(), grad, t, diffusion, edit, eta)     # Eq. (10)
+
+        if t in kept_times:
+            with torch.no_grad():
+                with autocast:
+                    kept.append(in_slices(images_of, grad_batch, x0))
+                if not guiding:
+                    loss, terms = loss_of(kept[-1], y)
+                    rows.append((t, {'loss': loss} | terms))
+        last = len(times) - 1
+        if lca != 'none' and (i + 1) % lca_every == 0 and last - i >= lca_every:                   # time for repair is left
+            x_t, out = augment(x_t, out, partners[i], numbers[i], lca)                             # Eq. (11)
+        x_t = prior_step(x_t, out, t, s, noise[i], diffusion, sampler, ddim_eta)                   # Eq. (5)
+    return kept, rows
 
 
-# ---- check everything before any work starts ----
-for wrong, message in [
-        ((keep - 1) * keep_every >= steps,
-         f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'),
-        (prior == 'none' and (class_names != '' or guidance != 1 or prior_config),
-         'class_names, guidance and prior_config are for a prior, --prior=none has none'),
-        (prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
-         f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none')]:
-    if wrong:
-        M.die(message)
-device, autocast, rank, world = M.start(device, dtype, seed)
+def deep_inversion(noise, loss_of, y, times, kept_times, generator, lr=0.1, tv=0., l2=0., jitter=2, flip=False):
+    """The same without a prior (Yin et al. 2020): pixels that start as noise (B, C, H, W), optimised by Adam."""
+    x = noise.clamp(-1, 1).requires_grad_()
+    opt = torch.optim.Adam([x], lr)
+    kept, rows = [], []
+    for t in times:
+        shift = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
+        seen = x.flip(3) if flip and torch.rand((), generator=generator) < 0.5 else x
+        loss, terms = loss_of(torch.roll(seen, shift, (2, 3)), y)
+        rows.append((t, {'loss': loss.detach()} | {k: v.detach() for k, v in terms.items()}))
+        variation = x.diff(dim=2).square().mean() + x.diff(dim=3).square().mean()
+        x.grad, = torch.autograd.grad(loss + tv * variation + l2 * x.square().mean(), x)
+        opt.step()
+        with torch.no_grad():
+            x.clamp_(-1, 1)
+        if t in kept_times:
+            kept.append(x.detach().clone())
+    return kept, rows
 
-try:
+
+def read_prompts(prompt, class_names):
+    """(texts, names): `prompt` with every subject (the class names, or random ones) in every style; names of the classes,
+    [] where class_names is ''."""
+    names = []
+    if class_names in NAMES:
+        names = NAMES[class_names].split()
+    elif class_names:
+        names = M.read_lines(class_names)
+    subjects = [f"a {name.replace('_', ' ')}" for name in names] or SUBJECTS
+    texts = []
+    for subject in subjects:
+        texts += [f'{prompt} of {subject}, {style}' for style in STYLES]
+    return texts, names
+
+
+# ==== set-up ====
+if __name__ == '__main__':
+    config = {k: globals()[k] for k in _defaults}
+    for wrong, message in [
+            (steps < 1 or (keep - 1) * keep_every >= steps,
+             f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'),
+            (min(keep, keep_every, batch_size, lca_every, num_images, grad_batch) < 1,
+             'keep, keep_every, lca_every, batch_size, grad_batch and num_images are above 0'),
+            (prior == 'none' and (class_names != '' or guidance != 1 or prior_config),
+             'class_names, guidance and prior_config are for a prior, --prior=none has none'),
+            (prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
+             f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none')]:
+        if wrong:
+            raise M.UserError(message)
+    device, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    compute_dtype = M.pick_dtype(device, dtype)
+
+    # ---- teacher ----
     vae = teacher.startswith('vae:')
-    net_T = M.load_vae(teacher[4:]) if vae else M.load_classifier(teacher, **teacher_config)
-    net_S = M.load_classifier(student, **{} if M.class_in(student) else teacher_config) if student else None
     if vae and (student or teacher_config):
-        raise ValueError(f'student={student} and teacher_config are for classifiers, there is no L_adv of a VAE')
+        raise M.UserError('student and teacher_config are for classifiers, a VAE has no L_adv')
+    net_T = M.load_vae(teacher[4:]) if vae else M.load_classifier(teacher, **teacher_config)
+    net_S = None
+    if student:
+        net_S = M.load_classifier(student, **teacher_config if M.is_plain(student) else {})
+        if net_S.num_classes != net_T.num_classes:
+            raise M.UserError(f'{student} has {net_S.num_classes} classes, the teacher {net_T.num_classes}')
     digests = {'teacher_digest': M.digest(net_T), 'student_digest': M.digest(net_S) if student else ''}
-    net_T, net_S = net_T.to(device), net_S.to(device) if student else None
-    num_classes, channels = net_T.config.get('num_classes', 1), net_T.config.get('in_channels', 3)
-    image_size = image_size or net_T.config.get('image_size', 0)
-    norms = [] if vae else [m for m in net_T.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    if alpha and net_T.config['class'] == 'AutoencoderTiny':
-        raise ValueError(f'{teacher} has no posterior, so alpha={alpha} has nothing to weigh: --alpha=0')
-    if alpha and not norms and not vae:
-        raise ValueError(f'{teacher} has no BatchNorm, so alpha={alpha} has nothing to compare: --alpha=0')
-    if student and net_S.config['num_classes'] != num_classes:
-        raise ValueError(f"{student} has {net_S.config['num_classes']} classes, the teacher {num_classes}")
-    net, diffusion, text, times = None, None, False, list(range(steps))[::-1]
+    net_T = net_T.to(device)
+    net_S = net_S.to(device) if student else None
+    num_classes = 1 if vae else net_T.num_classes
+    channels = net_T.in_channels
+    image_size = image_size or net_T.image_size
+    noted = BatchNormInputs(net_T)
+    if alpha and not vae and not noted.layers:
+        raise M.UserError(f'{teacher} has no BatchNorm, so alpha={alpha} has nothing to compare: --alpha=0')
+    if alpha and vae and 'Tiny' in str(M.description(net_T).get('class')):
+        raise M.UserError(f'{teacher} has no posterior, so alpha={alpha} has nothing to weigh: --alpha=0')
+
+    # ---- prior ----
+    net = diffusion = None
+    text = False
+    times = list(range(steps))[::-1]
     if prior != 'none':
-        net, diffusion = M.load_denoiser(prior, M.pick_dtype(device, dtype), **prior_config)
+        net, diffusion = M.load_denoiser(prior, compute_dtype, **prior_config)
         net = net.to(device, memory_format=M.memory_format(device))
         text = getattr(net, 'condition', '') == 'text'
         times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
         if guidance != 1 and not (text or net.num_classes):
-            raise ValueError(f'guidance={guidance}: {prior} has no condition to be guided to')
+            raise M.UserError(f'guidance={guidance}: {prior} has no condition to be guided to')
     if class_names and not text:
-        raise ValueError(f'class_names={class_names}: {prior} takes no text')
+        raise M.UserError(f'class_names={class_names}: {prior} takes no text')
     if text:
-        names = NAMES[class_names].split() if class_names in NAMES else []
-        if class_names and not names:
-            names = M.read_lines(class_names, f"class_names={class_names}: {', '.join(NAMES)}, or a file of names")
-        num_classes = len(names) if vae and names else num_classes
-        if class_names and len(names) != num_classes:
-            raise ValueError(f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes')
-        subjects = [f"a {n.replace('_', ' ')}" for n in names] or SUBJECTS
-        net.set_prompts([f'{prompt} of {subject}, {style}' for subject in subjects for style in STYLES])
-    side = net.config['image_size'] if net else image_size or 32
-    shape = batch_size, net.config['in_channels'] if net else channels, side, side
-    if 4 * steps * math.prod(shape) > M.free_memory(device):
-        raise ValueError(f'batch_size={batch_size}: the noise of {steps} steps does not fit into memory')
+        texts, names = read_prompts(prompt, class_names)
+        if vae and names:
+            num_classes = len(names)
+        if names and len(names) != num_classes:
+            raise M.UserError(f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes')
+        net.set_prompts(texts)
+    side = net.image_size if net else image_size or 32
+    shape = batch_size, net.in_channels if net else channels, side, side
+    if not image_size:                                                 # a teacher of any size: as large as the images are
+        image_size = M.decode(net, torch.zeros(1, *shape[1:], device=device)).shape[-1]
+    kept_times = times[-1 - (keep - 1) * keep_every::keep_every]
 
-    with torch.no_grad(), M.explained(f'{teacher} cannot take the images of {prior} at its image_size='
-                                      f"{net_T.config.get('image_size')} (teacher_config has one)"):
-        x = M.decode(net, torch.zeros(1, *shape[1:], device=device))
-        image_size = image_size or x.shape[-1]
-        x = as_input(x)
-        net_T.encode(x) if vae else net_T(x)
-    kept_times, shards = times[-1 - (keep - 1) * keep_every::keep_every], -(-num_images // (batch_size * keep))
-    volatile = 'num_images', 'out_dir', 'device', 'grad_batch'
-    settings = json.dumps({k: v for k, v in config.items() if k not in volatile}
-                          | digests | {'world': world}, sort_keys=True)
-    M.check_folder(out_dir)
+    def denoise(x_t, t, y=None):
+        return M.guided(net, x_t, t, y, guidance).float()              # Eqs. (2), (3)
+
+    def images_of(z):
+        return as_kept(M.decode(net, z), channels, image_size)
+
+    def loss_of(images, y):
+        images = as_kept(images, channels, image_size)
+        if vae:
+            return vae_inversion_loss(net_T, (images + 1) / 2, (alpha, beta, gamma))
+        return inversion_loss(net_T, M.preprocess(net_T, images), y, noted, (alpha, beta, gamma), net_S, tau, bn_loss)
+
+    def make_shard(shard):
+        """(kept images, labels, losses) of batch_size walks. All draws are made on the CPU, so that they are the same on
+        every device."""
+        g = torch.Generator().manual_seed(seed * 1_000_000 + shard)
+        x_t = torch.randn(shape, generator=g)
+        if net is None:
+            y = (shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes
+            kept, rows = deep_inversion(x_t.to(device), loss_of, y.to(device), times, kept_times, g, lr, tv, l2, jitter, flip)
+            return kept, y, rows
+        noise = torch.randn(steps, *shape, generator=g)
+        partners = torch.stack([torch.randperm(batch_size, generator=g) for _ in times])
+        numbers = torch.rand(steps, 4, batch_size, 1, generator=g)
+        y = (shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes
+        cond = []
+        if text and class_names:
+            cond = [y * len(STYLES) + torch.randint(len(STYLES), (batch_size,), generator=g)]
+        elif net.num_classes == num_classes:                           # the prior's own classes
+            cond = [y]
+        elif net.num_classes:                                          # any of them, or any prompt
+            cond = [torch.randint(net.num_classes, (batch_size,), generator=g)]
+        draws = [v.to(device) for v in (x_t, noise, partners, numbers)]
+        guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
+        kept, rows = synthesize(denoise, diffusion, images_of, loss_of, draws, y.to(device), [c.to(device) for c in cond],
+                                times, kept_times, autocast, guiding, edit, eta, lca, lca_every, sampler, ddim_eta,
+                                grad_batch)
+        return kept, y, rows
+
+    # ---- what is to be made; what is there already was made with the same settings ----
+    volatile = ('num_images', 'out_dir', 'device', 'grad_batch')
+    settings = {k: v for k, v in config.items() if k not in volatile} | digests | {'world': world}
+    settings = json.dumps(settings, sort_keys=True)
+    shards = -(-num_images // (batch_size * keep))
     todo = []
     for shard in range(rank, shards, world):
         path = os.path.join(out_dir, f'images_{rank:04d}_{shard // world:05d}.npz')
         if not os.path.exists(path):
             todo.append((shard, path))
-        elif str(M.read_npz(path).get('settings')) != settings:
-            raise ValueError(f'{path} was made with other settings: another --out_dir, or those of the first run')
-except (ValueError, RuntimeError, TypeError) as e:
-    missing = teacher_source and not os.path.exists(teacher.removeprefix('vae:'))
-    M.die(f'{e}; get {teacher_source}' if missing else str(e))
+            continue
+        with np.load(path, allow_pickle=False) as made:
+            if str(made['settings']) != settings:
+                raise M.UserError(f'{path} was made with other settings: another --out_dir, or those of the first run')
+    M.lock_out_dir(out_dir, rank)
+    if rank == 0:
+        log = M.Log(os.path.join(out_dir, 'log.csv'), todo[0][0] * steps if todo else shards * steps)
+        n = shards * batch_size
+        print(f'teacher {teacher}, prior {prior}; {n * keep:,} images of {image_size}x{image_size} from {n:,} walks of '
+              f'{steps} steps, in {shards} shards on {world} x {device.type}')
+        if world == 1 and len(todo) < shards:
+            print(f'{shards - len(todo)} of the shards were made before')
 
-# the input of every BatchNorm of the teacher, noted as it passes
-seen = {}
-for m in norms:
-    m.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0]))
-
-# ---- the loop ----
-M.claim(out_dir, rank)
-log = M.Log(os.path.join(out_dir, 'log.csv'), todo[0][0] * steps if todo else shards * steps) if rank == 0 else None
-if rank == 0:
-    print(f'teacher {teacher}, prior {prior}; {shards * batch_size * keep:,} images of {image_size}x{image_size} from '
-          f'{shards * batch_size:,} walks of {steps} steps, in {shards} shards on {world} x {device.type}'
-          + (f', {shards - len(todo)} of them made before' if world == 1 and len(todo) < shards else ''))
-t0 = time.time()
-for shard, path in (bar := tqdm(todo, disable=rank > 0, unit='shard')):
-    images, y, rows = (synthesize if net else deep_inversion)(shard)
-    if not torch.stack([x.isfinite().all() for x in images]).all():
-        bar.close()
-        M.die(f'the images of shard {shard} are not finite and are not kept: a smaller --eta, or --lr')
-    images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()  # here the host waits
-    values, y = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist(), y.cpu()
-    for (t, terms), v in zip(rows, values if log else []):
-        log(step=shard * steps + times.index(t) + 1, t=t, **dict(zip(terms, v)))
-    arrays = {'arr_0': images.numpy(), 'settings': np.array(settings)}
-    if not vae:
-        arrays['arr_1'] = y.repeat(keep).numpy()
-    arrays['t'] = np.repeat(kept_times, batch_size)
-    if shard == 0:                                                             # first: a kill leaves both to be made
-        count = torch.bincount(y)
-        classes = count.nonzero()[:20, 0]
-        columns = min(10, count[classes].min().item())
-        last = M.to_float(images[-batch_size:].permute(0, 3, 1, 2))
-        rows = torch.cat([last[y == c][:100 if vae else columns] for c in classes])
-        M.save_grid(os.path.join(out_dir, 'preview.png'), [rows], columns)
-    M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
-M.largest()                                                                    # all are done
-if rank == 0:
-    print(f'{out_dir}: {shards} shards, {time.time() - t0:.0f} s; pictures: {out_dir}/preview.png')
-    print('distil: python ' + (f'distill_vae.py --method=synthetic --data={out_dir} --teacher={teacher[4:]}' if vae else
-                               f'distill_classifier.py --data={out_dir} --teacher={teacher}'))
-M.leave()
+    # ==== the loop ====
+    start = time.time()
+    for shard, path in (bar := tqdm(todo, disable=rank > 0, unit='shard')):
+        images, y, rows = make_shard(shard)
+        if not torch.stack([x.isfinite().all() for x in images]).all():
+            bar.close()
+            raise M.UserError(f'the images of shard {shard} are not finite and are not kept: a smaller --eta, or --lr')
+        images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()              # here the host waits
+        values = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist()
+        if rank == 0:
+            for (t, terms), v in zip(rows, values):
+                log(step=shard * steps + times.index(t) + 1, t=t, **dict(zip(terms, v)))
+        arrays = {'arr_0': images.numpy(), 'settings': np.array(settings), 't': np.repeat(kept_times, batch_size)}
+        if not vae:
+            arrays['arr_1'] = y.repeat(keep).numpy()
+        if shard == 0:                                                 # first: a kill leaves both to be made
+            count = torch.bincount(y)
+            classes = count.nonzero()[:20, 0]
+            columns = min(10, count[classes].min().item())
+            last = M.to_float(images[-batch_size:].permute(0, 3, 1, 2))
+            rows = torch.cat([last[y == c][:100 if vae else columns] for c in classes])
+            M.save_grid(os.path.join(out_dir, 'preview.png'), [rows], columns)
+        M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
+    M.all_reduce_max()                                                 # all ranks are done
+    if rank == 0:
+        print(f'{out_dir}: {shards} shards, {time.time() - start:.0f} s; pictures: {out_dir}/preview.png')
+        if vae:
+            command = ['distill_vae.py', '--method=synthetic', f'--data={out_dir}', f'--teacher={teacher[4:]}']
+        else:
+            command = ['distill_classifier.py', f'--data={out_dir}', f'--teacher={teacher}']
+            if teacher_config:
+                command.append(f'--teacher_config={teacher_config}')
+        print('distil: python ' + shlex.join(command))
+    M.finish()

@@ -5,12 +5,8 @@ data = 'cifar10'
 class_cond = True
 uncond_prob = 0.1
 flip = True
-patch_size = 2
-model_channels = 40
-num_res_blocks = 1
-channel_mult = (1, 2, 2)
-attention_resolutions = (8, 4)
-num_head_channels = 40
+student_config = dict(patch_size=2, model_channels=40, num_res_blocks=1, channel_mult=(1, 2, 2),
+                      attention_resolutions=(8, 4), num_head_channels=40)
 max_steps = 100000
 batch_size = 64
 lr = 1.5e-3

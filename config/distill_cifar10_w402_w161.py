@@ -5,7 +5,7 @@
 data = 'out/synth_cifar10_w402'
 test = 'cifar10'
 teacher = 'out/teacher_cifar10_w402/student.safetensors'
-teacher_source = 'it by python distill_classifier.py config/teacher_cifar10_w402.py'
+# made by: python distill_classifier.py config/teacher_cifar10_w402.py
 student = 'wrn16_1'
 width = 0
 lam_kl = 1.0

@@ -8,7 +8,7 @@ data = 'out/synth_domainnet_r34'
 test = 'domainnet/clipart_test.txt:0-9'
 image_size = 224
 teacher = 'out/teacher_domainnet_r34/student.safetensors'
-teacher_source = 'it by python distill_classifier.py config/teacher_domainnet_r34.py'
+# made by: python distill_classifier.py config/teacher_domainnet_r34.py
 student = 'torchvision:resnet18'
 width = 0
 lam_kl = 1.0

@@ -5,7 +5,7 @@
 data = 'out/synth_tinyimagenet_r34'
 test = 'tiny-imagenet-200/val'
 teacher = 'out/teacher_tinyimagenet_r34/student.safetensors'
-teacher_source = 'it by python distill_classifier.py config/teacher_tinyimagenet_r34.py'
+# made by: python distill_classifier.py config/teacher_tinyimagenet_r34.py
 student = 'resnet18'
 width = 0
 lam_kl = 1.0

@@ -1,20 +1,14 @@
 # The paper's CelebA-HQ 256x256 setting (Table 3), on 64x64x3 latents: 274 M teacher, 90 M student, L_simple only.
 teacher = 'celebahq_256.ckpt'
-teacher_source = ('the model.ckpt of "CelebA-HQ 256x256 LDM-VQ-4", linked '
-                  'from the README of github.com/CompVis/latent-diffusion')
+# teacher: the model.ckpt of "CelebA-HQ 256x256 LDM-VQ-4", linked from the README of github.com/CompVis/latent-diffusion
 teacher_config = dict(image_size=64, num_head_channels=32, schedule='sqrt_linear', beta_range=(0.0015, 0.0195),
                       clip=False)
 student_prediction = 'teacher'
 learn_sigma = False
-patch_size = 1
-model_channels = 128
-num_res_blocks = 2
-channel_mult = (1, 2, 3, 4)
-attention_resolutions = (32, 16, 8)
-num_head_channels = 32
-resblock_updown = False
-use_scale_shift_norm = False
-use_new_attention_order = False
+student_config = dict(patch_size=1, model_channels=128, num_res_blocks=2, channel_mult=(1, 2, 3, 4),
+                      attention_resolutions=(32, 16, 8), num_head_channels=32,
+                      resblock_updown=False, use_scale_shift_norm=False,
+                      use_new_attention_order=False)
 rho = 0.4
 stride = 1
 warmup_steps = 1000
@@ -24,8 +18,7 @@ batch_size = 48
 lr = 9.6e-5
 lr_warmup = 0
 lr_decay = False
-weight_decay = 0.01
-beta2 = 0.999
+adamw = dict(beta2=0.999, weight_decay=0.01)
 grad_clip = 0.0
 ema = 0.9999
 log_every = 100

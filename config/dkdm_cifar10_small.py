@@ -2,10 +2,8 @@
 # python dkdm.py config/dkdm_cifar10_small.py
 teacher = 'pretrained/cifar10_classes.safetensors'
 guidance = 4.0               # this teacher's images are nearer to the data than at 1, 2 or 3 (README)
-model_channels = 22
-channel_mult = (1, 2, 2)
-attention_resolutions = (8, 4)
-num_head_channels = 44
+student_config = dict(model_channels=22, channel_mult=(1, 2, 2), attention_resolutions=(8, 4),
+                      num_head_channels=44)
 max_steps = 3500
 lr = 2e-3
 lr_warmup = 200

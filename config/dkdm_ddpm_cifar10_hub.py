@@ -7,7 +7,7 @@ batch_size = 128
 lr = 1e-4
 lr_warmup = 0
 lr_decay = False
-beta2 = 0.999
+adamw = dict(beta2=0.999, weight_decay=0.0)
 ema = 0.9999
 log_every = 100
 save_every = 10000

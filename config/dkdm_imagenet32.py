@@ -1,15 +1,10 @@
 # The paper's ImageNet 32x32 setting (Table 2): 57 M teacher, 14 M student, batch 512 on four GPUs.
 teacher = 'imagenet_32.pt'
-teacher_source = 'DDPM_IP_imageNet32.pt, linked from the README of github.com/forever208/DDPM-IP'
+# teacher: DDPM_IP_imageNet32.pt, linked from the README of github.com/forever208/DDPM-IP
 teacher_config = dict(image_size=32, num_head_channels=32)
 student_prediction = 'teacher'
-patch_size = 1
-model_channels = 64
-num_res_blocks = 3
-channel_mult = (1, 2, 2, 2)
-attention_resolutions = (16, 8)
-num_head_channels = 32
-dropout = 0.3
+student_config = dict(patch_size=1, model_channels=64, num_res_blocks=3, channel_mult=(1, 2, 2, 2),
+                      attention_resolutions=(16, 8), num_head_channels=32, dropout=0.3)
 rho = 0.4
 stride = 1
 warmup_steps = 1000
@@ -21,7 +16,7 @@ batch_size = 512
 lr = 1e-4
 lr_warmup = 0
 lr_decay = False
-beta2 = 0.999
+adamw = dict(beta2=0.999, weight_decay=0.0)
 grad_clip = 0.0
 ema = 0.9999
 log_every = 100

@@ -3,21 +3,15 @@
 teacher = 'CompVis/ldm-celebahq-256'
 student_prediction = 'teacher'
 learn_sigma = False
-patch_size = 1
-model_channels = 128
-num_res_blocks = 2
-channel_mult = (1, 2, 3, 4)
-attention_resolutions = (32, 16, 8)
-resblock_updown = False
-use_scale_shift_norm = False
-use_new_attention_order = False
+student_config = dict(patch_size=1, model_channels=128, num_res_blocks=2, channel_mult=(1, 2, 3, 4),
+                      attention_resolutions=(32, 16, 8), resblock_updown=False,
+                      use_scale_shift_norm=False, use_new_attention_order=False)
 max_steps = 640000
 batch_size = 48
 lr = 9.6e-5
 lr_warmup = 0
 lr_decay = False
-weight_decay = 0.01
-beta2 = 0.999
+adamw = dict(beta2=0.999, weight_decay=0.01)
 ema = 0.9999
 log_every = 100
 save_every = 10000

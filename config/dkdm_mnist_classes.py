@@ -2,6 +2,6 @@
 teacher = 'pretrained/mnist_classes.safetensors'
 guidance = 2.0
 uncond_prob = 0.1
-model_channels = 32
+student_config = dict(model_channels=32)
 max_steps = 3000
 out_dir = 'out/dkdm_mnist_classes'

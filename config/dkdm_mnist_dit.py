@@ -1,9 +1,6 @@
 # Across architectures: the bundled U-Net teaches a transformer. python dkdm.py config/dkdm_mnist_dit.py
 student = 'dit'
-patch_size = 4
-hidden_size = 128
-depth = 6
-num_heads = 4
+student_config = dict(patch_size=4, hidden_size=128, depth=6, num_heads=4)
 max_steps = 2500
 lr = 2e-3
 lr_warmup = 200

@@ -13,7 +13,7 @@ grad_accum = 2
 lr = 1e-4
 lr_warmup = 500
 lr_decay = False
-beta2 = 0.999
+adamw = dict(beta2=0.999, weight_decay=0.0)
 ema = 0.9999
 log_every = 100
 save_every = 5000

@@ -2,12 +2,8 @@
 method = 'data'
 data = 'mnist:0-4'
 student_prediction = 'v'
-patch_size = 2
-model_channels = 32
-num_res_blocks = 2
-channel_mult = (1, 2)
-attention_resolutions = (7,)
-num_head_channels = 32
+student_config = dict(patch_size=2, model_channels=32, num_res_blocks=2, channel_mult=(1, 2),
+                      attention_resolutions=(7,), num_head_channels=32)
 max_steps = 900
 batch_size = 64
 lr = 1.5e-3

@@ -4,9 +4,7 @@ method = 'data'
 data = 'mnist'
 class_cond = True
 uncond_prob = 0.1
-model_channels = 32
-channel_mult = (1, 2)
-num_res_blocks = 1
+student_config = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1)
 max_steps = 5000
 batch_size = 64
 lr = 1.5e-3

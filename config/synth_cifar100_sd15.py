@@ -7,7 +7,7 @@
 # 0 or 1 there, and counts once there is a --student). keep_every and k are in neither and are ours. Not tuned, not
 # run at this size.
 teacher = 'out/teacher_cifar100_r34/student.safetensors'
-teacher_source = 'it by python distill_classifier.py config/teacher_cifar100_r34.py'
+# made by: python distill_classifier.py config/teacher_cifar100_r34.py
 prior = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
 guidance = 3.0
 sampler = 'ddpm'

@@ -2,7 +2,7 @@
 # own, the
 # weights are ours, not tuned, not run at this size.
 teacher = 'out/teacher_cifar10_r34/student.safetensors'
-teacher_source = 'it by python distill_classifier.py config/teacher_cifar10_r34.py'
+# made by: python distill_classifier.py config/teacher_cifar10_r34.py
 prior = 'none'
 steps = 2000
 alpha = 1.0

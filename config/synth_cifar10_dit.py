@@ -2,7 +2,7 @@
 # to ResNet-18).
 # The number of images is the paper's; the rest is that of config/synth_cifar10_sd15.py.
 teacher = 'out/teacher_cifar10_r34/student.safetensors'
-teacher_source = 'it by python distill_classifier.py config/teacher_cifar10_r34.py'
+# made by: python distill_classifier.py config/teacher_cifar10_r34.py
 prior = 'facebook/DiT-XL-2-256'
 guidance = 3.0
 sampler = 'ddpm'

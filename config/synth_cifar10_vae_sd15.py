@@ -2,7 +2,7 @@
 # posterior KL. The slides give neither weights nor steps: those of the guidance are ours, not tuned at this
 # size.
 teacher = 'vae:out/vae_cifar10_teacher/student.safetensors'
-teacher_source = 'it by python distill_vae.py config/vae_cifar10_teacher.py'
+# made by: python distill_vae.py config/vae_cifar10_teacher.py
 prior = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
 class_names = 'cifar10'
 guidance = 7.5

@@ -1,6 +1,6 @@
 # The slides' CelebA-HQ student: 50 epochs on the 1,000 images of config/synth_celebahq_vae_sd15.py, Adam at 1e-4.
 teacher = 'out/vae_celebahq_teacher/student.safetensors'
-teacher_source = 'it by python distill_vae.py config/vae_celebahq_teacher.py'
+# made by: python distill_vae.py config/vae_celebahq_teacher.py
 method = 'synthetic'
 data = 'out/synth_celebahq_vae'
 max_steps = 391

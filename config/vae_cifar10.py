@@ -1,7 +1,7 @@
 # CIFAR-10, LVAE of width 128 (5.39 M parameters) -> 8 (0.03 M), from noise alone. With data:
 # python distill_vae.py config/vae_cifar10.py --method=synthetic --data=cifar10 --out_dir=out/vae_cifar10_data
 teacher = 'out/vae_cifar10_teacher/student.safetensors'
-teacher_source = 'it by python distill_vae.py config/vae_cifar10_teacher.py'
+# made by: python distill_vae.py config/vae_cifar10_teacher.py
 max_steps = 20000
 save_every = 1000
 out_dir = 'out/vae_cifar10'

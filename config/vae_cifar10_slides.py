@@ -2,7 +2,7 @@
 # Their row with data:
 # python distill_vae.py config/vae_cifar10_slides.py --data=cifar10 --max_steps=19532 --out_dir=out/vae_cifar10_slides_data
 teacher = 'out/vae_cifar10_teacher/student.safetensors'
-teacher_source = 'it by python distill_vae.py config/vae_cifar10_teacher.py'
+# made by: python distill_vae.py config/vae_cifar10_teacher.py
 method = 'synthetic'
 data = 'out/synth_cifar10_vae'
 max_steps = 391
