@@ -268,7 +268,6 @@ if __name__ == '__main__':
                 seen = n.encode(x)
                 made.append(n.decode([torch.zeros_like(mean) for mean, _ in seen], seen)[0])
             M.save_grid(f'{out_dir}/reconstructions.png', [shown(out) for out in made], 12)
-        net.train()
 
     # ==== the loop ====
     step, sums, count = 0, {}, 0                                       # on the device: no wait between two rows
@@ -334,8 +333,10 @@ if __name__ == '__main__':
             M.save_checkpoint(settings, step, net, opt, {}, {'sums': sums, 'count': count}, rank)
             if rank == 0:
                 save_student()
-                with stop.interrupts():                                # last: who stops us may not wait
-                    pictures()
+                if not leaving:                                        # last: who stops us may not wait
+                    with stop.interrupts():
+                        pictures()
+                net.train()
         if leaving:
             break
     bar.close()

@@ -717,8 +717,9 @@ if __name__ == '__main__':
                 before = time.time()
                 M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
                 per_evaluation = (before - start - paused) / (step - first) / micro_batch / grad_accum
-                with stop.interrupts():
-                    pictures(per_evaluation)
+                if not leaving:
+                    with stop.interrupts():
+                        pictures(per_evaluation)
                 paused += time.time() - before
         if leaving:
             break

@@ -425,7 +425,8 @@ if __name__ == '__main__':
             continue
         if isinstance(source, Samples):
             row |= source.cost()
-            row['MB'] = os.path.getsize(spec) / 2 ** 20 if os.path.isfile(spec) else None
+            file = M.split_file(spec)[1] or spec
+            row['MB'] = os.path.getsize(file) / 2 ** 20 if file.endswith(M.WEIGHTS) else None
             if source.diffusion:
                 how = source.how
         row['images'] = total

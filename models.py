@@ -1101,9 +1101,16 @@ from safetensors.torch import save
 WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')      # files, as against hub ids
 
 
+def existing(path):
+    """The path of a file. Raises UserError where there is none."""
+    if not os.path.isfile(path):
+        raise UserError(f'no file {path}')
+    return path
+
+
 def read_lines(path):
     """The lines of a text file that are not empty. Raises UserError where there are none."""
-    with open(path, encoding='utf-8') as f:
+    with open(existing(path), encoding='utf-8') as f:
         lines = [line.strip() for line in f if line.strip()]
     if not lines:
         raise UserError(f'{path} is empty')
@@ -1148,9 +1155,7 @@ def save_model(net, path, diffusion=None, **more):
 
 def read_weights(path):
     """(state dict, header dict) of a .safetensors or a torch file. Code in a file is never run."""
-    if not os.path.isfile(path):
-        raise UserError(f'no file {path}')
-    if path.endswith('.safetensors'):
+    if existing(path).endswith('.safetensors'):
         with safe_open(path, 'pt') as f:
             header = json.loads((f.metadata() or {}).get('config', '{}'))
             return {k: f.get_tensor(k) for k in f.keys()}, header
@@ -1231,9 +1236,7 @@ def split_file(spec):
 
 def run_file(path):
     """The module of a Python file, run once per process."""
-    path = os.path.abspath(path)
-    if not os.path.isfile(path):
-        raise UserError(f'no file {path}')
+    path = os.path.abspath(existing(path))
     if path not in sys.modules:
         spec = importlib.util.spec_from_file_location(path, path)
         sys.modules[path] = importlib.util.module_from_spec(spec)
@@ -1848,7 +1851,7 @@ def load_images(spec, train=True, image_size=0, channels=0):
 
 
 def load_npz(path):
-    with np.load(path, allow_pickle=False) as z:
+    with np.load(existing(path), allow_pickle=False) as z:
         images, labels = z['arr_0'], z.get('arr_1')
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"{path}: 'arr_0' must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}")
@@ -1994,7 +1997,7 @@ def load_features(spec, device):
 def read_statistics(path, space):
     """What eval_fid.py or ADM stored of a set of images: 'mu', 'sigma', perhaps 'mu_s', 'sigma_s', 'n';
     None of a file of images. Raises UserError for statistics in another space of features."""
-    with np.load(path, allow_pickle=False) as z:
+    with np.load(existing(path), allow_pickle=False) as z:
         arrays = dict(z)
     if 'mu' not in arrays:
         return None
@@ -2126,10 +2129,9 @@ class StopFlag:
 
     @contextlib.contextmanager
     def interrupts(self):
+        self.interrupting = True
         try:
-            self.interrupting = True
-            if not self.signal:
-                yield
+            yield
         except Stopped:
             pass
         finally:

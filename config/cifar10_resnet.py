@@ -1,4 +1,6 @@
-# The feature space of the CIFAR-10 distances, pretrained/cifar10_resnet.safetensors: a ResNet-20.
+# The classifier in whose features distances on CIFAR-10 are measured,
+# pretrained/cifar10_resnet.safetensors: a ResNet-20.
+# python distill_classifier.py config/cifar10_resnet.py --test=cifar10
 method = 'data'
 data = 'cifar10'
 student = 'resnet20'

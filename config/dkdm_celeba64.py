@@ -1,4 +1,5 @@
 # The paper's CelebA 64x64 setting (Table 2): 295 M teacher, 57 M student, batch 256 on four GPUs.
+# torchrun --nproc_per_node=4 dkdm.py config/dkdm_celeba64.py
 teacher = 'celeba_64.pt'
 # teacher: DDPM_IP_celeba64.pt, linked from the README of github.com/forever208/DDPM-IP
 teacher_config = dict(image_size=64, num_head_channels=64)

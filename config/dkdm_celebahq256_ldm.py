@@ -1,4 +1,8 @@
-# The paper's CelebA-HQ 256x256 setting (Table 3), on 64x64x3 latents: 274 M teacher, 90 M student, L_simple only.
+# The paper's CelebA-HQ 256x256 setting (Table 3), on 64x64x3 latents: 274 M teacher, 90 M student,
+# L_simple only. And its FFHQ 256x256 setting, whose teacher is the model.ckpt of "FFHQ 256x256
+# LDM-VQ-4" of the same page:
+# python dkdm.py config/dkdm_celebahq256_ldm.py
+# python dkdm.py config/dkdm_celebahq256_ldm.py --teacher=ffhq_256.ckpt --batch_size=42 --lr=8.4e-5 --out_dir=out/dkdm_ffhq256_ldm
 teacher = 'celebahq_256.ckpt'
 # teacher: the model.ckpt of "CelebA-HQ 256x256 LDM-VQ-4", linked from the README of github.com/CompVis/latent-diffusion
 teacher_config = dict(image_size=64, num_head_channels=32, schedule='sqrt_linear', beta_range=(0.0015, 0.0195),

@@ -1,4 +1,8 @@
-# The paper's CIFAR-10 setting (Table 2): 57 M teacher, 14 M student, batch 128, 200k steps on one GPU.
+# The paper's CIFAR-10 setting (Table 2): 57 M teacher, 14 M student, batch 128, 200k steps on one
+# GPU. And its ImageNet 32x32 setting, batch 512 on four GPUs, whose teacher is
+# DDPM_IP_imageNet32.pt of the same page:
+# python dkdm.py config/dkdm_cifar10.py
+# torchrun --nproc_per_node=4 dkdm.py config/dkdm_cifar10.py --teacher=imagenet_32.pt --batch_size=512 --synthetic_images=1281167 --synthetic_steps=100 --out_dir=out/dkdm_imagenet32
 teacher = 'cifar10_32.pt'
 # teacher: ADM_cifar10_baseline.pt, linked from the README of github.com/forever208/DDPM-IP
 teacher_config = dict(image_size=32, num_head_channels=32)

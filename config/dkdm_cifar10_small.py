@@ -1,7 +1,8 @@
-# Natural images: the bundled CIFAR-10 denoiser teaches a U-Net of less than a third of its parameters.
+# Natural images: the bundled CIFAR-10 denoiser teaches a U-Net of less than a third of its
+# parameters.
 # python dkdm.py config/dkdm_cifar10_small.py
 teacher = 'pretrained/cifar10_classes.safetensors'
-guidance = 4.0               # this teacher's images are nearer to the data than at 1, 2 or 3 (README)
+guidance = 4.0               # this teacher is better at 4 than at 1, 2 or 3 (docs/results.md)
 student_config = dict(model_channels=22, channel_mult=(1, 2, 2), attention_resolutions=(8, 4),
                       num_head_channels=44)
 max_steps = 3500

@@ -1,5 +1,6 @@
-# ImageNet 256x256 with classes, DiT-XL/2 (675 M) -> DiT-S/2 (40 M in diffusers), guided; the result is a
-# DiTPipeline. No paper has this setting; the optimisation is DiT's own.
+# ImageNet 256x256 with classes, DiT-XL/2 (675 M) -> DiT-S/2 (40 M in diffusers), guided; export.py
+# makes a DiTPipeline of the result. No paper has this setting; the optimisation is that of DiT.
+# python dkdm.py config/dkdm_dit_imagenet256.py
 teacher = 'facebook/DiT-XL-2-256'
 student = 'config/dit_s2_student.json'
 student_prediction = 'teacher'

@@ -1,5 +1,6 @@
-# CelebA-HQ 256x256 in latents, from the hub: dkdm_celebahq256_ldm.py with diffusers' copy of the teacher; pictures and
-# evaluation are decoded by its VQ-VAE.
+# CelebA-HQ 256x256 in latents: dkdm_celebahq256_ldm.py with the copy of its teacher that diffusers
+# loads from the hub. Pictures and evaluation are decoded by the teacher's VQ-VAE.
+# python dkdm.py config/dkdm_ldm_celebahq_hub.py
 teacher = 'CompVis/ldm-celebahq-256'
 student_prediction = 'teacher'
 learn_sigma = False

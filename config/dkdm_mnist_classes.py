@@ -1,4 +1,5 @@
 # Classes: the student learns the teacher's guided prediction, and its prediction without a class.
+# python dkdm.py config/dkdm_mnist_classes.py
 teacher = 'pretrained/mnist_classes.safetensors'
 guidance = 2.0
 uncond_prob = 0.1

@@ -1,4 +1,5 @@
-# Across architectures: the bundled U-Net teaches a transformer. python dkdm.py config/dkdm_mnist_dit.py
+# Across architectures: the bundled U-Net teaches a DiT.
+# python dkdm.py config/dkdm_mnist_dit.py
 student = 'dit'
 student_config = dict(patch_size=4, hidden_size=128, depth=6, num_heads=4)
 max_steps = 2500

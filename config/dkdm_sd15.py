@@ -1,6 +1,7 @@
-# Text to image, Stable Diffusion 1.5 (860 M) -> a U-Net of 212 M, guided; the result is a
-# StableDiffusionPipeline. It needs --prompts=file.txt, one text per line: the captions that the student is to
-# be good at. No paper has this setting.
+# Text to image, Stable Diffusion 1.5 (860 M) -> a U-Net of 212 M, guided; export.py makes a
+# StableDiffusionPipeline of the result. The file of texts has one per line, such as the student is
+# to draw. No paper has this setting.
+# python dkdm.py config/dkdm_sd15.py --prompts=texts.txt
 teacher = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
 student = 'config/sd15_student.json'
 student_prediction = 'teacher'

@@ -1,4 +1,6 @@
-# A prior of a narrower domain than the classifier's: the digits 0 to 4 only. python dkdm.py config/mnist_04.py
+# A prior that knows less than the classifier: the digits 0 to 4 only. In half precision it is
+# pretrained/mnist_04.safetensors.
+# python dkdm.py config/mnist_04.py
 method = 'data'
 data = 'mnist:0-4'
 student_prediction = 'v'

@@ -1,4 +1,5 @@
-# The bundled MNIST VAE, pretrained/mnist_lvae.safetensors: python distill_vae.py config/mnist_lvae.py --data=mnist
+# The bundled MNIST VAE, pretrained/mnist_lvae.safetensors:
+# python distill_vae.py config/mnist_lvae.py --data=mnist
 method = 'data'
 data = 'mnist'
 student_config = {'width': 48}

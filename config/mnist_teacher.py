@@ -1,4 +1,5 @@
-# The bundled MNIST denoiser, pretrained/mnist_unet.safetensors: python dkdm.py config/mnist_teacher.py --data=mnist
+# The bundled MNIST denoiser, pretrained/mnist_unet.safetensors:
+# python dkdm.py config/mnist_teacher.py --data=mnist
 method = 'data'
 data = 'mnist'
 student_prediction = 'v'

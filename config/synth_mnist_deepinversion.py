@@ -1,4 +1,6 @@
-# Digits without a prior: DeepInversion (Yin et al. 2020) of the bundled classifier. No flips: a mirrored digit is none.
+# Digits without a prior: DeepInversion (Yin et al. 2020) of the bundled classifier. A mirrored
+# digit is not a digit, so there are no flips.
+# python synthesize.py config/synth_mnist_deepinversion.py
 prior = 'none'
 steps = 100
 alpha = 0.3

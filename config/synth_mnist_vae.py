@@ -1,5 +1,6 @@
-# Digits for the encoder of a VAE, pulled towards what the bundled one reconstructs well and expects: the loss is its
-# negative ELBO per pixel (alpha : beta = 1 : 1 / 0.1).
+# Digits for the encoder of a VAE, pulled towards what the bundled VAE reconstructs well and
+# expects. The loss is the VAE's negative ELBO per pixel (alpha : beta = 1 : 1 / 0.1).
+# python synthesize.py config/synth_mnist_vae.py
 teacher = 'vae:pretrained/mnist_lvae.safetensors'
 prior = 'pretrained/mnist_unet.safetensors'
 alpha = 1.0

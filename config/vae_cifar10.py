@@ -1,4 +1,6 @@
-# CIFAR-10, LVAE of width 128 (5.39 M parameters) -> 8 (0.03 M), from noise alone. With data:
+# CIFAR-10, an LVAE of width 128 (5.39 M parameters) to one of width 8 (0.03 M). From noise alone,
+# and with data:
+# python distill_vae.py config/vae_cifar10.py
 # python distill_vae.py config/vae_cifar10.py --method=synthetic --data=cifar10 --out_dir=out/vae_cifar10_data
 teacher = 'out/vae_cifar10_teacher/student.safetensors'
 # made by: python distill_vae.py config/vae_cifar10_teacher.py

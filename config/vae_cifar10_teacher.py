@@ -1,5 +1,7 @@
-# The slides' CIFAR-10 teacher, an LVAE of 5.39 M parameters, by the ELBO:
+# The slides' teachers, LVAEs of width 128, trained by the ELBO. CIFAR-10 (5.39 M parameters), and
+# CelebA-HQ at 64x64 (six levels), whose images are in the folder celebahq64, resized to 64x64:
 # python distill_vae.py config/vae_cifar10_teacher.py
+# python distill_vae.py config/vae_cifar10_teacher.py --data=celebahq64 --out_dir=out/vae_celebahq64_teacher
 method = 'data'
 data = 'cifar10'
 student_config = {'width': 128}

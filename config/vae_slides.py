@@ -1,0 +1,14 @@
+# The slides' students: 50 epochs on the 1,000 images of config/synth_vae_sd15.py, Adam at 1e-4.
+# CIFAR-10, CelebA-HQ, and the slides' row with data:
+# python distill_vae.py config/vae_slides.py
+# python distill_vae.py config/vae_slides.py --teacher=out/vae_celebahq64_teacher/student.safetensors --data=out/synth_vae_celebahq64 --out_dir=out/vae_slides_celebahq64
+# python distill_vae.py config/vae_slides.py --data=cifar10 --max_steps=19532 --out_dir=out/vae_slides_data
+teacher = 'out/vae_cifar10_teacher/student.safetensors'
+# made by: python distill_vae.py config/vae_cifar10_teacher.py
+method = 'synthetic'
+data = 'out/synth_vae_cifar10'
+max_steps = 391
+lr = 1e-4
+lr_decay = False
+batch_size = 128
+out_dir = 'out/vae_slides'
