@@ -1,15 +1,18 @@
 """
-How fast one training step of dkdm.py is, and how far that is from what the machine can do: teacher, student forward and
-backward, optimiser with EMA, and the walk, on random images and with random weights.
+How fast one training step of dkdm.py is, and how far that is from what the machine can do: teacher,
+student forward and backward, optimiser with EMA, and the walk, on random images and with random
+weights.
 
-    python bench.py                                                    # a CIFAR-10 U-Net of 11 M teaches one of 2.8 M
-    python bench.py config/dkdm_cifar10.py --compile=True              # the settings of an experiment
-    torchrun --nproc_per_node=8 bench.py config/dkdm_cifar10.py        # the same, the figures of each rank
-    python bench.py --what=sample                                      # ms per image of each sampler
+    python bench.py  # a CIFAR-10 U-Net of 11 M teaches one of 2.8 M
+    python bench.py config/dkdm_cifar10.py --compile=True  # the settings of an experiment
+    # the same, the figures of each rank
+    torchrun --nproc_per_node=8 bench.py config/dkdm_cifar10.py
+    python bench.py --what=sample  # ms per image of each sampler
 
-All settings of dkdm.py are settings here too. The teacher is random, of the student's architecture but for its width.
-The peak is measured in the same run and dtype, before and after: the best of a large matrix product and a 3x3
-convolution. An operation is a multiplication or an addition, in matrix products, convolutions and attention.
+All settings of dkdm.py are settings here too. The teacher is random, of the student's architecture
+but for its width. The peak is measured in the same run and dtype, before and after: the best of a
+large matrix product and a 3x3 convolution. An operation is a multiplication or an addition, in
+matrix products, convolutions and attention.
 """
 import os
 
@@ -23,9 +26,10 @@ repeats = 10                 # steps or batches that are timed, after two that a
 image_size = 32
 channels = 3                 # of the images
 classes = 0                  # of teacher and student; above 0 the teacher is guided
-student_config = {'patch_size': 1, 'model_channels': 32, 'num_res_blocks': 2, 'channel_mult': (1, 2, 2, 2),
-                  'attention_resolutions': (16, 8)}
-teacher_width = 0            # model_channels or hidden_size of the teacher; 0 is twice the student's
+student_config = {'patch_size': 1, 'model_channels': 32, 'num_res_blocks': 2,
+                  'channel_mult': (1, 2, 2, 2), 'attention_resolutions': (16, 8)}
+teacher_width = 0            # model_channels or hidden_size of the teacher; 0 is twice the
+                             # student's
 stride = 1
 _ranges = dkdm._ranges | {'what': ('step', 'sample'), 'student': tuple(M.DENOISERS)}
 if __name__ == '__main__':
@@ -81,6 +85,7 @@ def peak(device, dtype, repeats=10):
 
     def convolution():
         return F.conv2d(x, w, padding=1)
+
     return max(gigaflop(f) / seconds(f, device, repeats) for f in (product, convolution))
 
 
@@ -102,9 +107,9 @@ class Timed:
 # ==== the step of dkdm.py ====
 if __name__ == '__main__':
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
-    B = M.per_rank(batch_size, world, grad_accum)                      # images of one forward pass
+    B = M.per_rank(batch_size, world, grad_accum)  # images of one forward pass
     dtype = M.pick_dtype(device, dtype)
-    if dtype == torch.float16:                                         # which is for frozen pipelines alone
+    if dtype == torch.float16:  # which is for frozen pipelines alone
         dtype = torch.float32
     layout = M.memory_format(device)
     sizes = SIZES[student] | student_config
@@ -112,21 +117,35 @@ if __name__ == '__main__':
     wider = sizes | {width: teacher_width or 2 * sizes[width]}
     net_T = build_denoiser(student, image_size, channels, classes, config=wider)
     net = build_denoiser(student, image_size, channels, classes, config=sizes)
-    net_T = M.cast_frozen(net_T.to(device, memory_format=layout).eval().requires_grad_(False), dtype)
+    net_T = M.cast_frozen(
+        net_T.to(device, memory_format=layout).eval().requires_grad_(False), dtype
+    )
     net = net.to(device, memory_format=layout)
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     diffusion_T = M.Diffusion()
-    diffusion = M.Diffusion(prediction='eps' if student_prediction == 'teacher' else student_prediction)
-    opt = torch.optim.AdamW(net.parameters(), lr, (0.9, adamw['beta2']), weight_decay=adamw['weight_decay'], fused=True)
+    diffusion = M.Diffusion(
+        prediction='eps' if student_prediction == 'teacher' else student_prediction
+    )
+    opt = torch.optim.AdamW(
+        net.parameters(), lr, (0.9, adamw['beta2']), weight_decay=adamw['weight_decay'], fused=True
+    )
     run_T, model = net_T, net
     if compile:
         run_T = torch.compile(net_T, dynamic=False)
         model = torch.compile(net, dynamic=False)
     if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    scale = (guidance or 2.) if classes else 1.
-    pool = Pool(max(1, round(rho * T / stride)) * B, (channels, image_size, image_size), diffusion_T,
-                make_labels(classes, 0., device), getattr(torch, pool_dtype), device)
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    scale = (guidance or 2.0) if classes else 1.0
+    pool = Pool(
+        max(1, round(rho * T / stride)) * B,
+        (channels, image_size, image_size),
+        diffusion_T,
+        make_labels(classes, 0.0, device),
+        getattr(torch, pool_dtype),
+        device,
+    )
     pool.t = torch.randint(T, pool.t.shape, device=device)
     teacher = Timed(make_teacher(run_T, scale, autocast), device)
     pool.draw = Timed(pool.draw, device)
@@ -157,28 +176,44 @@ if __name__ == '__main__':
         ms = {name: 1000 * median(part.times[2:]) for name, part in timed.items()}
         rest = 1000 * median(step.times[2:]) - ms['teacher'] - ms['student'] - ms['pool']
         top = max(top, peak(device, dtype, repeats))
-        lines = [f'one step: {whole:.4g} s, {B * grad_accum / whole:,.1f} images/s; {work:,.0f} GFLOP, '
-                 f'{work / whole:,.0f} GFLOP/s, {100 * work / whole / top:.0f} % of the peak',
-                 f'ms of {grad_accum} x (teacher {ms["teacher"]:.1f}, student forward {ms["student"]:.1f}, losses, backward '
-                 f'and walk {rest:.1f}, pool {ms["pool"]:.1f}), optimiser and EMA {ms["optimiser"]:.1f}']
+        lines = [
+            f'one step: {whole:.4g} s, {B * grad_accum / whole:,.1f} images/s; {work:,.0f} GFLOP, '
+            f'{work / whole:,.0f} GFLOP/s, {100 * work / whole / top:.0f} % of the peak',
+            f'ms of {grad_accum} x (teacher {ms["teacher"]:.1f}, student forward '
+            f'{ms["student"]:.1f}, losses, backward '
+            f'and walk {rest:.1f}, pool {ms["pool"]:.1f}), optimiser and EMA {ms["optimiser"]:.1f}',
+        ]
     else:
         lines = []
         counts = (1, 2, 4, 8, 16, 50)
         y = None if pool.y is None else pool.y[:B]
         shape = B, channels, image_size, image_size
-        for name, network, g in (('teacher', net_T, scale), ('student', net_ema, 1.)):
+        for name, network, g in (('teacher', net_T, scale), ('student', net_ema, 1.0)):
             for sampler in ('ddpm', 'ddim', 'dpm++'):
                 cells = []
                 for k in counts:
                     with autocast:
-                        once = seconds(lambda: M.sample(network, diffusion, shape, k, sampler, y, g), device, repeats)
+                        once = seconds(
+                            lambda: M.sample(network, diffusion, shape, k, sampler, y, g),
+                            device,
+                            repeats,
+                        )
                     cells.append(f'{1000 * once / B:.3g} ({k})')
                 lines.append(f'{name} {sampler:6} ms per image: ' + ', '.join(cells))
-        lines.append('in brackets: evaluations of an image' + (', each two passes of the guided teacher' if scale > 1 else ''))
+        lines.append(
+            'in brackets: evaluations of an image'
+            + (', each two passes of the guided teacher' if scale > 1 else '')
+        )
     if device.type == 'cuda':
         lines.append(f'peak memory: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MB')
     millions = [f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M' for n in (net_T, net)]
-    print(f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]}, student {millions[1]} '
-          f'parameters; {B} images of {channels}x{image_size}x{image_size}, {torch.get_num_threads()} threads; '
-          f'peak {top:,.0f} GFLOP/s', *lines, sep='\n')
+    print(
+        f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]}, student '
+        f'{millions[1]} '
+        f'parameters; {B} images of {channels}x{image_size}x{image_size}, '
+        f'{torch.get_num_threads()} threads; '
+        f'peak {top:,.0f} GFLOP/s',
+        *lines,
+        sep='\n',
+    )
     M.finish()

@@ -1,38 +1,47 @@
 """
-DiffDFKD, second stage: distils a classifier into a smaller one on synthetic images (Qi et al. 2025, arXiv 2504.00870).
-The student learns the teacher's outputs and where it looks; labels are not needed. With `method='data'` it trains a
-classifier on labelled images instead, which is how teachers are made; `method='test'` prints the accuracy of one.
+DiffDFKD, second stage: distils a classifier into a smaller one on synthetic images (Qi et al. 2025,
+arXiv 2504.00870). The student learns the teacher's outputs and where it looks; labels are not
+needed. With `method='data'` it trains a classifier on labelled images instead, which is how
+teachers are made; `method='test'` prints the accuracy of one.
 
-    python synthesize.py && python distill_classifier.py --test=mnist   # the bundled teacher, on a laptop
+    # the bundled teacher, on a laptop
+    python synthesize.py && python distill_classifier.py --test=mnist
     python distill_classifier.py config/distill_cifar10.py   # a pair of the paper's Table I
     torchrun --nproc_per_node=8 distill_classifier.py config/distill_cifar10.py
-    python distill_classifier.py config/mnist_classifier.py --data=mnist   # the bundled teacher itself
+    # the bundled teacher itself
+    python distill_classifier.py config/mnist_classifier.py --data=mnist
     python distill_classifier.py --method=test --teacher=out/classifier/student.safetensors --test=mnist:5-9
 """
 import os
 
 # images
-data = 'out/synth'           # an .npz, a folder of shards or of images, a list of files, or a torchvision name
-                             # (downloaded); with classes, mnist:0-4, of these alone (models.load_images)
-test = ''                    # labelled images to test on, as above; '' is a torchvision name's test split, else none
+data = 'out/synth'           # an .npz, a folder of shards or of images, a list of files, or a
+                             # torchvision name (downloaded); with classes, mnist:0-4, of these
+                             # alone (models.load_images)
+test = ''                    # labelled images to test on, as above; '' is a torchvision name's test
+                             # split, else none
 image_size = 0               # side to which images are resized on load; 0 is as they are
-holdout = 400                # images kept out of the training: on them student and teacher are compared; 0 for none
+holdout = 400                # images kept out of the training: on them student and teacher are
+                             # compared; 0 for none
 augment_crop = 2             # random crops from images padded by so many pixels; 0 for none
 augment_flip = False         # random horizontal flips
 # teacher
-method = 'distill'           # 'distill': from the teacher; 'data': cross-entropy on the labels, no teacher; 'test'
-teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet, WRN or VGG,
-                             # torchvision:NAME, or a Python file with load()
-teacher_config = {}          # what a state dict does not say: image_size, mean, std (models.load_classifier)
+method = 'distill'           # 'distill': from the teacher; 'data': cross-entropy on the labels, no
+                             # teacher; 'test'
+teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet,
+                             # WRN or VGG, torchvision:NAME, or a Python file with load()
+teacher_config = {}          # what a state dict does not say: image_size, mean, std
+                             # (models.load_classifier)
 any_teacher = False          # take images that synthesize.py made for another teacher
 # student
-student = 'resnet8'          # resnet8, 14 ... 110, resnet18/34/50, wrn16_1 ... wrn40_2, vgg11 ... vgg19,
-                             # torchvision:NAME, or a Python file with build()
+student = 'resnet8'          # resnet8, 14 ... 110, resnet18/34/50, wrn16_1 ... wrn40_2, vgg11 ...
+                             # vgg19, torchvision:NAME, or a Python file with build()
 width = 8                    # channels of the first stage of a ResNet; 0 is its usual width
 # losses, Eq. (12)
 lam_kl = 1.0                 # weight of the divergence of the outputs
 temperature = 4.0            # of both outputs in it
-lam_msarc = 0.1              # weight of the distance of the class activation maps, L_mSARC; SpaceshipNet's is 1
+lam_msarc = 0.1              # weight of the distance of the class activation maps, L_mSARC;
+                             # SpaceshipNet's is 1
 label_smoothing = 0.0        # 'data'
 # optimisation
 epochs = 12
@@ -46,10 +55,12 @@ out_dir = 'out/classifier'
 init_from = 'scratch'        # 'scratch', 'resume', or the file of a student that goes on
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
+                             # 'float32'
 compile = False              # torch.compile, for GPUs
 _ranges = {                  # allowed words that the defaults do not show
-    'method': ('distill', 'data', 'test'), 'optimizer': ('sgd', 'adamw'), 'dtype': ('auto', 'bfloat16', 'float32')}
+    'method': ('distill', 'data', 'test'), 'optimizer': ('sgd', 'adamw'),
+    'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
@@ -71,41 +82,48 @@ import models as M
 # ==== the method ====
 #   for each batch x of the images, cropped and flipped:
 #       logits_S, maps_S = student(x);  logits_T, maps_T = teacher(x)
-#       L = lam_kl KL(teacher || student, softened) + lam_msarc L_mSARC(maps_S, maps_T)            Eq. (12)
+#       L = lam_kl KL(teacher || student, softened) + lam_msarc L_mSARC(maps_S, maps_T)     Eq. (12)
 #       student <- student - lr grad L
-# L_mSARC asks where the two look: after the last stage for every class, after the earlier ones for the teacher's class.
-def kl_loss(logits_S, logits_T, temperature=4.):
-    """Divergence of the softened outputs (Hinton et al. 2015), times T^2: its gradient does not shrink with T."""
+# L_mSARC asks where the two look: after the last stage for every class, after the earlier ones for
+# the teacher's class.
+def kl_loss(logits_S, logits_T, temperature=4.0):
+    """Divergence of the softened outputs (Hinton et al. 2015), times T^2: its gradient does not
+    shrink with T."""
     log_p_S = F.log_softmax(logits_S / temperature, 1)
     log_p_T = F.log_softmax(logits_T / temperature, 1)
-    return F.kl_div(log_p_S, log_p_T, log_target=True, reduction='batchmean') * temperature ** 2
+    return F.kl_div(log_p_S, log_p_T, log_target=True, reduction='batchmean') * temperature**2
 
 
 def pairs_of_stages(maps_S, maps_T):
-    """The student's stages before its last, each with the teacher's last one of the same resolution, if it has one."""
+    """The student's stages before its last, each with the teacher's last one of the same
+    resolution, if it has one."""
     by_size = {m.shape[2:]: i for i, m in enumerate(maps_T[:-1])}
     return [(i, by_size[m.shape[2:]]) for i, m in enumerate(maps_S[:-1]) if m.shape[2:] in by_size]
 
 
 def grad_cam(logits, maps, c):
-    """Where a network sees class c (B,): the channels of each map, summed with the mean gradient of the class's logit
-    as weights, which are constants (Selvaraju et al. 2017, without ReLU). A list of (B, h, w)."""
+    """Where a network sees class c (B,): the channels of each map, summed with the mean gradient of
+    the class's logit as weights, which are constants (Selvaraju et al. 2017, without ReLU). A list
+    of (B, h, w)."""
     grads = torch.autograd.grad(logits.gather(1, c[:, None]).sum(), maps, retain_graph=True)
     return [(grad.mean((2, 3), keepdim=True) * m).sum(1).float() for grad, m in zip(grads, maps)]
 
 
 def class_maps(last_map, head):
-    """The activation maps (B, classes, h, w) of all classes: the linear layer as a 1x1 convolution."""
+    """The activation maps (B, classes, h, w): the linear layer as a 1x1 convolution."""
     return F.conv2d(last_map.float(), head.weight[:, :, None, None])
 
 
 def msarc_loss(logits_S, maps_S, head_S, logits_T, maps_T, head_T):
-    """L_mSARC of Eq. (12) (SpaceshipNet, Yu et al. 2023): the class activation maps of all classes after the last
-    stage, and Grad-CAM of the class that the teacher sees after each earlier one. heads: the last linear layers."""
+    """L_mSARC of Eq. (12) (SpaceshipNet, Yu et al. 2023): the class activation maps of all classes
+    after the last stage, and Grad-CAM of the class that the teacher sees after each earlier one.
+    heads: the last linear layers."""
     cam_S = class_maps(maps_S[-1], head_S)
     cam_T = class_maps(maps_T[-1], head_T)
     if cam_T.shape != cam_S.shape:
-        cam_T = F.interpolate(cam_T, size=cam_S.shape[2:], mode='bilinear', antialias=True, align_corners=False)
+        cam_T = F.interpolate(
+            cam_T, size=cam_S.shape[2:], mode='bilinear', antialias=True, align_corners=False
+        )
     total = F.mse_loss(cam_S, cam_T.detach())
     pairs = pairs_of_stages(maps_S, maps_T)
     if pairs:
@@ -116,27 +134,38 @@ def msarc_loss(logits_S, maps_S, head_S, logits_T, maps_T, head_T):
     return total
 
 
-def distill_losses(student, teacher, x, heads, lam_kl=1., lam_msarc=1., temperature=4.,
-                   autocast=contextlib.nullcontext()):
-    """Eq. (12) of a batch of images x (B, C, H, W) in [-1, 1]: {'kl', 'msarc'}, weighted; their sum is the loss.
+def distill_losses(
+    student,
+    teacher,
+    x,
+    heads,
+    lam_kl=1.0,
+    lam_msarc=1.0,
+    temperature=4.0,
+    autocast=contextlib.nullcontext(),
+):
+    """Eq. (12) of a batch of images x (B, C, H, W) in [-1, 1]: {'kl', 'msarc'}, weighted; their sum
+    is the loss.
 
-    student and teacher are `WithMaps`; without lam_msarc their maps are not looked at. heads: the last linear layers of
-    both.
+    student and teacher are `WithMaps`; without lam_msarc their maps are not looked at. heads: the
+    last linear layers of both.
     """
     with autocast:
         logits_S, maps_S = student(x)
-    x.requires_grad_(lam_msarc > 0)                                    # else a frozen teacher has no gradient
+    x.requires_grad_(lam_msarc > 0)  # else a frozen teacher has no gradient
     with torch.set_grad_enabled(lam_msarc > 0), autocast:
         logits_T, maps_T = teacher(x)
     terms = {'kl': lam_kl * kl_loss(logits_S.float(), logits_T.detach().float(), temperature)}
     if lam_msarc:
-        terms['msarc'] = lam_msarc * msarc_loss(logits_S, maps_S, heads[0], logits_T, maps_T, heads[1])
+        terms['msarc'] = lam_msarc * msarc_loss(
+            logits_S, maps_S, heads[0], logits_T, maps_T, heads[1]
+        )
     return terms
 
 
 def augment(x, crop=0, flip=False):
-    """Each uint8 image of a batch (B, C, H, H) is cropped at a place of its own from `crop` black pixels around it, and
-    flipped or not."""
+    """Each uint8 image of a batch (B, C, H, H) is cropped at a place of its own from `crop` black
+    pixels around it, and flipped or not."""
     B, H, device = len(x), x.shape[-1], x.device
     if crop:
         padded = F.pad(x, [crop] * 4)
@@ -151,7 +180,8 @@ def augment(x, crop=0, flip=False):
 
 
 class WithMaps(torch.nn.Module):
-    """A classifier as the losses want it: images (B, C, H, W) in [-1, 1] -> (logits, maps); maps is None unless wanted."""
+    """A classifier as the losses want it: images (B, C, H, W) in [-1, 1] -> (logits, maps); maps is
+    None unless wanted."""
 
     def __init__(self, net, maps=True):
         super().__init__()
@@ -159,13 +189,14 @@ class WithMaps(torch.nn.Module):
         self.maps = maps
 
     def forward(self, images):
-        x = M.preprocess(self.net, images)                             # each network's own size and normalisation
+        x = M.preprocess(self.net, images)  # each network's own size and normalisation
         return M.forward_features(self.net, x) if self.maps else (self.net(x), None)
 
 
 # ==== what is checked of images and networks ====
 def build_classifier(spec, num_classes, in_channels, image_size, **kw):
-    """A classifier with random weights: a name (`models.classifier`) or a Python file, whose build() is called."""
+    """A classifier with random weights: a name (`models.classifier`) or a Python file, whose
+    build() is called."""
     size = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     if spec.endswith('.py'):
         return M.complete_classifier(M.build_from_file(spec, **size))
@@ -173,18 +204,22 @@ def build_classifier(spec, num_classes, in_channels, image_size, **kw):
 
 
 def check_origin(data, digest, teacher):
-    """Raises UserError if one of the shards that `data` names says that synthesize.py made it for another teacher."""
+    """Raises UserError if one of the shards that `data` names says that synthesize.py made it for
+    another teacher."""
     for f in M.shards_of(data):
         with np.load(f, allow_pickle=False) as z:
             made = json.loads(str(z['settings'])) if 'settings' in z else {}
         if made.get('teacher_digest', digest) != digest:
-            raise M.UserError(f"{f} was made for the teacher {made['teacher']}, which is not {teacher}: its own images, or "
-                              '--any_teacher=True')
+            raise M.UserError(
+                f"{f} was made for the teacher {made['teacher']}, which is not {teacher}: its own "
+                "images, or "
+                '--any_teacher=True'
+            )
 
 
 def linear_head(net, name):
-    """The last linear layer of a classifier, whose weights make the class activation maps. Raises UserError where it
-    sees more than the mean of the last map."""
+    """The last linear layer of a classifier, whose weights make the class activation maps. Raises
+    UserError where it sees more than the mean of the last map."""
     side = net.image_size or 32
     x = torch.randn(2, net.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -196,20 +231,24 @@ def linear_head(net, name):
             seen = layer(maps[-1].mean((2, 3)))
             fits = (seen - logits).abs().max() <= 1e-3 * (1 + logits.abs().max())
     if not fits:
-        raise M.UserError(f'{name} has no class activation maps, its last layer sees more than the mean of the last map: '
-                          '--lam_msarc=0')
+        raise M.UserError(
+            f'{name} has no class activation maps, its last layer sees more than the mean of the '
+            'last map: '
+            '--lam_msarc=0'
+        )
     return layer
 
 
 @torch.no_grad()
 def predictions(net, images, device, autocast, rank=0, world=1):
-    """The class that a network sees in each of the uint8 images; every rank does its share, all get the sum."""
+    """The class that a network sees in each of the uint8 images; every rank does its share, all get
+    the sum."""
     net.eval()
     found = torch.zeros(len(images), device=device)
     for i in range(rank * 500, len(images), world * 500):
-        x = M.to_float(images[i:i + 500].to(device, memory_format=M.memory_format(device)))
+        x = M.to_float(images[i : i + 500].to(device, memory_format=M.memory_format(device)))
         with autocast:
-            found[i:i + 500] = net(M.preprocess(net, x)).argmax(1).float()
+            found[i : i + 500] = net(M.preprocess(net, x)).argmax(1).float()
     if world > 1:
         dist.all_reduce(found)
     return found.long().cpu()
@@ -224,9 +263,19 @@ if __name__ == '__main__':
     settings = {k: globals()[k] for k in _defaults}
     distilling = method == 'distill'
     for wrong, message in [
-            (distilling and lam_kl == lam_msarc == 0, 'lam_kl=0 and lam_msarc=0 leave nothing to learn'),
-            (method == 'test' and not test, "method='test' needs images: --test=mnist, an .npz or a folder"),
-            (temperature <= 0 or holdout < 0 or batch_size < 1, 'temperature and batch_size are above 0')]:
+        (
+            distilling and lam_kl == lam_msarc == 0,
+            'lam_kl=0 and lam_msarc=0 leave nothing to learn',
+        ),
+        (
+            method == 'test' and not test,
+            "method='test' needs images: --test=mnist, an .npz or a folder",
+        ),
+        (
+            temperature <= 0 or holdout < 0 or batch_size < 1,
+            'temperature and batch_size are above 0',
+        ),
+    ]:
         if wrong:
             raise M.UserError(message)
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
@@ -234,7 +283,7 @@ if __name__ == '__main__':
 
     # ---- teacher ----
     net_T = None
-    channels = 0                                                       # of images: as they are
+    channels = 0  # of images: as they are
     if method != 'data':
         net_T = M.load_classifier(teacher, **teacher_config)
         channels = net_T.in_channels
@@ -250,29 +299,44 @@ if __name__ == '__main__':
         if labels is None and method == 'data':
             raise M.UserError(f"{data} has no labels ('arr_1', or a subfolder per class)")
         if len(images) - holdout < batch_size:
-            raise M.UserError(f'{data} has {len(images)} images; holdout={holdout} leaves fewer than a batch of {batch_size}')
+            raise M.UserError(
+                f'{data} has {len(images)} images; holdout={holdout} leaves fewer than a batch of '
+                f'{batch_size}'
+            )
         if images.shape[2] != images.shape[3]:
-            raise M.UserError(f'{data}: images must be square, they are {images.shape[2]}x{images.shape[3]}: --image_size')
+            raise M.UserError(
+                f'{data}: images must be square, they are {images.shape[2]}x{images.shape[3]}: '
+                '--image_size'
+            )
     name = M.split_classes(data)[0]
     if test or not os.path.exists(name) and M.torchvision_dataset(name):
-        test_images, test_labels = M.load_images(test or data, False, image_size, channels or images.shape[1])
+        test_images, test_labels = M.load_images(
+            test or data, False, image_size, channels or images.shape[1]
+        )
         wanted = test_images.shape[1:] if images is None else images.shape[1:]
         classes = net_T.num_classes if net_T else int(labels.max()) + 1
         if test_labels is None or test_images.shape[1:] != wanted or test_labels.max() >= classes:
-            raise M.UserError(f'{test or data}: test images need labels below {classes} and the shape {tuple(wanted)}, '
-                              f'they have {tuple(test_images.shape[1:])}')
+            raise M.UserError(
+                f'{test or data}: test images need labels below {classes} and the shape '
+                f'{tuple(wanted)}, '
+                f'they have {tuple(test_images.shape[1:])}'
+            )
     if images is None:
         images = test_images
 
     # ---- student ----
     size = {}
-    if net_T is not None:                                              # the teacher's size and normalisation
+    if net_T is not None:  # the teacher's size and normalisation
         size = dict(num_classes=net_T.num_classes, image_size=net_T.image_size or images.shape[-1])
         size |= {k: getattr(net_T, k, (0.5,)) for k in ('mean', 'std')}
-    else:                                                              # the network sees mean 0 and deviation 1
+    else:  # the network sees mean 0 and deviation 1
         pixels = images[:10000].float() / 255
-        size = dict(num_classes=int(labels.max()) + 1, image_size=images.shape[-1], mean=pixels.mean((0, 2, 3)).tolist(),
-                    std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist())
+        size = dict(
+            num_classes=int(labels.max()) + 1,
+            image_size=images.shape[-1],
+            mean=pixels.mean((0, 2, 3)).tolist(),
+            std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist(),
+        )
     if width and student.startswith('resnet'):
         size['width'] = width
     net = build_classifier(student, in_channels=images.shape[1], **size)
@@ -284,13 +348,19 @@ if __name__ == '__main__':
     if net_T is not None:
         net_T = net_T.to(device, memory_format=M.memory_format(device))
     if net_T is not None and test_images is not None:
-        accuracy_T = agreement(predictions(net_T, test_images, device, autocast, rank, world), test_labels)
+        accuracy_T = agreement(
+            predictions(net_T, test_images, device, autocast, rank, world), test_labels
+        )
         if rank == 0:
-            print(f'teacher {teacher}: test accuracy {100 * accuracy_T:.2f} % of {len(test_images):,} images')
+            print(
+                f'teacher {teacher}: test accuracy {100 * accuracy_T:.2f} % of '
+                f'{len(test_images):,} images'
+            )
     if method == 'test':
         M.finish()
 
-    # the same images on all ranks, whatever their number: kept out, so that the best epoch is not chosen on test images
+    # the same images on all ranks, whatever their number: kept out, so that the best epoch is not
+    # chosen on test images
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held, train = order[:holdout], order[holdout:]
     held_images = images[held]
@@ -299,19 +369,22 @@ if __name__ == '__main__':
     else:
         held_labels = labels[held]
     fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info()[0] / 2
-    home = device if fits else 'cpu'                                   # where the images live
+    home = device if fits else 'cpu'  # where the images live
     images = images.to(home)
     labels = None if distilling else labels.to(home)
 
-    groups = [{'params': [p for p in net.parameters() if p.ndim > 1], 'weight_decay': weight_decay},
-              {'params': [p for p in net.parameters() if p.ndim <= 1], 'weight_decay': 0.}]    # biases and BatchNorm
+    groups = [
+        {'params': [p for p in net.parameters() if p.ndim > 1], 'weight_decay': weight_decay},
+        # biases and BatchNorm
+        {'params': [p for p in net.parameters() if p.ndim <= 1], 'weight_decay': 0.0},
+    ]
     if optimizer == 'sgd':
         opt = torch.optim.SGD(groups, lr, momentum=0.9)
     else:
         opt = torch.optim.AdamW(groups, lr)
-    if compile:                                                        # by stages: Grad-CAM needs their maps
-        torch._functorch.config.donated_buffer = False                 # ... and goes back through them twice
-        torch._dynamo.config.cache_size_limit = 64                     # counted over all stages together
+    if compile:  # by stages: Grad-CAM needs their maps
+        torch._functorch.config.donated_buffer = False  # ... and goes back through them twice
+        torch._dynamo.config.cache_size_limit = 64  # counted over all stages together
         for network in (net, net_T):
             for name, module in network.named_modules() if network is not None else ():
                 if isinstance(module, torch.nn.Sequential) and name.count('.') < 2:
@@ -321,12 +394,12 @@ if __name__ == '__main__':
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     if rank:
-        torch.manual_seed(seed + rank)                                 # crops of its own for every rank
+        torch.manual_seed(seed + rank)  # crops of its own for every rank
     steps_per_epoch = len(train) // batch_size
-    epoch, first, sums, best = 0, 0, {}, -1.
+    epoch, first, sums, best = 0, 0, {}, -1.0
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
-        epoch, first = divmod(shared['step'], steps_per_epoch)         # a signal saves within an epoch
+        epoch, first = divmod(shared['step'], steps_per_epoch)  # a signal saves within an epoch
         sums = {k: v.to(device) for k, v in own['sums'].items()}
         best = shared['best']
     if rank == 0:
@@ -334,61 +407,93 @@ if __name__ == '__main__':
         size = f'{sum(p.numel() for p in net.parameters()):,} parameters'
         if distilling:
             size += f', teacher {teacher}: {sum(p.numel() for p in net_T.parameters()):,}'
-        print(f'{student}: {size}; {len(train):,} images of {tuple(images.shape[1:])}, {net.num_classes} classes')
+        print(
+            f'{student}: {size}; {len(train):,} images of {tuple(images.shape[1:])}, '
+            f'{net.num_classes} classes'
+        )
     stop = M.StopFlag()
 
     # ==== the loop ====
     begin, row, leaving = time.time(), {}, 0
     while epoch < epochs:
         net.train()
-        g = torch.Generator().manual_seed(seed + epoch)                # the same order on all ranks
+        g = torch.Generator().manual_seed(seed + epoch)  # the same order on all ranks
         order = train[torch.randperm(len(train), generator=g)]
-        order = order[:steps_per_epoch * batch_size].view(steps_per_epoch, world, -1)[:, rank].to(home)
-        for i in tqdm(range(first, steps_per_epoch), f'epoch {epoch + 1}/{epochs}', disable=rank > 0, leave=False):
+        order = (
+            order[: steps_per_epoch * batch_size].view(steps_per_epoch, world, -1)[:, rank].to(home)
+        )
+        for i in tqdm(
+            range(first, steps_per_epoch),
+            f'epoch {epoch + 1}/{epochs}',
+            disable=rank > 0,
+            leave=False,
+        ):
             if world == 1 or i % 20 == 0:
                 leaving = M.all_reduce_max(stop.signal)
             if leaving:
                 break
             done = epoch + i / steps_per_epoch
-            scale = min(1., (done + 1 / steps_per_epoch) / warmup_epochs) if warmup_epochs else 1.
+            scale = min(1.0, (done + 1 / steps_per_epoch) / warmup_epochs) if warmup_epochs else 1.0
             for group in opt.param_groups:
                 group['lr'] = lr * scale * 0.5 * (1 + math.cos(math.pi * done / epochs))
             x = augment(images[order[i]].to(device, non_blocking=True), augment_crop, augment_flip)
             x = M.to_float(x)
             if distilling:
-                terms = distill_losses(model, ask_teacher, x, heads, lam_kl, lam_msarc, temperature, autocast)
+                terms = distill_losses(
+                    model, ask_teacher, x, heads, lam_kl, lam_msarc, temperature, autocast
+                )
             else:
                 y = labels[order[i]].to(device, non_blocking=True)
                 with autocast:
                     logits, _ = model(x)
                 terms = {'ce': F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)}
-            sum(terms.values()).backward()                             # Eq. (12)
+            sum(terms.values()).backward()  # Eq. (12)
             opt.step()
             opt.zero_grad(set_to_none=True)
             for key, term in terms.items():
-                sums[key] = sums.get(key, 0.) + term.detach()
+                sums[key] = sums.get(key, 0.0) + term.detach()
         if (~torch.stack([p.sum() for p in net.parameters()]).isfinite()).any():
-            raise M.UserError(f'the weights are not finite in epoch {epoch + 1}: a smaller --lr; the last checkpoint is '
-                              'untouched')
+            raise M.UserError(
+                f'the weights are not finite in epoch {epoch + 1}: a smaller --lr; the last '
+                'checkpoint is '
+                'untouched'
+            )
         if leaving:
-            M.save_checkpoint(settings, epoch * steps_per_epoch + i, net, opt, {'best': best}, {'sums': sums}, rank)
+            M.save_checkpoint(
+                settings,
+                epoch * steps_per_epoch + i,
+                net,
+                opt,
+                {'best': best},
+                {'sums': sums},
+                rank,
+            )
             break
         epoch += 1
         means = {k: (v / steps_per_epoch).item() for k, v in sums.items()}
         first, sums = 0, {}
         row = dict(step=epoch, loss=sum(means.values()), **means)
         if holdout:
-            row['agreement'] = agreement(predictions(net, held_images, device, autocast, rank, world), held_labels)
+            row['agreement'] = agreement(
+                predictions(net, held_images, device, autocast, rank, world), held_labels
+            )
         if test_images is not None:
-            row['test_accuracy'] = agreement(predictions(net, test_images, device, autocast, rank, world), test_labels)
+            row['test_accuracy'] = agreement(
+                predictions(net, test_images, device, autocast, rank, world), test_labels
+            )
         if rank == 0:
-            print(f'epoch {epoch}: ' + ', '.join(f'{k} {v:.4f}' for k, v in row.items() if k != 'step'))
+            print(
+                f'epoch {epoch}: '
+                + ', '.join(f'{k} {v:.4f}' for k, v in row.items() if k != 'step')
+            )
             log(**row, lr=opt.param_groups[0]['lr'], seconds=log.seconds + time.time() - begin)
             M.save_model(net, os.path.join(out_dir, 'student.safetensors'))
             if holdout and row['agreement'] > best:
                 M.save_model(net, os.path.join(out_dir, 'best.safetensors'))
-        best = max(best, row.get('agreement', -1.))
-        M.save_checkpoint(settings, epoch * steps_per_epoch, net, opt, {'best': best}, {'sums': sums}, rank)
+        best = max(best, row.get('agreement', -1.0))
+        M.save_checkpoint(
+            settings, epoch * steps_per_epoch, net, opt, {'best': best}, {'sums': sums}, rank
+        )
     if rank == 0:
         path = os.path.join(out_dir, 'student.safetensors')
         if epoch:
@@ -400,6 +505,14 @@ if __name__ == '__main__':
             print(f"test accuracy of the student {100 * row['test_accuracy']:.2f} %{of_teacher}")
         elif epoch:
             spec = f'{student}:{path}' if student.endswith('.py') else path
-            command = ['distill_classifier.py', '--method=test', f'--teacher={spec}', '--test=FOLDER']
-            print('test: python ' + shlex.join(command) + ', a folder of labelled images, an .npz or a torchvision name')
+            command = [
+                'distill_classifier.py',
+                '--method=test',
+                f'--teacher={spec}',
+                '--test=FOLDER',
+            ]
+            print(
+                'test on a folder of labelled images, an .npz or a torchvision name: python '
+                + shlex.join(command)
+            )
     M.finish(leaving)

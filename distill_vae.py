@@ -1,12 +1,15 @@
 """
-Distils a hierarchical VAE into a smaller one, without the data it was trained on: both decoders are fed the same noise
-at every level, and the student learns the Gaussians and the pixels that the teacher makes of it. On synthetic images
-its encoder learns too. A GAN's generator, or any other that makes images of noise, is distilled alike. With `method='data'` it trains a VAE on images, which is how teachers are made.
+Distils a hierarchical VAE into a smaller one, without the data it was trained on: both decoders are
+fed the same noise at every level, and the student learns the Gaussians and the pixels that the
+teacher makes of it. On synthetic images its encoder learns too. A GAN's generator, or any other
+that makes images of noise, is distilled alike. With `method='data'` it trains a VAE on images,
+which is how teachers are made.
 
-    python distill_vae.py                                              # the bundled MNIST teacher, minutes on a laptop
-    python distill_vae.py config/mnist_lvae.py                         # the bundled teacher itself, by the ELBO
+    python distill_vae.py  # the bundled MNIST teacher, minutes on a laptop
+    python distill_vae.py config/mnist_lvae.py  # the bundled teacher itself, by the ELBO
     python synthesize.py config/synth_mnist_vae.py && python distill_vae.py --method=synthetic --data=out/synth_vae
-    python distill_vae.py --teacher=my_gan.py --student=my_small_gan.py   # any generator (docs/reference.md)
+    # any generator (docs/reference.md)
+    python distill_vae.py --teacher=my_gan.py --student=my_small_gan.py
     torchrun --nproc_per_node=8 distill_vae.py config/vae_cifar10.py
     python distill_vae.py --teacher=stabilityai/sd-vae-ft-mse --method=synthetic --data=folder/ \
         --student_config="{'block_out_channels': (32, 64, 128, 128)}"
@@ -14,18 +17,22 @@ its encoder learns too. A GAN's generator, or any other that makes images of noi
 import os
 
 # teacher
-teacher = 'pretrained/mnist_lvae.safetensors'  # an LVAE of ours; AutoencoderKL or AutoencoderTiny: a folder or hub
-                             # id; or a Python file with load(): any generator, a GAN's too
+teacher = 'pretrained/mnist_lvae.safetensors'  # an LVAE of ours; AutoencoderKL or AutoencoderTiny:
+                             # a folder or hub id; or a Python file with load(): any generator, a
+                             # GAN's too
 # student
 student = ''                 # '' is of the teacher's class; or a Python file with build()
-student_config = {'width': 8}  # what differs from the teacher's config, of the same class; of 'data' an LVAE's config
+student_config = {'width': 8}  # what differs from the teacher's config, of the same class; of
+                             # 'data' an LVAE's config
 # distillation
-method = 'prior'             # 'prior' (noise only), 'synthetic' (images too, of any origin), 'data' (the ELBO, alone)
+method = 'prior'             # 'prior' (noise only), 'synthetic' (images too, of any origin), 'data'
+                             # (the ELBO, alone)
 beta = 0.1                   # the pixels' variance is beta / 2
 lam_z = 0.1                  # weight of the distances between the two networks' Gaussians
 data = ''                    # 'synthetic' and 'data': an .npz, a folder, or a torchvision name
 flip = False                 # random horizontal flips
-kl_warmup = 500              # 'data': steps in which the weight of the KL grows from 0 to 1; 0 for none
+kl_warmup = 500              # 'data': steps in which the weight of the KL grows from 0 to 1; 0 for
+                             # none
 # optimisation
 max_steps = 1800
 batch_size = 32              # over all ranks; the slides have 128
@@ -40,10 +47,12 @@ log_every = 20               # steps between rows of log.csv
 save_every = 600             # steps between checkpoints (with pictures)
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
+                             # 'float32'
 compile = False              # torch.compile, for GPUs
 _ranges = {                  # allowed words that the defaults do not show
-    'method': ('prior', 'synthetic', 'data'), 'init_from': ('scratch', 'resume'), 'dtype': ('auto', 'bfloat16', 'float32')}
+    'method': ('prior', 'synthetic', 'data'), 'init_from': ('scratch', 'resume'),
+    'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
@@ -59,30 +68,33 @@ import models as M
 
 # ==== the method ====
 #   noise ~ N(0, 1) at every level of the ladder
-#   out_T, p_T = teacher.decode(noise);  out, p = student.decode(noise)
+#   out_T, p_T = teacher.decode(noise);                               out, p = student.decode(noise)
 #   L = KL(N(out_T, beta / 2) || N(out, beta / 2)) + lam_z sum over levels of W2^2(p_T, p)
-# On images x the same once more below the encoders' Gaussians: q_T from teacher.encode(x), q from student.encode(x).
+# On images x the same once more below the encoders' Gaussians: q_T from teacher.encode(x), q from
+# student.encode(x).
 def wasserstein(a, b):
-    """Squared 2-Wasserstein distance of diagonal Gaussians (mean, std), averaged over their numbers."""
+    """Squared 2-Wasserstein distance of diagonal Gaussians (mean, std), averaged over their
+    numbers."""
     return ((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2).mean()
 
 
 def output_kl(mean_S, mean_T, beta=0.1):
-    """KL of two decoders' pixels (B, C, H, W), Gaussians of variance beta / 2, summed over an image and averaged over
-    the batch."""
+    """KL of two decoders' pixels (B, C, H, W), Gaussians of variance beta / 2, summed over an image
+    and averaged over the batch."""
     return ((mean_S - mean_T) ** 2).sum((1, 2, 3)).mean() / beta
 
 
 def decode(net, noise, seen=None):
-    """(out, q, p) of a VAE's decoder (models.LVAE), and of any other generator's, which may return `out` alone: then
-    there are no Gaussians."""
+    """(out, q, p) of a VAE's decoder (models.LVAE), and of any other generator's, which may return
+    `out` alone: then there are no Gaussians."""
     made = net.decode(noise, seen) if seen else net.decode(noise)
     return (made.float(), [], []) if torch.is_tensor(made) else made
 
 
 def below_prior(seen, n):
-    """An encoder's Gaussians with n rows before them that say nothing (an infinite std; at the top, the prior itself):
-    the decoder then takes both in one batch, and its BatchNorm keeps the statistics of both."""
+    """An encoder's Gaussians with n rows before them that say nothing (an infinite std; at the top,
+    the prior itself): the decoder then takes both in one batch, and its BatchNorm keeps the
+    statistics of both."""
     rows = []
     for i, (mean, std) in enumerate(seen):
         blank = torch.zeros_like(mean[:1]).expand(n, -1, -1, -1)
@@ -99,8 +111,9 @@ def split_rows(gaussians, n):
 
 
 def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1):
-    """The loss terms, a dict of numbers, of n images from the prior and of the images x (B, C, H, W) in [0, 1], if any:
-    'z' and 'out' of the prior, 'z_x' and 'out_x' of the images. channels: how many of `out` are the mean of the pixels.
+    """The loss terms, a dict of numbers, of n images from the prior and of the images x (B, C, H,
+    W) in [0, 1], if any: 'z' and 'out' of the prior, 'z_x' and 'out_x' of the images. channels: how
+    many of `out` are the mean of the pixels.
     """
     seen = seen_T = None
     if x is None:
@@ -112,7 +125,7 @@ def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1)
         noise = [torch.randn_like(mean) for mean, _ in seen_T]
     with torch.no_grad():
         out_T, q_T, p_T = decode(teacher, noise, seen_T)
-    out, q, p = decode(student, noise, seen)                           # both decoders, from the same noise
+    out, q, p = decode(student, noise, seen)  # both decoders, from the same noise
     mean, mean_T = out[:, :channels], out_T[:, :channels]
     p, _ = split_rows(p, n)
     p_T, _ = split_rows(p_T, n)
@@ -130,7 +143,8 @@ def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1)
 
 
 class Losses(torch.nn.Module):
-    """The student and its losses in one forward pass, as DistributedDataParallel wants it; loss_of(net, x) -> terms."""
+    """The student and its losses in one forward pass, as DistributedDataParallel wants it;
+    loss_of(net, x) -> terms."""
 
     def __init__(self, net, loss_of):
         super().__init__()
@@ -142,50 +156,73 @@ class Losses(torch.nn.Module):
 
 
 def build_vae(config, teacher):
-    """A VAE of random weights from its config, which is the teacher's with some other values. Raises UserError for
-    another class, or for what the class does not have."""
+    """A VAE of random weights from its config, which is the teacher's with some other values.
+    Raises UserError for another class, or for what the class does not have."""
     kind = teacher['class']
-    odd = config.keys() - teacher.keys() - {'width'} if kind == 'LVAE' else config.keys() - teacher.keys()
+    odd = (
+        config.keys() - teacher.keys() - {'width'}
+        if kind == 'LVAE'
+        else config.keys() - teacher.keys()
+    )
     if odd or config['class'] != kind:
-        raise M.UserError(f"student_config: a {kind} has no {min(odd, default='class')!r}, but "
-                          f"{', '.join(k for k in teacher if k != 'class') or 'width'}")
+        raise M.UserError(
+            f"student_config: a {kind} has no {min(odd, default='class')!r}, but "
+            f"{', '.join(k for k in teacher if k != 'class') or 'width'}"
+        )
     if kind == 'LVAE':
         return M.make(config)
     import diffusers
-    return M.Autoencoder(getattr(diffusers, kind).from_config({k: v for k, v in config.items() if k != 'class'}))
+
+    return M.Autoencoder(
+        getattr(diffusers, kind).from_config({k: v for k, v in config.items() if k != 'class'})
+    )
 
 
 # ==== set-up ====
 if __name__ == '__main__':
     settings = {k: globals()[k] for k in _defaults}
     for wrong, message in [
-            (method == 'prior' and data != '',
-             f"method='prior' needs no images, --data={data} is for 'synthetic' and 'data'"),
-            (method != 'prior' and not data, f"method={method!r} needs images: --data=mnist, an .npz or a folder; "
-             'python synthesize.py config/synth_mnist_vae.py makes some'),
-            (beta <= 0 or batch_size < 1, 'beta and batch_size are above 0')]:
+        (
+            method == 'prior' and data != '',
+            f"method='prior' needs no images, --data={data} is for 'synthetic' and 'data'",
+        ),
+        (
+            method != 'prior' and not data,
+            f"method={method!r} needs images: --data=mnist, an .npz or a folder; "
+            'python synthesize.py config/synth_mnist_vae.py makes some',
+        ),
+        (beta <= 0 or batch_size < 1, 'beta and batch_size are above 0'),
+    ]:
         if wrong:
             raise M.UserError(message)
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
-    micro_batch = M.per_rank(batch_size, world)                        # images of one forward pass
+    micro_batch = M.per_rank(batch_size, world)  # images of one forward pass
     compute_dtype = M.pick_dtype(device, dtype)
     distilling = method != 'data'
     foreign = teacher.partition('.py')[1] or student
     if foreign and method != 'prior':
-        raise M.UserError(f"a generator from a Python file is distilled from noise: method='prior', not {method!r}")
+        raise M.UserError(
+            "a generator from a Python file is distilled from noise: method='prior', not "
+            f"{method!r}"
+        )
 
     # ---- teacher, images ----
     net_T = images = None
     if distilling:
         net_T = M.load_vae(teacher)
         settings['teacher_digest'] = M.digest(net_T)
-        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), compute_dtype)
+        net_T = M.cast_frozen(
+            net_T.to(device, memory_format=M.memory_format(device)), compute_dtype
+        )
         if isinstance(net_T, M.Autoencoder) and method == 'prior':
-            raise M.UserError(f'{teacher}: the prior of a {type(net_T.net).__name__} makes no images: --method=synthetic')
+            raise M.UserError(
+                f'{teacher}: the prior of a {type(net_T.net).__name__} makes no images: '
+                '--method=synthetic'
+            )
     if method != 'prior':
         images, _ = M.load_images(data, channels=net_T.in_channels if net_T else 0)
         fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
-        images = images.to(device if fits else 'cpu')                  # uint8
+        images = images.to(device if fits else 'cpu')  # uint8
     if net_T is None:
         channels = images.shape[1]
     elif hasattr(net_T, 'in_channels'):
@@ -200,44 +237,62 @@ if __name__ == '__main__':
     elif foreign:
         raise M.UserError(f'{teacher}: what is its student? --student=FILE.py with build()')
     else:
-        base = {'class': 'LVAE', 'image_size': images.shape[-1], 'in_channels': channels} if net_T is None else net_T.config
+        base = (
+            {'class': 'LVAE', 'image_size': images.shape[-1], 'in_channels': channels}
+            if net_T is None
+            else net_T.config
+        )
         net = build_vae(base | student_config, base)
     net = net.to(device, memory_format=M.memory_format(device))
     both = [n for n in (net_T, net) if n is not None]
-    with autocast, torch.no_grad():                                    # the levels tell whether the two fit each other
+    with autocast, torch.no_grad():  # the levels tell whether the two fit each other
         if images is not None:
             x = images[:2].to(device).float() / 255
             levels = [[mean.shape[1:] for mean, _ in n.eval().encode(x)] for n in both]
         else:
             levels = [n.eval().decode(both[0].noise(2)) for n in both]
-            levels = [made.shape if torch.is_tensor(made) else [v.shape for v in (made[0], *sum(made[2], ()))]
-                      for made in levels]
+            levels = [
+                (
+                    made.shape
+                    if torch.is_tensor(made)
+                    else [v.shape for v in (made[0], *sum(made[2], ()))]
+                )
+                for made in levels
+            ]
     if levels[0] != levels[-1]:
-        raise M.UserError(f'the teacher has the levels {levels[0]}, the student {levels[-1]}: image_size, in_channels and the '
-                          'latents must be the same')
+        raise M.UserError(
+            f'the teacher has the levels {levels[0]}, the student {levels[-1]}: image_size, '
+            'in_channels and the '
+            'latents must be the same'
+        )
     checkpoint = M.resume(settings, rank, net)
-    if method == 'prior' and isinstance(net, M.LVAE):                  # the encoder stays as it is
+    if method == 'prior' and isinstance(net, M.LVAE):  # the encoder stays as it is
         for name, p in net.named_parameters():
             p.requires_grad_(name.startswith('d'))
     trained = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.Adam(trained, lr, weight_decay=weight_decay, fused=True)
-    torch.manual_seed(seed * 1000 + rank + 1)                          # from here on each rank draws its own numbers
+    torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own numbers
 
     def loss_of(net, x):
-        if not distilling:                                             # the negative ELBO, in nats per image
+        if not distilling:  # the negative ELBO, in nats per image
             nll, kl = net.elbo(x, net.noise(len(x)), beta)
             return {'nll': nll.mean(), 'kl': sum(kl).mean()}
-        n = 0 if isinstance(net_T, M.Autoencoder) else micro_batch     # rows from the prior, images below them
+        # rows from the prior, images below them
+        n = 0 if isinstance(net_T, M.Autoencoder) else micro_batch
         return distill_losses(net, net_T, channels, n, x, beta, lam_z)
+
     model = Losses(net, loss_of)
     if compile:
         model = torch.compile(model, dynamic=False)
     if world > 1:
-        # no BatchNorm of a network in training reads the statistics that it keeps, and only those of rank 0 are saved
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # no BatchNorm of a network in training reads the statistics that it keeps, and only those
+        # of rank 0 are saved
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     # ---- results on disk ----
-    path = os.path.join(out_dir, 'student')                            # a file of ours, or a folder of diffusers
+    path = os.path.join(out_dir, 'student')  # a file of ours, or a folder of diffusers
     if not isinstance(net, M.Autoencoder):
         path += '.safetensors'
 
@@ -250,13 +305,15 @@ if __name__ == '__main__':
     @torch.no_grad()
     @autocast
     def pictures():
-        """Of the student below the teacher's: from the same noise at every level, of the same images."""
+        """Of the student below the teacher's: from the same noise at every level, of the same
+        images."""
         net.eval()
         g = torch.Generator(device).manual_seed(seed)
-        low, high = getattr(both[0], 'image_range', (0, 1))            # of what decode() returns
+        low, high = getattr(both[0], 'image_range', (0, 1))  # of what decode() returns
 
         def shown(out):
             return (out[:, :channels] - low) / (high - low) * 2 - 1
+
         if not isinstance(net, M.Autoencoder):
             noise = both[0].noise(36, g)
             M.save_grid(f'{out_dir}/samples.png', [shown(decode(n, noise)[0]) for n in both], 12)
@@ -270,7 +327,7 @@ if __name__ == '__main__':
             M.save_grid(f'{out_dir}/reconstructions.png', [shown(out) for out in made], 12)
 
     # ==== the loop ====
-    step, sums, count = 0, {}, 0                                       # on the device: no wait between two rows
+    step, sums, count = 0, {}, 0  # on the device: no wait between two rows
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
         step, count = shared['step'], own['count']
@@ -279,8 +336,11 @@ if __name__ == '__main__':
         for role, name, n in (('teacher', teacher, net_T), ('student', student, net)):
             if n is not None:
                 size = sum(p.numel() for p in n.parameters())
-                print(f"{role} {name}: {M.description(n)['class'] if n is net else type(n).__name__}, "
-                      f'{size / 1e6:.3f} M parameters')
+                print(
+                    f"{role} {name}: "
+                    f"{M.description(n)['class'] if n is net else type(n).__name__}, "
+                    f'{size / 1e6:.3f} M parameters'
+                )
         print(f'{method}, {max_steps:,} steps of {batch_size} images on {world} x {device.type}')
         log = M.Log(os.path.join(out_dir, 'log.csv'), step)
     stop = M.StopFlag()
@@ -299,14 +359,14 @@ if __name__ == '__main__':
         with autocast:
             terms = model(x)
         if not distilling and kl_warmup:
-            terms['kl'] = terms['kl'] * min(1., (step + 1) / kl_warmup)
+            terms['kl'] = terms['kl'] * min(1.0, (step + 1) / kl_warmup)
         sum(terms.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
-        opt.found_inf = (~norm.isfinite()).float()                     # the fused step then changes nothing
+        opt.found_inf = (~norm.isfinite()).float()  # the fused step then changes nothing
         opt.step()
         opt.zero_grad(set_to_none=True)
         for name, value in (terms | {'grad_norm': norm}).items():
-            sums[name] = sums.get(name, 0.) + value.detach()
+            sums[name] = sums.get(name, 0.0) + value.detach()
         count += 1
         step += 1
         bar.update()
@@ -314,26 +374,35 @@ if __name__ == '__main__':
             leaving = M.all_reduce_max(stop.signal)
         saving = step % save_every == 0 or step == max_steps or leaving
         logging = step % log_every == 0 or step == max_steps
-        if logging or saving:                                          # also: BatchNorm has no found_inf
+        if logging or saving:  # also: BatchNorm has no found_inf
             means = {k: (v / count).item() for k, v in sums.items()}
-            if not math.isfinite(means['grad_norm']):                  # the same on all ranks
+            if not math.isfinite(means['grad_norm']):  # the same on all ranks
                 bar.close()
-                raise M.UserError(f'step {step}: the loss or its gradient was not finite in the last {count} steps; nothing '
-                                  'of that reached the weights. Try a smaller --lr, or --grad_clip')
+                raise M.UserError(
+                    f'step {step}: the loss or its gradient was not finite in the last {count} '
+                    'steps; nothing '
+                    'of that reached the weights. Try a smaller --lr, or --grad_clip'
+                )
         if logging:
             if rank == 0:
                 norm = means.pop('grad_norm')
                 loss = sum(means.values())
                 bar.set_postfix(loss=f'{loss:.4g}')
                 seconds = time.time() - begin
-                log(step=step, loss=loss, **means, grad_norm=norm, images_per_s=(step - first) * batch_size / seconds,
-                    seconds=log.seconds + seconds)
+                log(
+                    step=step,
+                    loss=loss,
+                    **means,
+                    grad_norm=norm,
+                    images_per_s=(step - first) * batch_size / seconds,
+                    seconds=log.seconds + seconds,
+                )
             sums, count = {}, 0
         if saving:
             M.save_checkpoint(settings, step, net, opt, {}, {'sums': sums, 'count': count}, rank)
             if rank == 0:
                 save_student()
-                if not leaving:                                        # last: who stops us may not wait
+                if not leaving:  # last: who stops us may not wait
                     with stop.interrupts():
                         pictures()
                 net.train()
@@ -341,13 +410,19 @@ if __name__ == '__main__':
             break
     bar.close()
     if rank == 0:
-        if step == first:                                              # killed between checkpoint and result
+        if step == first:  # killed between checkpoint and result
             save_student()
-        print(f'step {step} of {max_steps}, {time.time() - begin:.0f} s; student: {path}, pictures: {out_dir}/*.png')
+        print(
+            f'step {step} of {max_steps}, {time.time() - begin:.0f} s; student: {path}, pictures: '
+            f'{out_dir}/*.png'
+        )
         if not isinstance(net, M.Autoencoder):
             spec = f'{student}:{path}' if student else path
             command = ['eval_fid.py', f'--models={spec}' + (f',{teacher}' if distilling else '')]
             if channels == 3:
-                command += ['--features=pretrained/cifar10_resnet.safetensors', '--reference=pretrained/cifar10_stats.npz']
+                command += [
+                    '--features=pretrained/cifar10_resnet.safetensors',
+                    '--reference=pretrained/cifar10_stats.npz',
+                ]
             print('evaluate: python ' + shlex.join(command))
     M.finish(leaving)

@@ -1,52 +1,67 @@
 """
-DKDM: trains a small diffusion model of any architecture from a big pretrained one, without the data the big one was
-trained on. The student learns from the teacher's own denoising steps (Xiang et al., CVPR 2025, arXiv 2409.03550).
+DKDM: trains a small diffusion model of any architecture from a big pretrained one, without the data
+the big one was trained on. The student learns from the teacher's own denoising steps (Xiang et al.,
+CVPR 2025, arXiv 2409.03550).
 
-    python dkdm.py                                                   # the bundled MNIST teacher, minutes on a laptop
+    python dkdm.py  # the bundled MNIST teacher, minutes on a laptop
     python dkdm.py config/dkdm_cifar10.py --teacher=cifar10_32.pt    # the paper's CIFAR-10 setting
-    python dkdm.py config/dkdm_mnist_one_step.py                     # a student that makes a digit in one evaluation
-    python dkdm.py --teacher=my_teacher.py --student=my_student.py   # networks of your own (docs/reference.md)
+    python dkdm.py config/dkdm_mnist_one_step.py  # a student that makes a digit in one evaluation
+    # networks of your own (docs/reference.md)
+    python dkdm.py --teacher=my_teacher.py --student=my_student.py
     torchrun --nproc_per_node=8 dkdm.py config/dkdm_cifar10.py --rho=0.4
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 dkdm.py ...
-    python dkdm.py config/mnist_teacher.py --data=mnist              # ordinary training on images makes a teacher
+    # ordinary training on images makes a teacher
+    python dkdm.py config/mnist_teacher.py --data=mnist
 """
 import os
 
 # teacher
-teacher = 'pretrained/mnist_classes.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM, LDM or DiT
-                             # checkpoint, a diffusers folder or hub id, or a Python file with load()
-teacher_config = {}          # what an original checkpoint does not say: image_size, ... (models.load_denoiser)
-guidance = 0.0               # teachers with classes or texts are distilled at this scale; 1 is none, 0 is 2 for them
+teacher = 'pretrained/mnist_classes.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM,
+                             # LDM or DiT checkpoint, a diffusers folder or hub id, or a Python file
+                             # with load()
+teacher_config = {}          # what an original checkpoint does not say: image_size, ...
+                             # (models.load_denoiser)
+guidance = 0.0               # teachers with classes or texts are distilled at this scale; 1 is
+                             # none, 0 is 2 for them
 prompts = ''                 # teachers with texts: a file of them, one per line
 # student
-student = 'unet'             # 'unet' or 'dit', whatever the teacher is; a Python file with build(); or the config.json of
-                             # a network of diffusers
-student_config = {}          # its sizes, where SIZES below is not wanted: --student_config.model_channels=64
-student_prediction = 'v'     # 'v', 'eps', 'x0', 'flow', or 'teacher': the same as the teacher's (the paper)
+student = 'unet'             # 'unet' or 'dit', whatever the teacher is; a Python file with build();
+                             # or the config.json of a network of diffusers
+student_config = {}          # its sizes, where SIZES below is not wanted:
+                             # --student_config.model_channels=64
+student_prediction = 'v'     # 'v', 'eps', 'x0', 'flow', or 'teacher': the same as the teacher's
+                             # (the paper)
 learn_sigma = True           # the student predicts its variance too, Eq. (12)
 # distillation
-method = 'dynamic'           # 'dynamic' (the paper's), 'shuffled', 'iterative' (its ablations), 'synthetic' (train on
-                             # images the teacher made before), 'data' (ordinary training, no teacher), 'jumps' (few steps)
+method = 'dynamic'           # 'dynamic' (the paper's), 'shuffled', 'iterative' (its ablations),
+                             # 'synthetic' (train on images the teacher made before), 'data'
+                             # (ordinary training, no teacher), 'jumps' (few steps)
 rho = 0.4                    # the pool holds round(rho T / stride) batches of half-finished images
 stride = 40                  # a visit moves an image about so many of the T steps; 1 is the paper
-warmup_steps = 0             # teacher steps of a whole walk while the pool is filled; 0: T / stride, the paper: T
+warmup_steps = 0             # teacher steps of a whole walk while the pool is filled; 0: T /
+                             # stride, the paper: T
 pool_dtype = 'float32'       # 'float32', 'float16' or 'bfloat16'
 lam = 0.001                  # weight of L_vlb, Eq. (19)
-uncond_prob = 0.0            # students with classes or texts: how often the null condition is trained
+uncond_prob = 0.0            # students with classes or texts: how often the null condition is
+                             # trained
 # few-step students, 'jumps'
 jumps = 1                    # evaluations of the student per image
 walks = 2048                 # the pool holds so many finished walks of the teacher, over all ranks
 walk_steps = 16              # teacher evaluations of each, a multiple of jumps
-walk_evals = 0               # teacher evaluations per training step, which replace the oldest walks; 0: the pool stays
+walk_evals = 0               # teacher evaluations per training step, which replace the oldest
+                             # walks; 0: the pool stays
 # images, for 'data' and 'synthetic'
-data = ''                    # an .npz, a folder, or a torchvision name; with real_fraction: the real images
+data = ''                    # an .npz, a folder, or a torchvision name; with real_fraction: the
+                             # real images
 synthetic = ''               # 'synthetic': images made earlier; '' makes them now
 synthetic_images = 2000      # how many to make
 synthetic_steps = 50         # sampling steps of each
-real_fraction = 0.0          # so much of the synthetic set is replaced by real images (Data-Limited Training)
+real_fraction = 0.0          # so much of the synthetic set is replaced by real images (Data-Limited
+                             # Training)
 flip = False                 # random horizontal flips
 class_cond = False           # 'data': condition on the labels
-schedule = 'cosine'          # 'data': 'cosine', 'linear', 'sqrt_linear', 'flow'; otherwise the teacher's
+schedule = 'cosine'          # 'data': 'cosine', 'linear', 'sqrt_linear', 'flow'; otherwise the
+                             # teacher's
 T = 1000                     # 'data': steps of the process; otherwise the teacher's
 # optimisation
 max_steps = 1000
@@ -58,8 +73,10 @@ lr_decay = True              # cosine decay to 0 at max_steps
 adamw = {'beta2': 0.99, 'weight_decay': 0.0}
 grad_clip = 1.0              # largest norm of the gradient; 0 for none
 ema = 0.999                  # decay of the averaged weights, which are the result
-# when to stop: the distance of 1,000 images of the EMA student, sampled as samples.png is, goes to log.csv, the best
-# student to best.safetensors. A reference is data: who has none makes it from the teacher's own samples (eval_fid.py)
+# when to stop: the distance of 1,000 images of the EMA student, sampled as samples.png is, goes to
+# log.csv, the best
+# student to best.safetensors. A reference is data: who has none makes it from the teacher's own
+# samples (eval_fid.py)
 eval_every = 0               # steps between distances; 0 is never
 eval_reference = 'pretrained/mnist_stats.npz'    # statistics that eval_fid.py --save_stats has made
 eval_features = 'pretrained/mnist_resnet.safetensors'  # in the features of this classifier
@@ -69,20 +86,24 @@ init_from = 'scratch'        # 'scratch', 'resume', or the file of a student tha
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
 sampler = 'ddim'             # of samples.png: 'ddpm', 'ddim' or 'dpm++'
-sample_steps = 0             # evaluations of each image; 0 is 8, or the student's jumps. The paper has 50 of ddpm for
-                             # pixels, 200 of ddim for latents
+sample_steps = 0             # evaluations of each image; 0 is 8, or the student's jumps. The paper
+                             # has 50 of ddpm for pixels, 200 of ddim for latents
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
+                             # 'float32'
 compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
 _ranges = {                  # allowed words that the defaults do not show
     'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data', 'jumps'),
-    'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'), 'sampler': ('ddpm', 'ddim', 'dpm++'),
-    'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'), 'pool_dtype': ('float32', 'float16', 'bfloat16'),
+    'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'),
+    'sampler': ('ddpm', 'ddim', 'dpm++'),
+    'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'),
+    'pool_dtype': ('float32', 'float16', 'bfloat16'),
     'dtype': ('auto', 'bfloat16', 'float32')}
 SIZES = {                    # of small students; what student_config says counts more
-    'unet': dict(patch_size=2, model_channels=28, num_res_blocks=1, channel_mult=(1, 1), attention_resolutions=(7,)),
+    'unet': dict(patch_size=2, model_channels=28, num_res_blocks=1, channel_mult=(1, 1),
+                 attention_resolutions=(7,)),
     'dit': dict(patch_size=2, hidden_size=128, depth=6, num_heads=4)}
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
@@ -104,37 +125,46 @@ import models as M
 
 
 # ==== the method ====
-#   pool <- rho T / stride batches, each image walked by the teacher from noise to a t of its own      Alg. 1, line 1
+#   pool <- rho T / stride batches, each image walked from noise to a t of its own  Alg. 1, line 1
 #   repeat:
-#       x_t, t <- any batch of the pool                                                                        line 4
+#       x_t, t <- any batch of the pool                                                            4
 #       out_T = teacher(x_t, t);  out = student(x_t, t)
-#       student <- student - lr grad |out - out_T|^2 + lam KL(p_T || p_S)                    lines 5-7, Eqs. (19)-(21)
-#       x_s ~ p_T(x_s | x_t), s = t - stride: the teacher's own step moves the images                          line 8
+#       student <- student - lr grad |out - out_T|^2 + lam KL(p_T || p_S)        5-7, Eqs. (19)-(21)
+#       x_s ~ p_T(x_s | x_t), s = t - stride: the teacher's own step moves the images              8
 #       finished images leave the pool, fresh noise enters it
-def make_teacher(net, guidance=1., autocast=contextlib.nullcontext()):
-    """teacher(x_t, t, y): the network's guided output (B, C or 2C, H, W) in float32, without gradients."""
+def make_teacher(net, guidance=1.0, autocast=contextlib.nullcontext()):
+    """teacher(x_t, t, y): the network's guided output (B, C or 2C, H, W) in float32, without
+    gradients."""
+
     @torch.no_grad()
     def teacher(x_t, t, y=None):
         with autocast:
             return M.guided(net, x_t, t, y, guidance).float()
+
     return teacher
 
 
-def make_labels(num_classes, uncond_prob=0., device='cpu'):
-    """draw_labels(n): labels (n,) of new images, -1 for the null condition; None for networks without classes."""
+def make_labels(num_classes, uncond_prob=0.0, device='cpu'):
+    """draw_labels(n): labels (n,) of new images, -1 for the null condition; None for networks
+    without classes."""
+
     def draw_labels(n):
         if not num_classes:
             return None
         y = torch.randint(num_classes, (n,), device=device)
         return torch.where(torch.rand(n, device=device) < uncond_prob, -1, y)
+
     return draw_labels
 
 
 class Pool:
-    """Half-finished images x (N, C, H, W) of the teacher's walks, each at a time t (N,) of its own: Alg. 1's enlarged
-    batch. `shape` is (C, H, W); draw_labels(n) gives the conditions y of new images, or None."""
+    """Half-finished images x (N, C, H, W) of the teacher's walks, each at a time t (N,) of its own:
+    Alg. 1's enlarged batch. `shape` is (C, H, W); draw_labels(n) gives the conditions y of new
+    images, or None."""
 
-    def __init__(self, size, shape, diffusion, draw_labels=lambda n: None, dtype=torch.float32, device='cpu'):
+    def __init__(
+        self, size, shape, diffusion, draw_labels=lambda n: None, dtype=torch.float32, device='cpu'
+    ):
         self.diffusion = diffusion
         self.draw_labels = draw_labels
         self.x = torch.randn(size, *shape, device=device).to(dtype)
@@ -143,28 +173,32 @@ class Pool:
 
     @torch.no_grad()
     def fill(self, teacher, steps, chunk, same_t=False, progress=True):
-        """Line 1, shuffled denoise: every image walks from noise to a t of its own, uniform over 0 ... T-1 (or stays at
-        T-1 if `same_t`), `steps` to a whole walk, `chunk` images at once. Returns the number of evaluations."""
+        """Line 1, shuffled denoise: every image walks from noise to a t of its own, uniform over 0
+        ... T-1 (or stays at T-1 if `same_t`), `steps` to a whole walk, `chunk` images at once.
+        Returns the number of evaluations."""
         size, T = len(self.x), self.diffusion.T
         if same_t:
             return 0
         goal = torch.randint(T, (size,)).sort().values
-        walking_at = [int((goal < t).sum()) for t in range(T)]         # goals are sorted: the first so many walk on
+        # goals are sorted: the first so many walk on
+        walking_at = [int((goal < t).sum()) for t in range(T)]
         goal = goal.to(self.x.device)
         levels = torch.linspace(T - 1, -1, steps + 1).round().long().tolist()
         pairs = list(zip(levels, levels[1:]))
         evaluations = 0
         for t, s in tqdm(pairs, desc='filling the pool', disable=not progress, leave=False):
-            for i in range(0, walking_at[t], chunk):                   # whole chunks: some images are at their goal
-                x_t = self.x[i:i + chunk].float()
-                x_goal = goal[i:i + chunk]
+            for i in range(0, walking_at[t], chunk):  # whole chunks: some images are at their goal
+                x_t = self.x[i : i + chunk].float()
+                x_goal = goal[i : i + chunk]
                 tt = torch.full_like(x_goal, t)
-                y = None if self.y is None else self.y[i:i + chunk]
+                y = None if self.y is None else self.y[i : i + chunk]
                 x_s = self.diffusion.ddpm_step(teacher(x_t, tt, y), x_t, tt, x_goal.clamp(min=s))
                 walking = x_goal < t
                 x_s = torch.where(walking.view(-1, 1, 1, 1), x_s, x_t)
-                self.x[i:i + chunk] = x_s.to(self.x.dtype)
-                self.t[i:i + chunk] = torch.where(walking, x_goal.clamp(min=s), self.t[i:i + chunk])
+                self.x[i : i + chunk] = x_s.to(self.x.dtype)
+                self.t[i : i + chunk] = torch.where(
+                    walking, x_goal.clamp(min=s), self.t[i : i + chunk]
+                )
                 evaluations += chunk
         return evaluations
 
@@ -178,7 +212,8 @@ class Pool:
         return idx, self.x[idx].float(), self.t[idx], y
 
     def advance(self, idx, x_s, s):
-        """Line 8: the images idx move on to (x_s, s); where s = -1 they leave, and fresh noise enters."""
+        """Line 8: the images idx move on to (x_s, s); where s = -1 they leave, and fresh noise
+        enters."""
         done = s < 0
         x_s = torch.where(done.view(-1, 1, 1, 1), torch.randn_like(x_s), x_s)
         self.x[idx] = x_s.to(self.x.dtype)
@@ -199,20 +234,32 @@ def mean_and_backward(terms, scale):
     return {name: term.detach().mean() for name, term in terms.items()}
 
 
-def distill_step(student, teacher, pool, diffusion, batch_size, stride=1, lam=0.001, jump=None,
-                 autocast=contextlib.nullcontext(), scale=1.):
-    """Lines 4-8 of Alg. 1: adds the gradient of the student's loss on one batch of the pool, and moves the batch on.
+def distill_step(
+    student,
+    teacher,
+    pool,
+    diffusion,
+    batch_size,
+    stride=1,
+    lam=0.001,
+    jump=None,
+    autocast=contextlib.nullcontext(),
+    scale=1.0,
+):
+    """Lines 4-8 of Alg. 1: adds the gradient of the student's loss on one batch of the pool, and
+    moves the batch on.
 
-    teacher(x_t, t, y) gives an output on pool.diffusion, the student's means what `diffusion` says. jump: how far all
-    images move; None draws about `stride` for each. Returns the loss terms, {name: mean}.
+    teacher(x_t, t, y) gives an output on pool.diffusion, the student's means what `diffusion` says.
+    jump: how far all images move; None draws about `stride` for each. Returns the loss terms,
+    {name: mean}.
     """
     idx, x_t, t, y = pool.draw(batch_size)
     out_T = teacher(x_t, t, y)
     with autocast:
         out = student(x_t, t, y)
     target = pool.diffusion.convert(out_T, x_t, t, diffusion.prediction)
-    losses = diffusion.distill_loss(out, target, x_t, t, lam)          # Eqs. (19)-(21)
-    terms = {'mse': losses['mse'], 'vb': losses['vb']}                 # a further loss is one more entry, (B,)
+    losses = diffusion.distill_loss(out, target, x_t, t, lam)  # Eqs. (19)-(21)
+    terms = {'mse': losses['mse'], 'vb': losses['vb']}  # a further loss is one more entry, (B,)
     terms = mean_and_backward(terms, scale)
 
     # the same evaluation moves the teacher's walk: x_t -> x_s
@@ -227,24 +274,34 @@ def distill_step(student, teacher, pool, diffusion, batch_size, stride=1, lam=0.
 #   pool <- deterministic (DDIM) walks of the teacher, of which jumps + 1 states are kept
 #   repeat:
 #       x_t, x_s <- two neighbouring states of any walks
-#       x_0* = the image whose one DDIM step from x_t lands on x_s                             Diffusion.jump_x0
+#       x_0* = the image whose one DDIM step from x_t lands on x_s                 Diffusion.jump_x0
 #       student <- student - lr grad |out - (x_0* as the student's prediction)|^2
 class Walks:
-    """Finished walks of the teacher: x (jumps + 1, N, C, H, W), the states at `times`, from noise to image. One batch of
-    walks is always on its way; when it arrives, it replaces the oldest."""
+    """Finished walks of the teacher: x (jumps + 1, N, C, H, W), the states at `times`, from noise
+    to image. One batch of walks is always on its way; when it arrives, it replaces the oldest."""
 
-    def __init__(self, size, jumps, steps, shape, diffusion, batch_size, draw_labels=lambda n: None,
-                 dtype=torch.float32, device='cpu'):
-        size = batch_size * -(-size // batch_size)                     # whole batches
+    def __init__(
+        self,
+        size,
+        jumps,
+        steps,
+        shape,
+        diffusion,
+        batch_size,
+        draw_labels=lambda n: None,
+        dtype=torch.float32,
+        device='cpu',
+    ):
+        size = batch_size * -(-size // batch_size)  # whole batches
         self.diffusion = diffusion
         self.draw_labels = draw_labels
         self.batch_size = batch_size
         self.all_times = M.sampling_steps(diffusion.T, steps) + [-1]
         self.every = steps // jumps
-        self.times = torch.tensor(self.all_times[::self.every], device=device)
+        self.times = torch.tensor(self.all_times[:: self.every], device=device)
         self.x = torch.zeros(jumps + 1, size, *shape, dtype=dtype, device=device)
         self.y = torch.full((size,), -1, device=device)
-        self.done = 0                                                  # walks finished so far
+        self.done = 0  # walks finished so far
         self.start()
 
     def start(self):
@@ -258,7 +315,7 @@ class Walks:
     @torch.no_grad()
     def advance(self, teacher):
         """One evaluation of the teacher moves the batch that is on its way."""
-        t, s = self.all_times[self.position:self.position + 2]
+        t, s = self.all_times[self.position : self.position + 2]
         tt = torch.full((self.batch_size,), t, device=self.x.device)
         out = teacher(self.now, tt, self.now_y)
         self.now = self.diffusion.ddim_step(out, self.now, tt, s)
@@ -289,7 +346,13 @@ class Walks:
         idx = torch.randint(self.x.shape[1], (n,), device=device)
         k = torch.randint(len(self.x) - 1, (n,), device=device)
         y = None if self.now_y is None else self.y[idx]
-        return self.x[k, idx].float(), self.times[k], self.x[k + 1, idx].float(), self.times[k + 1], y
+        return (
+            self.x[k, idx].float(),
+            self.times[k],
+            self.x[k + 1, idx].float(),
+            self.times[k + 1],
+            y,
+        )
 
     def state(self):
         names = ('x', 'y', 'done', 'now', 'now_y', 'states', 'position')
@@ -303,14 +366,15 @@ class Walks:
         self.states = [x.to(self.x.device) for x in self.states]
 
 
-def jump_step(student, walks, diffusion, batch_size, autocast=contextlib.nullcontext(), scale=1.):
-    """Adds the gradient of the student's loss on one batch of jumps. Returns the loss terms, {name: mean}."""
+def jump_step(student, walks, diffusion, batch_size, autocast=contextlib.nullcontext(), scale=1.0):
+    """Adds the gradient of the student's loss on one batch of jumps. Returns the loss terms, {name:
+    mean}."""
     x_t, t, x_s, s, y = walks.draw(batch_size)
     x0 = diffusion.jump_x0(x_t, t, x_s, s)
     target = diffusion.target(x0, x_t, t, diffusion.prediction)
     with autocast:
         out = student(x_t, t, y)
-    losses = diffusion.losses(out[:, :x0.shape[1]], target, x_t, None, None, t, lam=0)
+    losses = diffusion.losses(out[:, : x0.shape[1]], target, x_t, None, None, t, lam=0)
     return mean_and_backward({'mse': losses['mse']}, scale)
 
 
@@ -318,7 +382,7 @@ def jump_step(student, walks, diffusion, batch_size, autocast=contextlib.nullcon
 class Images:
     """A set of uint8 images (N, C, H, W) with labels (N,) or None, on the device."""
 
-    def __init__(self, images, labels, uncond_prob=0., flip=False):
+    def __init__(self, images, labels, uncond_prob=0.0, flip=False):
         self.images, self.labels = images, labels
         self.uncond_prob, self.flip = uncond_prob, flip
 
@@ -335,8 +399,11 @@ class Images:
         return x0, y
 
 
-def training_step(student, images, diffusion, batch_size, lam=0.001, autocast=contextlib.nullcontext(), scale=1.):
-    """Ordinary training, Eq. (13), on images noised to a uniform t. Returns the loss terms, {name: mean}."""
+def training_step(
+    student, images, diffusion, batch_size, lam=0.001, autocast=contextlib.nullcontext(), scale=1.0
+):
+    """Ordinary training, Eq. (13), on images noised to a uniform t. Returns the loss terms, {name:
+    mean}."""
     x0, y = images.draw(batch_size)
     t = torch.randint(diffusion.T, (batch_size,), device=x0.device)
     noise = torch.randn_like(x0)
@@ -348,8 +415,11 @@ def training_step(student, images, diffusion, batch_size, lam=0.001, autocast=co
 
 
 @torch.no_grad()
-def make_images(net, diffusion, n, shape, steps, draw_labels, guidance, chunk, autocast, progress=True):
-    """Data-Free Training: (uint8 images (n, C, H, W), labels or None) of the teacher's own, on the CPU."""
+def make_images(
+    net, diffusion, n, shape, steps, draw_labels, guidance, chunk, autocast, progress=True
+):
+    """Data-Free Training: (uint8 images (n, C, H, W), labels or None) of the teacher's own, on the
+    CPU."""
     images, labels = [], []
     for i in tqdm(range(0, n, chunk), desc='making images', disable=not progress, leave=False):
         size = min(chunk, n - i)
@@ -363,10 +433,10 @@ def make_images(net, diffusion, n, shape, steps, draw_labels, guidance, chunk, a
 
 
 def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
-    """Clips the gradients, updates the student and its average. Returns the norm of the gradients; where it is not
-    finite, nothing changes."""
+    """Clips the gradients, updates the student and its average. Returns the norm of the gradients;
+    where it is not finite, nothing changes."""
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
-    opt.found_inf = (~norm.isfinite()).float()                         # the fused step then changes nothing
+    opt.found_inf = (~norm.isfinite()).float()  # the fused step then changes nothing
     opt.step()
     opt.zero_grad(set_to_none=True)
     M.update_ema(ema_net, net, ema, step)
@@ -374,15 +444,20 @@ def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
 
 
 # ==== the student ====
-def build_denoiser(spec, image_size, in_channels, num_classes, learn_sigma=True, config={}, teacher=None):
-    """A denoiser with random weights: a name in models.DENOISERS with `config` as its sizes; a Python file, whose
-    build(image_size, in_channels, num_classes, **config) is called; or the config.json of a network of diffusers, with
-    the texts of the teacher. Raises UserError where it does not fit the images or the condition."""
+def build_denoiser(
+    spec, image_size, in_channels, num_classes, learn_sigma=True, config={}, teacher=None
+):
+    """A denoiser with random weights: a name in models.DENOISERS with `config` as its sizes; a
+    Python file, whose build(image_size, in_channels, num_classes, **config) is called; or the
+    config.json of a network of diffusers, with the texts of the teacher. Raises UserError where it
+    does not fit the images or the condition."""
     size = dict(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
     if spec in M.DENOISERS:
         takes = inspect.signature(M.DENOISERS[spec]).parameters
         if odd := config.keys() - takes.keys():
-            raise M.UserError(f"student_config: {spec} has no {min(odd)!r}, but {', '.join(takes.keys() - size.keys())}")
+            raise M.UserError(
+                f"student_config: {spec} has no {min(odd)!r}, but {', '.join(takes.keys() - size.keys())}"
+            )
         if 'out_channels' in takes:
             size['out_channels'] = in_channels * (2 if learn_sigma else 1)
         elif 'learn_sigma' in takes:
@@ -393,17 +468,25 @@ def build_denoiser(spec, image_size, in_channels, num_classes, learn_sigma=True,
     elif spec.endswith('.json'):
         with open(spec) as f:
             said = json.load(f)
-        said = {k: v for k, v in said.items() if not k.startswith('_')} | {'class': said['_class_name']}
+        said = {k: v for k, v in said.items() if not k.startswith('_')} | {
+            'class': said['_class_name']
+        }
         net = M.make(said | config)
         condition = getattr(teacher, 'condition', 'class' if num_classes else '')
         if net.condition != condition or condition == 'class' and net.num_classes != num_classes:
-            raise M.UserError(f"{spec} takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
-                              f"{num_classes or ''} {condition or 'none'} (num_class_embeds has one more, for none)")
+            raise M.UserError(
+                f"{spec} takes {net.num_classes or ''} {net.condition or 'no condition'}, the "
+                "teacher "
+                f"{num_classes or ''} {condition or 'none'} (num_class_embeds has one more, for "
+                "none)"
+            )
         net.num_classes = num_classes
         net.shared = getattr(teacher, 'shared', net.shared)
     else:
-        raise M.UserError(f"student={spec!r}: {', '.join(map(repr, M.DENOISERS))}, a Python file with build(), or the "
-                          'config.json of a network of diffusers')
+        raise M.UserError(
+            f"student={spec!r}: {', '.join(map(repr, M.DENOISERS))}, a Python file with build(), or the "
+            'config.json of a network of diffusers'
+        )
     for key, value in size.items():
         if getattr(net, key) != value:
             raise M.UserError(f'{spec}: its {key} is {getattr(net, key)}, it should be {value}')
@@ -411,13 +494,17 @@ def build_denoiser(spec, image_size, in_channels, num_classes, learn_sigma=True,
 
 
 def output_channels(net, diffusion, device):
-    """How many channels a network of the user's or of diffusers predicts. Raises UserError for none that we know."""
+    """How many channels a network of the user's or of diffusers predicts. Raises UserError for none
+    that we know."""
     C, H = net.in_channels, net.image_size
     t = torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad():
         out = net.eval()(torch.zeros(1, C, H, H, device=device), t, t if net.num_classes else None)
     if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)):
-        raise M.UserError(f'the student makes {tuple(out.shape[1:])} of {(C, H, H)}: the same channels or twice as many')
+        raise M.UserError(
+            f'the student makes {tuple(out.shape[1:])} of {(C, H, H)}: the same channels or twice '
+            'as many'
+        )
     return out.shape[1]
 
 
@@ -426,20 +513,39 @@ if __name__ == '__main__':
     config = {k: globals()[k] for k in _defaults}
     walking = method in ('dynamic', 'shuffled', 'iterative')
     for wrong, message in [
-            (method == 'data' and guidance > 1, "guidance: method='data' has no teacher to guide; eval_fid.py guides"),
-            (method == 'data' and not data, "method='data' needs images: --data=mnist, an .npz or a folder"),
-            (real_fraction and (method != 'synthetic' or not data),
-             "real_fraction mixes real images, --data=..., into those of method='synthetic'"),
-            (class_cond and method != 'data', "class_cond is for method='data', all others follow the teacher"),
-            (method == 'jumps' and (jumps < 1 or walk_steps % jumps),
-             f'walk_steps={walk_steps} must be a multiple of jumps={jumps}'),
-            (rho <= 0 or stride < 1 or batch_size < 1 or walks < 1, 'rho, stride, batch_size and walks are above 0'),
-            (not 0 <= ema < 1 or not 0 <= uncond_prob <= 1 or not 0 <= real_fraction <= 1,
-             'ema, uncond_prob and real_fraction are from 0 to 1, ema below it')]:
+        (
+            method == 'data' and guidance > 1,
+            "guidance: method='data' has no teacher to guide; eval_fid.py guides",
+        ),
+        (
+            method == 'data' and not data,
+            "method='data' needs images: --data=mnist, an .npz or a folder",
+        ),
+        (
+            real_fraction and (method != 'synthetic' or not data),
+            "real_fraction mixes real images, --data=..., into those of method='synthetic'",
+        ),
+        (
+            class_cond and method != 'data',
+            "class_cond is for method='data', all others follow the teacher",
+        ),
+        (
+            method == 'jumps' and (jumps < 1 or walk_steps % jumps),
+            f'walk_steps={walk_steps} must be a multiple of jumps={jumps}',
+        ),
+        (
+            rho <= 0 or stride < 1 or batch_size < 1 or walks < 1,
+            'rho, stride, batch_size and walks are above 0',
+        ),
+        (
+            not 0 <= ema < 1 or not 0 <= uncond_prob <= 1 or not 0 <= real_fraction <= 1,
+            'ema, uncond_prob and real_fraction are from 0 to 1, ema below it',
+        ),
+    ]:
         if wrong:
             raise M.UserError(message)
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
-    micro_batch = M.per_rank(batch_size, world, grad_accum)            # images of one forward pass
+    micro_batch = M.per_rank(batch_size, world, grad_accum)  # images of one forward pass
     compute_dtype = M.pick_dtype(device, dtype)
     if wandb:
         import wandb as wb
@@ -458,21 +564,32 @@ if __name__ == '__main__':
     else:
         net_T, diffusion_T = M.load_denoiser(teacher, compute_dtype, **teacher_config)
         config['teacher_digest'] = M.digest(net_T)
-        net_T = M.cast_frozen(net_T.to(device, memory_format=M.memory_format(device)), compute_dtype)
+        net_T = M.cast_frozen(
+            net_T.to(device, memory_format=M.memory_format(device)), compute_dtype
+        )
         takes_text = getattr(net_T, 'condition', '') == 'text'
         if bool(prompts) != takes_text:
-            raise M.UserError(f"{teacher} takes {'texts: --prompts=file.txt' if takes_text else 'no texts (prompts)'}")
+            raise M.UserError(
+                f"{teacher} takes "
+                f"{'texts: --prompts=file.txt' if takes_text else 'no texts (prompts)'}"
+            )
         if takes_text:
             net_T.set_prompts(M.read_lines(prompts))
         C, H = net_T.in_channels, net_T.image_size
         T, num_classes, process = diffusion_T.T, net_T.num_classes, diffusion_T.config
         if stride > T or warmup_steps > T:
-            raise M.UserError(f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps')
-        guidance = guidance or (2. if num_classes else 1.)
+            raise M.UserError(
+                f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps'
+            )
+        guidance = guidance or (2.0 if num_classes else 1.0)
         if guidance != 1 and not num_classes:
-            raise M.UserError(f'guidance={guidance}: {teacher} has no classes or texts to be guided to')
+            raise M.UserError(
+                f'guidance={guidance}: {teacher} has no classes or texts to be guided to'
+            )
         if method == 'synthetic' and not diffusion_T.clip:
-            raise M.UserError("method='synthetic' stores images, this teacher makes latents: method='dynamic' can")
+            raise M.UserError(
+                "method='synthetic' stores images, this teacher makes latents: method='dynamic' can"
+            )
     run_T = torch.compile(net_T, dynamic=False) if compile and net_T else net_T
     ask_teacher = make_teacher(run_T, guidance, autocast)
     draw_labels = make_labels(num_classes, uncond_prob, device)
@@ -484,12 +601,16 @@ if __name__ == '__main__':
     process = process | dict(prediction=prediction, learn_sigma=learn_sigma)
     if method == 'jumps':
         if prediction == 'eps':
-            raise M.UserError("method='jumps' starts where nothing of the image is left, and eps does not tell it: 'v'")
-        learn_sigma = False                                            # its steps have no noise
-        process |= dict(learn_sigma=False, clip=False)                 # x_0* of a jump may be anything
+            raise M.UserError(
+                "method='jumps' starts where nothing of the image is left, and eps does not tell "
+                "it: 'v'"
+            )
+        learn_sigma = False  # its steps have no noise
+        process |= dict(learn_sigma=False, clip=False)  # x_0* of a jump may be anything
         sampler = 'ddim'
     net = build_denoiser(student, H, C, num_classes, learn_sigma, student_config, net_T).to(
-        device, memory_format=M.memory_format(device))
+        device, memory_format=M.memory_format(device)
+    )
     diffusion = M.Diffusion(**process)
     M.match_times(net, diffusion)
     if student not in M.DENOISERS:
@@ -498,37 +619,70 @@ if __name__ == '__main__':
     sample_steps = sample_steps or (jumps if method == 'jumps' else 8)
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     trained = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(trained, lr, (0.9, adamw['beta2']), weight_decay=adamw['weight_decay'], fused=True)
+    opt = torch.optim.AdamW(
+        trained, lr, (0.9, adamw['beta2']), weight_decay=adamw['weight_decay'], fused=True
+    )
     checkpoint = M.resume(config, rank, net)
     if checkpoint is None:
-        net_ema.load_state_dict(net.state_dict())                      # of the file init_from
+        net_ema.load_state_dict(net.state_dict())  # of the file init_from
     model = torch.compile(net, dynamic=False) if compile else net
     if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     if eval_every:
         net_F, space, _ = M.load_features(eval_features, device)
         reference = M.read_statistics(eval_reference, space)
         colours = 3 if getattr(net_T, 'vae', None) else C
         if reference is None or net_F.in_channels != colours:
-            raise M.UserError(f'eval_reference={eval_reference} and eval_features={eval_features} must be statistics, '
-                              f'and a classifier, of images with {colours} channels')
-    torch.manual_seed(seed * 1000 + rank + 1)                          # from here on each rank draws its own numbers
+            raise M.UserError(
+                f'eval_reference={eval_reference} and eval_features={eval_features} must be '
+                'statistics, '
+                f'and a classifier, of images with {colours} channels'
+            )
+    torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own numbers
     begin = time.time()
 
     # ---- where (x_t, t, target) come from ----
     evaluations = 0
     if walking:
         batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
-        source = Pool(batches * batch_size // world, (C, H, H), diffusion_T, draw_labels, getattr(torch, pool_dtype), device)
+        source = Pool(
+            batches * batch_size // world,
+            (C, H, H),
+            diffusion_T,
+            draw_labels,
+            getattr(torch, pool_dtype),
+            device,
+        )
     elif method == 'jumps':
-        source = Walks(-(-walks // world), jumps, walk_steps, (C, H, H), diffusion_T, micro_batch, draw_labels,
-                       getattr(torch, pool_dtype), device)
+        source = Walks(
+            -(-walks // world),
+            jumps,
+            walk_steps,
+            (C, H, H),
+            diffusion_T,
+            micro_batch,
+            draw_labels,
+            getattr(torch, pool_dtype),
+            device,
+        )
     elif method == 'synthetic':
         path = synthetic or os.path.join(out_dir, f'synthetic_rank{rank}.npz')
-        if not synthetic and not checkpoint:                           # a resumed run has them
+        if not synthetic and not checkpoint:  # a resumed run has them
             n = -(-synthetic_images // world)
-            images, labels = make_images(run_T, diffusion_T, n, (C, H, H), synthetic_steps, draw_labels, guidance,
-                                         micro_batch, autocast, rank == 0)
+            images, labels = make_images(
+                run_T,
+                diffusion_T,
+                n,
+                (C, H, H),
+                synthetic_steps,
+                draw_labels,
+                guidance,
+                micro_batch,
+                autocast,
+                rank == 0,
+            )
             arrays = {'arr_0': images.permute(0, 2, 3, 1).numpy()}
             if labels is not None:
                 arrays['arr_1'] = labels.numpy()
@@ -536,10 +690,10 @@ if __name__ == '__main__':
         images, labels = M.load_npz(path) if not synthetic else M.load_images(synthetic, channels=C)
         if not synthetic:
             evaluations = len(images) * synthetic_steps
-        if real_fraction:                                              # Data-Limited Training
+        if real_fraction:  # Data-Limited Training
             real, real_labels = M.load_images(data, channels=C)
             picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed + rank))
-            picked = picked[:round(real_fraction * len(images))]
+            picked = picked[: round(real_fraction * len(images))]
             made = len(images) - len(picked)
             images = torch.cat([images[:made], real[picked]])
             if num_classes and labels is not None and real_labels is not None:
@@ -550,11 +704,17 @@ if __name__ == '__main__':
         if images.shape[1:] != (C, H, H):
             raise M.UserError(f'the images are {tuple(images.shape[1:])}, {(C, H, H)} are wanted')
         if num_classes and (labels is None or labels.max() >= num_classes):
-            raise M.UserError(f"the images need labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)")
+            raise M.UserError(
+                f"the images need labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per "
+                "class)"
+            )
         labels = labels.to(device) if num_classes else None
         source = Images(images.to(device), labels, uncond_prob, flip)
     if rank == 0:
-        for role, name, n, d in (('student', student, net, diffusion), ('teacher', teacher, net_T, diffusion_T)):
+        for role, name, n, d in (
+            ('student', student, net, diffusion),
+            ('teacher', teacher, net_T, diffusion_T),
+        ):
             if n is not None:
                 size = sum(p.numel() for p in n.parameters())
                 print(f'{role} {name}: {size / 1e6:.2f} M parameters, predicts {d.prediction}')
@@ -562,57 +722,88 @@ if __name__ == '__main__':
         if walking:
             n = len(source.x) * world
             how += f'; a pool of {n:,} images, {source.x.nbytes * world / 2 ** 20:.1f} MB'
-        print(f'{method}, {max_steps:,} steps of {batch_size} images of {C}x{H}x{H} on {world} x {device.type}{how}')
+        print(
+            f'{method}, {max_steps:,} steps of {batch_size} images of {C}x{H}x{H} on {world} x '
+            f'{device.type}{how}'
+        )
 
     # ---- results on disk ----
-    pipeline = getattr(net_T, 'source', '')                            # the teacher's, if it has one
-    about = dict(guided=guidance > 1, vae=pipeline if getattr(net_T, 'vae', None) else '',
-                 pipeline=pipeline if isinstance(net, M.Pipeline) else '')
+    pipeline = getattr(net_T, 'source', '')  # the teacher's, if it has one
+    about = dict(
+        guided=guidance > 1,
+        vae=pipeline if getattr(net_T, 'vae', None) else '',
+        pipeline=pipeline if isinstance(net, M.Pipeline) else '',
+    )
     if method == 'jumps':
         about['sampling'] = dict(sampler='ddim', steps=jumps, spacing='trailing')
     stop = M.StopFlag()
     last_pictures = time.time()
 
     def pictures(seconds_per_evaluation):
-        """samples.png: each row of the teacher's images above the student's from the same noise. Fewer of them where
-        36 would take more than a tenth of the training since the last time; a signal ends it."""
+        """samples.png: each row of the teacher's images above the student's from the same noise.
+        Fewer of them where 36 would take more than a tenth of the training since the last time; a
+        signal ends it."""
         global last_pictures
         steps_T = walk_steps if method == 'jumps' else sample_steps
         passes = sample_steps + (2 if guidance > 1 else 1) * steps_T * (net_T is not None)
-        budget = max(20., 0.1 * (time.time() - last_pictures))
+        budget = max(20.0, 0.1 * (time.time() - last_pictures))
         n = int(min(36, budget / max(1e-9, passes * seconds_per_evaluation)))
         n = n if n < 12 else n // 12 * 12
         if not n:
             print('no samples.png: even one picture would take more than a tenth of the training')
             return
         y = torch.arange(n, device=device) % 12 % num_classes if num_classes else None
-        rows = [(net_ema, diffusion, 1., sample_steps)]
+        rows = [(net_ema, diffusion, 1.0, sample_steps)]
         if net_T is not None:
             rows.insert(0, (net_T, diffusion_T, guidance, steps_T))
         sets = []
         for network, process, scale, steps in rows:
-            noise = torch.Generator(device).manual_seed(seed)          # the same at every step for both
+            noise = torch.Generator(device).manual_seed(seed)  # the same at every step for both
             chunks = []
             x = M.random_normal((n, C, H, H), noise, device)
-            size = n if sampler == 'ddpm' or n * C * H * H < 2 ** 18 else 1
-            for part, label in tqdm(list(zip(x.split(size), (y if y is not None else x).split(size))), 'pictures',
-                                    leave=False, disable=size == n):
+            size = n if sampler == 'ddpm' or n * C * H * H < 2**18 else 1
+            for part, label in tqdm(
+                list(zip(x.split(size), (y if y is not None else x).split(size))),
+                'pictures',
+                leave=False,
+                disable=size == n,
+            ):
                 with autocast, torch.no_grad():
-                    chunks.append(M.decode(net_T, M.sample(network, process, part, steps, sampler,
-                                                           label if y is not None else None, scale, noise)))
+                    chunks.append(
+                        M.decode(
+                            net_T,
+                            M.sample(
+                                network,
+                                process,
+                                part,
+                                steps,
+                                sampler,
+                                label if y is not None else None,
+                                scale,
+                                noise,
+                            ),
+                        )
+                    )
             sets.append(torch.cat(chunks))
         M.save_grid(os.path.join(out_dir, 'samples.png'), sets, 12)
         last_pictures = time.time()
 
     @torch.no_grad()
     def distance():
-        """The Frechet distance of 1,000 images of the student (its EMA), always from the same noise, to eval_reference."""
+        """The Frechet distance of 1,000 images of the student (its EMA), always from the same
+        noise, to eval_reference."""
         noise = torch.Generator(device).manual_seed(seed)
         found = []
         for _ in range(10):
-            y = torch.randint(num_classes, (100,), generator=noise, device=device) if num_classes else None
+            y = (
+                torch.randint(num_classes, (100,), generator=noise, device=device)
+                if num_classes
+                else None
+            )
             with autocast:
-                x = M.sample(net_ema, diffusion, (100, C, H, H), sample_steps, sampler, y, 1., noise)
+                x = M.sample(
+                    net_ema, diffusion, (100, C, H, H), sample_steps, sampler, y, 1.0, noise
+                )
                 x = M.decode(net_T, x)
             found.append(M.features(net_F, M.to_uint8(x))[0].cpu().double())
         f = torch.cat(found)
@@ -620,13 +811,16 @@ if __name__ == '__main__':
 
     def save_checkpoint():
         shared = {'ema': net_ema.state_dict(), 'evaluations': evaluations, 'best': best}
-        own = {'pool': source.state() if method != 'data' and method != 'synthetic' else {}, 'sums': sums}
+        own = {
+            'pool': source.state() if method != 'data' and method != 'synthetic' else {},
+            'sums': sums,
+        }
         M.save_checkpoint(config, step, net, opt, shared, own, rank)
 
     # ==== the loop ====
     step, best = 0, math.inf
     names = ('mse', 'vb') if method != 'jumps' else ('mse',)
-    sums = {}                                                          # on the device: no wait between two rows
+    sums = {}  # on the device: no wait between two rows
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
         step, evaluations, best = shared['step'], shared['evaluations'], shared['best']
@@ -636,10 +830,15 @@ if __name__ == '__main__':
             source.load(own['pool'])
     elif method == 'jumps':
         evaluations = source.fill(ask_teacher, rank == 0)
-        save_checkpoint()                                              # the walks are not to be lost
+        save_checkpoint()  # the walks are not to be lost
     elif walking:
-        evaluations = source.fill(ask_teacher, warmup_steps or max(1, T // stride), micro_batch, method == 'iterative',
-                                  rank == 0)
+        evaluations = source.fill(
+            ask_teacher,
+            warmup_steps or max(1, T // stride),
+            micro_batch,
+            method == 'iterative',
+            rank == 0,
+        )
         save_checkpoint()
     if rank == 0:
         log = M.Log(os.path.join(out_dir, 'log.csv'), step)
@@ -649,11 +848,11 @@ if __name__ == '__main__':
             print(f'{evaluations * world:,} teacher evaluations before the first step')
     net.train()
     first, leaving = step, 0
-    start = time.time()                                                # of the loop; log.csv counts the filling, too
-    paused = 0.                                                        # seconds of pictures and distances
+    start = time.time()  # of the loop; log.csv counts the filling, too
+    paused = 0.0  # seconds of pictures and distances
     bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
     while step < max_steps:
-        scale = min(1., (step + 1) / max(1, lr_warmup))
+        scale = min(1.0, (step + 1) / max(1, lr_warmup))
         if lr_decay:
             scale *= 0.5 * (1 + math.cos(math.pi * step / max_steps))
         opt.param_groups[0]['lr'] = lr * scale
@@ -664,20 +863,32 @@ if __name__ == '__main__':
                 terms = jump_step(model, source, diffusion, micro_batch, autocast, 1 / grad_accum)
             elif walking:
                 jump = None
-                if method == 'iterative':                              # all images share one t, on all ranks
+                if method == 'iterative':  # all images share one t, on all ranks
                     jump = random.Random(step).randint((stride + 1) // 2, stride + stride // 2)
-                terms = distill_step(model, ask_teacher, source, diffusion, micro_batch, stride, lam, jump, autocast,
-                                     1 / grad_accum)
+                terms = distill_step(
+                    model,
+                    ask_teacher,
+                    source,
+                    diffusion,
+                    micro_batch,
+                    stride,
+                    lam,
+                    jump,
+                    autocast,
+                    1 / grad_accum,
+                )
             else:
-                terms = training_step(model, source, diffusion, micro_batch, lam, autocast, 1 / grad_accum)
+                terms = training_step(
+                    model, source, diffusion, micro_batch, lam, autocast, 1 / grad_accum
+                )
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.) + value / grad_accum
+                sums[name] = sums.get(name, 0.0) + value / grad_accum
         norm = optimizer_step(net, net_ema, opt, grad_clip, ema, step)
         if method == 'jumps':
             for _ in range(walk_evals):
                 source.advance(ask_teacher)
-        sums['grad_norm'] = sums.get('grad_norm', 0.) + norm
-        sums['steps'] = sums.get('steps', 0.) + torch.ones_like(norm)
+        sums['grad_norm'] = sums.get('grad_norm', 0.0) + norm
+        sums['steps'] = sums.get('steps', 0.0) + torch.ones_like(norm)
         step += 1
         bar.update()
         if world == 1 or step % 5 == 0:
@@ -688,21 +899,28 @@ if __name__ == '__main__':
         if logging or saving:
             n = sums['steps'].item()
             means = {k: (v / n).item() for k, v in sums.items() if k != 'steps'}
-            if not math.isfinite(means['grad_norm']):                  # the same on all ranks, as gradients are
+            if not math.isfinite(means['grad_norm']):  # the same on all ranks, as gradients are
                 bar.close()
-                raise M.UserError(f'step {step}: the loss or its gradient was not finite since the last row; nothing of '
-                                  f'that reached the weights. Try a smaller --lr (now {lr * scale:.2g})')
+                raise M.UserError(
+                    f'step {step}: the loss or its gradient was not finite since the last row; '
+                    'nothing of '
+                    f'that reached the weights. Try a smaller --lr (now {lr * scale:.2g})'
+                )
         if logging:
             if rank == 0:
                 norm = means.pop('grad_norm')
-                row = dict(step=step, loss=sum(means.values()), **means, grad_norm=norm, lr=lr * scale)
+                row = dict(
+                    step=step, loss=sum(means.values()), **means, grad_norm=norm, lr=lr * scale
+                )
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
                 if eval_every:
                     before = time.time()
                     row['frechet'] = distance() if evaluating else ''
                     if evaluating and row['frechet'] < best:
                         best = row['frechet']
-                        M.save_model(net_ema, os.path.join(out_dir, 'best.safetensors'), diffusion, **about)
+                        M.save_model(
+                            net_ema, os.path.join(out_dir, 'best.safetensors'), diffusion, **about
+                        )
                     paused += time.time() - before
                 seconds = time.time() - start - paused
                 row['images_per_s'] = (step - first) * batch_size / seconds
@@ -712,11 +930,15 @@ if __name__ == '__main__':
                     wb.log({k: v for k, v in row.items() if v != ''}, step=step)
             sums = {}
         if saving:
-            save_checkpoint()                                          # first: who stops us may not wait
+            save_checkpoint()  # first: who stops us may not wait
             if rank == 0:
                 before = time.time()
-                M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
-                per_evaluation = (before - start - paused) / (step - first) / micro_batch / grad_accum
+                M.save_model(
+                    net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about
+                )
+                per_evaluation = (
+                    (before - start - paused) / (step - first) / micro_batch / grad_accum
+                )
                 if not leaving:
                     with stop.interrupts():
                         pictures(per_evaluation)
@@ -725,7 +947,7 @@ if __name__ == '__main__':
             break
     bar.close()
     if rank == 0:
-        if step == first:                                              # killed between checkpoint and result
+        if step == first:  # killed between checkpoint and result
             M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
         path = os.path.join(out_dir, 'student.safetensors')
         if student.endswith('.py'):
@@ -743,12 +965,21 @@ if __name__ == '__main__':
         if eval_features != _defaults['eval_features']:
             command += [f'--features={eval_features}', f'--reference={eval_reference}']
         elif colours == 3:
-            command += ['--features=pretrained/cifar10_resnet.safetensors', '--reference=pretrained/cifar10_stats.npz']
-        print(f'step {step} of {max_steps}, {time.time() - begin + log.seconds:.0f} s; student: {path}, '
-              f'pictures: {out_dir}/samples.png')
+            command += [
+                '--features=pretrained/cifar10_resnet.safetensors',
+                '--reference=pretrained/cifar10_stats.npz',
+            ]
+        print(
+            f'step {step} of {max_steps}, {time.time() - begin + log.seconds:.0f} s; student: '
+            f'{path}, '
+            f'pictures: {out_dir}/samples.png'
+        )
         print('evaluate: python ' + shlex.join(command))
         if isinstance(net, M.Pipeline):
-            print('for diffusers: python ' + shlex.join(['export.py', f'--model={path}', f'--out_dir={out_dir}/pipeline']))
+            print(
+                'for diffusers: python '
+                + shlex.join(['export.py', f'--model={path}', f'--out_dir={out_dir}/pipeline'])
+            )
         if wandb:
             wb.finish()
     M.finish(leaving)

@@ -1,46 +1,59 @@
 """
-Measures how far the images of checkpoints, or any sets of images, are from a reference: FID, sFID, Inception Score,
-precision, recall, KID, EMD, MMD and 1-NN accuracy, with each model's parameters, size, FLOPs and time per image; and
-where a denoiser has the classifier's classes, how often the classifier agrees with the class asked for.
+Measures how far the images of checkpoints, or any sets of images, are from a reference: FID, sFID,
+Inception Score, precision, recall, KID, EMD, MMD and 1-NN accuracy, with each model's parameters,
+size, FLOPs and time per image; and where a denoiser has the classifier's classes, how often the
+classifier agrees with the class asked for.
 
     python eval_fid.py --models=out/dkdm/student.safetensors,pretrained/mnist_classes.safetensors --guidance=2.0
     python eval_fid.py --models=samples.npz,folder/ --reference=VIRTUAL_imagenet256_labeled.npz --features=inception
     torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 --features=inception \\
         --reference=cifar10
 
-The statistics of a reference are made once with --save_stats; where there are no data, from the teacher's own samples:
+The statistics of a reference are made once with --save_stats; where there are no data, from the
+teacher's own samples:
     python eval_fid.py --reference=mnist --save_stats=pretrained/mnist_stats.npz
     python eval_fid.py --reference=pretrained/mnist_classes.safetensors --guidance=2.0 --seed=1 \\
         --save_stats=out/stats.npz
 
-Only in the features of Inception is the Frechet distance called FID. Its statistics are accumulated as a stream; of the
-features the first 10,000 of the reference and 50,000 of a model are kept for the other metrics. 50,000 images of 32x32
-against 10,000, in the features of a ResNet-20: 93 to 100 s on two CPU cores (AMD EPYC, Zen 4) and 1.2 GB at the peak.
+Only in the features of Inception is the Frechet distance called FID. Its statistics are accumulated
+as a stream; of the features the first 10,000 of the reference and 50,000 of a model are kept for
+the other metrics. 50,000 images of 32x32 against 10,000, in the features of a ResNet-20: 93 to 100
+s on two CPU cores (AMD EPYC, Zen 4) and 1.2 GB at the peak.
 """
 import os
 
 # what is measured
-models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders, torchvision names;
-                             # with a network of your own my_student.py:student.safetensors
+models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders,
+                             # torchvision names; with a network of your own
+                             # my_student.py:student.safetensors
 model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 reference = 'pretrained/mnist_stats.npz'  # as above, or stored statistics, ours or ADM's
 features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier
 inception_weights = ''       # Inception's weights as a file, where there is no network
 save_stats = ''              # write the reference's statistics to this .npz
-n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images of each set; 0 leaves them out
+n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images of each set; 0
+                             # leaves them out
 # sampling
-num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for all
-sampler = ''                 # 'ddpm', 'ddim' or 'dpm++'; '' is what the student's file says, or else 'ddim'
-steps = 0                    # evaluations; 0 is what the student's file says, or else 8. The DKDM paper has 50 of ddpm, spaced evenly, for pixels, 200 of ddim for latents
-spacing = ''                 # of the steps; '' is what the file says, or else 'trailing'. 'trailing', 'even' (Improved DDPM's) or 'leading' (DDIM's)
-guidance = 1.0               # of checkpoints with classes or texts, but for those distilled with guidance
+num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for
+                             # all
+sampler = ''                 # 'ddpm', 'ddim' or 'dpm++'; '' is what the student's file says, or
+                             # else 'ddim'
+steps = 0                    # evaluations; 0 is what the student's file says, or else 8. The DKDM
+                             # paper has 50 of ddpm, spaced evenly, for pixels, 200 of ddim for
+                             # latents
+spacing = ''                 # of the steps; '' is what the file says, or else 'trailing'.
+                             # 'trailing', 'even' (Improved DDPM's) or 'leading' (DDIM's)
+guidance = 1.0               # of checkpoints with classes or texts, but for those distilled with
+                             # guidance
 prompts = ''                 # checkpoints with texts: a file of them, one per line
-batch_size = 100             # per rank; also of the feature network. The samples depend on it: a batch has one seed
+batch_size = 100             # per rank; also of the feature network. The samples depend on it: a
+                             # batch has one seed
 # system
 out_dir = 'out/eval'         # metrics.jsonl, and a grid of images per model
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # of the models: 'auto' (bfloat16 where the device has it), 'bfloat16', 'float32'
+dtype = 'auto'               # of the models: 'auto' (bfloat16 where the device has it), 'bfloat16',
+                             # 'float32'
 _ranges = {                  # allowed words that the defaults do not show
     'sampler': ('', 'ddpm', 'ddim', 'dpm++'), 'spacing': ('', 'trailing', 'even', 'leading'),
     'dtype': ('auto', 'bfloat16', 'float32')}
@@ -61,14 +74,15 @@ from tqdm import tqdm
 
 import models as M
 
-NEIGHBOURS = 3               # k of precision and recall (Kynkaanniemi et al. 2019)
-KEEP = 10_000, 50_000        # features kept of the reference and of a model, for all but FID: ADM's numbers
-SPLIT = 5000                 # images per split of the Inception Score, ADM's
+NEIGHBOURS = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
+# features kept of the reference and of a model, for all but FID: ADM's numbers
+KEEP = 10_000, 50_000
+SPLIT = 5000  # images per split of the Inception Score, ADM's
 
 
 # ==== the metrics, of features (N, D) in float64, on the device ====
 def inception_score(logits):
-    """exp of the mean divergence of p(y|x) from p(y), averaged over splits (Salimans et al. 2016)."""
+    """exp of the mean KL of p(y|x) from p(y), averaged over splits (Salimans et al. 2016)."""
     scores = []
     for split in logits.split(SPLIT):
         log_p = split.log_softmax(1)
@@ -78,12 +92,13 @@ def inception_score(logits):
 
 
 def distances(a, b):
-    """Blocks of rows of the Euclidean distances (len(a), len(b)), which never stand in memory as a whole.
+    """Blocks of rows of the Euclidean distances (len(a), len(b)), which never stand in memory as a
+    whole.
 
-    A block has 64 MB: what is below 32 MB comes from the heap, and there what a block leaves between others adds up
-    to GB. torch.cdist would copy all of b for each of them.
+    A block has 64 MB: what is below 32 MB comes from the heap, and there what a block leaves
+    between others adds up to GB. torch.cdist would copy all of b for each of them.
     """
-    rows_at_once = max(1, 2 ** 23 // len(b))
+    rows_at_once = max(1, 2**23 // len(b))
     a2 = torch.linalg.vector_norm(a, dim=1) ** 2
     b2 = torch.linalg.vector_norm(b, dim=1) ** 2
     for rows, rows2 in zip(a.split(rows_at_once), a2.split(rows_at_once)):
@@ -91,7 +106,8 @@ def distances(a, b):
 
 
 def third_neighbour(x):
-    """The distance (N,) of every row to its third neighbour (itself is the first of the sorted distances)."""
+    """The distance (N,) of every row to its third neighbour (itself is the first of the sorted
+    distances)."""
     return torch.cat([d.kthvalue(NEIGHBOURS + 1).values for d in distances(x, x)])
 
 
@@ -101,13 +117,14 @@ def covered(x, y, radii):
 
 
 def precision_recall(real, fake):
-    """The share of fakes within the manifold of the reals, and of reals within that of the fakes: balls to the third
-    neighbour (Kynkaanniemi et al. 2019)."""
+    """The share of fakes within the manifold of the reals, and of reals within that of the fakes:
+    balls to the third neighbour (Kynkaanniemi et al. 2019)."""
     return covered(fake, real, third_neighbour(real)), covered(real, fake, third_neighbour(fake))
 
 
 def kid(real, fake):
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), over all pairs, not subsets."""
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), over all pairs,
+    not subsets."""
     D = real.shape[1]
 
     def total(a, b):
@@ -117,32 +134,37 @@ def kid(real, fake):
         n = len(a)
         diagonal = (((a * a).sum(1) / D + 1) ** 3).sum()
         return (total(a, a) - diagonal) / (n * (n - 1))
+
     across = total(real, fake) / len(real) / len(fake)
     return float(without_diagonal(real) + without_diagonal(fake) - 2 * across)
 
 
 def two_sample(real, fake):
-    """EMD: mean distance of the best assignment. MMD: Gaussian kernel exp(-d^2 / (2 m)), m the mean squared distance
-    within the reference; the root of the biased estimate. 1-NN: leave-one-out accuracy of telling the two apart, 0.5 is
-    best (Xu et al. 2018). Both sets have the same size."""
+    """EMD: mean distance of the best assignment. MMD: Gaussian kernel exp(-d^2 / (2 m)), m the mean
+    squared distance within the reference; the root of the biased estimate. 1-NN: leave-one-out
+    accuracy of telling the two apart, 0.5 is best (Xu et al. 2018). Both sets have the same size.
+    """
     n = len(real)
     both = torch.cat([real, fake])
     d = torch.cat(list(distances(both, both)))
     across = d[:n, n:].cpu().numpy()
     emd = across[linear_sum_assignment(across)].mean()
-    k = (-d ** 2 / (2 * (d[:n, :n] ** 2).mean())).exp()
+    k = (-(d**2) / (2 * (d[:n, :n] ** 2).mean())).exp()
     mmd = k[:n, :n].mean() + k[n:, n:].mean() - 2 * k[:n, n:].mean()
     nearest_is_real = d.fill_diagonal_(float('inf')).argmin(1) < n
     is_real = torch.arange(2 * n, device=d.device) < n
-    return {'EMD': float(emd), 'MMD': float(mmd.clamp(min=0).sqrt()),
-            '1-NN': float((nearest_is_real == is_real).double().mean())}
+    return {
+        'EMD': float(emd),
+        'MMD': float(mmd.clamp(min=0).sqrt()),
+        '1-NN': float((nearest_is_real == is_real).double().mean()),
+    }
 
 
 class Moments:
     """Mean and covariance of a stream of features (B, D) over all ranks, accumulated in float64."""
 
     def __init__(self, size, device):
-        self.packed = torch.zeros(size + size ** 2 + 1, dtype=torch.float64, device=device)
+        self.packed = torch.zeros(size + size**2 + 1, dtype=torch.float64, device=device)
         self.s = self.packed[:size]
         self.ss = self.packed[size:-1].view(size, size)
         self.n = self.packed[-1]
@@ -166,10 +188,13 @@ def all_reduce_sum(x):
     return x
 
 
-# ==== feature spaces: fn(uint8 images) -> features (B, D), logits, spatial features (B, 2023) or None ====
+# ==== feature spaces: fn(uint8 images) -> features (B, D), logits, spatial features (B, 2023) or
+# None ====
 def load_inception(path=''):
-    """(net, space) of torch-fidelity's Inception with TensorFlow's resize: its weights from a file, or downloaded once."""
+    """(net, space) of torch-fidelity's Inception with TensorFlow's resize: its weights from a file,
+    or downloaded once."""
     import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+
     url = fidelity.URL_INCEPTION_V3
     genuine = os.path.basename(url)
     if not path:
@@ -180,13 +205,20 @@ def load_inception(path=''):
                 try:
                     torch.hub.download_url_to_file(url, path, '6726825d', progress=False)
                 except OSError as e:
-                    raise M.UserError(f'the weights of Inception cannot be downloaded ({e}): put {genuine} from '
-                                      f'{os.path.dirname(url)} to {path}, or name the file with --inception_weights') from e
+                    raise M.UserError(
+                        f'the weights of Inception cannot be downloaded ({e}): put {genuine} from '
+                        f'{os.path.dirname(url)} to {path}, or name the file with '
+                        '--inception_weights'
+                    ) from e
     state, _ = M.read_weights(path)
     # its own torch.load would run code
-    with unittest.mock.patch.object(fidelity, 'load_state_dict_from_url', lambda *args, **kw: state):
-        net = fidelity.FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'])
-    with open(path, 'rb') as f:                                        # the genuine file's name has its hash
+    with unittest.mock.patch.object(
+        fidelity, 'load_state_dict_from_url', lambda *args, **kw: state
+    ):
+        net = fidelity.FeatureExtractorInceptionV3(
+            'inception-v3-compat', ['2048', 'logits_unbiased']
+        )
+    with open(path, 'rb') as f:  # the genuine file's name has its hash
         name = hashlib.sha256(f.read()).hexdigest()[:8]
     return net, 'inception' if name in genuine else f'inception {name}'
 
@@ -194,21 +226,24 @@ def load_inception(path=''):
 def inception_features(net):
     """fn(uint8 images); the spatial features are sFID's, 7 channels of 17 x 17."""
     spatial = []
-    net.Mixed_6d.branch1x1.register_forward_hook(lambda m, args, out: spatial.append(out[:, :7].flatten(1)))
+    net.Mixed_6d.branch1x1.register_forward_hook(
+        lambda m, args, out: spatial.append(out[:, :7].flatten(1))
+    )
 
     def extract(x):
         f, logits = net(x.expand(-1, 3, -1, -1))
         return f, logits, spatial.pop()
+
     return extract
 
 
 @torch.inference_mode()
 def measure_set(batches, total, keep, extract, sizes, device, progress=True):
-    """What is known of a set of images: count, mu and sigma (of the spatial features too), and the first `keep` features
-    and logits, in order.
+    """What is known of a set of images: count, mu and sigma (of the spatial features too), and the
+    first `keep` features and logits, in order.
 
-    batches: (places in the set, uint8 (B, C, H, W)) of this rank. extract: as above. sizes: of features, logits and
-    spatial features (0 for none). device: where float64 is computed.
+    batches: (places in the set, uint8 (B, C, H, W)) of this rank. extract: as above. sizes: of
+    features, logits and spatial features (0 for none). device: where float64 is computed.
     """
     D, classes, D_s = sizes
     moments = Moments(D, device)
@@ -219,13 +254,13 @@ def measure_set(batches, total, keep, extract, sizes, device, progress=True):
         moments.add(f.to(device).double())
         if D_s:
             moments_s.add(spatial.to(device).double())
-        mine = kept[places.start:places.stop]
-        mine.copy_(torch.cat([f, logits], dim=1)[:len(mine)])
+        mine = kept[places.start : places.stop]
+        mine.copy_(torch.cat([f, logits], dim=1)[: len(mine)])
     found = {'n': total}
     found['mu'], found['sigma'] = moments.result()
     if D_s:
         found['mu_s'], found['sigma_s'] = moments_s.result()
-    kept = all_reduce_sum(kept)                                        # every rank has filled its own rows
+    kept = all_reduce_sum(kept)  # every rank has filled its own rows
     return found | dict(features=kept[:, :D].double(), logits=kept[:, D:].double())
 
 
@@ -233,7 +268,8 @@ def measure_set(batches, total, keep, extract, sizes, device, progress=True):
 def is_images(spec):
     """Whether a spec names images; otherwise it is a network."""
     if os.path.isdir(spec):
-        return not os.path.exists(os.path.join(spec, 'model_index.json'))      # else a diffusers pipeline
+        # else a diffusers pipeline
+        return not os.path.exists(os.path.join(spec, 'model_index.json'))
     path, _ = M.split_classes(spec)
     return path.endswith('.npz') or os.path.isdir(path) or M.torchvision_dataset(path) is not None
 
@@ -251,35 +287,39 @@ def load_network(spec, dtype, **known):
         is_denoiser = True
     if not is_denoiser:
         return M.load_vae(spec), None
-    return M.load_denoiser(spec, dtype, **known if not file and (not os.path.isfile(spec) or M.is_plain(spec)) else {})
+    return M.load_denoiser(
+        spec, dtype, **known if not file and (not os.path.isfile(spec) or M.is_plain(spec)) else {}
+    )
 
 
 def image_batches(images, batch_size, rank, world):
     """This rank's share of a set of images."""
     for i in range(rank * batch_size, len(images), world * batch_size):
-        yield range(i, min(i + batch_size, len(images))), images[i:i + batch_size]
+        yield range(i, min(i + batch_size, len(images))), images[i : i + batch_size]
 
 
 class Samples:
-    """Samples of a denoiser, or of a VAE (diffusion None). Every batch has a seed of its own, so the set is the same for
-    any number of ranks; it is another one for another batch_size, and on another kind of device."""
+    """Samples of a denoiser, or of a VAE (diffusion None). Every batch has a seed of its own, so
+    the set is the same for any number of ranks; it is another one for another batch_size, and on
+    another kind of device."""
 
-    def __init__(self, net, diffusion, n, batch_size, seed, device, autocast, guidance=1., **how):
+    def __init__(self, net, diffusion, n, batch_size, seed, device, autocast, guidance=1.0, **how):
         self.net, self.diffusion = net, diffusion
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.device, self.autocast = device, autocast
-        said = getattr(net, 'sampling', {})                            # what the student's file says
+        said = getattr(net, 'sampling', {})  # what the student's file says
         usual = dict(sampler='ddim', steps=8, spacing='trailing') | said
         self.how = {k: how.get(k) or v for k, v in usual.items()}
-        self.how['guidance'] = 1. if getattr(net, 'guided', False) else guidance
-        self.seconds = []                                              # per image, of each batch
+        self.how['guidance'] = 1.0 if getattr(net, 'guided', False) else guidance
+        self.seconds = []  # per image, of each batch
 
     def generator(self, i):
         """Of all that is random in the batch that begins with sample i."""
         return torch.Generator(self.device).manual_seed(self.seed * 1_000_000_007 + i)
 
     def labels(self, i, g):
-        """What is asked of the batch that begins with sample i: the first that its generator draws; None for no classes."""
+        """What is asked of the batch that begins with sample i: the first that its generator draws;
+        None for no classes."""
         classes = getattr(self.net, 'num_classes', 0)
         size = min(self.batch_size, self.n - i)
         return torch.randint(classes, (size,), generator=g, device=self.device) if classes else None
@@ -304,7 +344,8 @@ class Samples:
             g = self.generator(i)
             places = range(i, min(i + self.batch_size, self.n))
             begin = time.time()
-            x = M.to_uint8(self.make(len(places), self.labels(i, g), g)).cpu()     # the clock waits for the device
+            # the clock waits for the device
+            x = M.to_uint8(self.make(len(places), self.labels(i, g), g)).cpu()
             self.seconds.append((time.time() - begin) / len(places))
             yield places, x
 
@@ -319,10 +360,15 @@ class Samples:
                 x = torch.zeros(1, net.in_channels, net.image_size, net.image_size, device=device)
                 t = torch.zeros(1, dtype=torch.long, device=device)
                 net(x, t, t if net.num_classes else None)
-        seconds = self.seconds[1:] or self.seconds                     # the first batch warms up
-        row = {'parameters': sum(p.numel() for p in net.parameters()), 'MFLOPs': flops.get_total_flops() / 1e6}
+        seconds = self.seconds[1:] or self.seconds  # the first batch warms up
+        row = {
+            'parameters': sum(p.numel() for p in net.parameters()),
+            'MFLOPs': flops.get_total_flops() / 1e6,
+        }
         if self.diffusion is not None:
-            row['passes'] = self.how['steps'] * (2 if self.how['guidance'] != 1 and net.num_classes else 1)
+            row['passes'] = self.how['steps'] * (
+                2 if self.how['guidance'] != 1 and net.num_classes else 1
+            )
         return row | {'ms/image': 1000 * np.mean(seconds), '+-': 1000 * np.std(seconds)}
 
 
@@ -339,14 +385,18 @@ def written(v):
 if __name__ == '__main__':
     specs = [models] if os.path.exists(models) else [s for s in models.split(',') if s]
     if not specs and not save_stats:
-        raise M.UserError('nothing to measure: --models=student.safetensors, an .npz, a folder, or several with commas')
+        raise M.UserError(
+            'nothing to measure: --models=student.safetensors, an .npz, a folder, or several with '
+            'commas'
+        )
     if save_stats and not save_stats.endswith('.npz'):
         raise M.UserError(f'save_stats={save_stats}: a name that ends in .npz')
     if num_samples < 0 or n_two_sample < 0 or steps < 0 or batch_size < 1:
         raise M.UserError('num_samples, n_two_sample and steps are 0 or above, batch_size above 0')
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
     compute_dtype = M.pick_dtype(device, dtype)
-    exact = torch.device('cpu') if device.type == 'mps' else device    # where float64 is computed: mps has none
+    # where float64 is computed: mps has none
+    exact = torch.device('cpu') if device.type == 'mps' else device
     inception = features == 'inception'
     if inception:
         net_F, space = load_inception(inception_weights)
@@ -358,6 +408,7 @@ if __name__ == '__main__':
 
         def in_F(x):
             return *M.features(net_F, x), None
+
         channels, sizes = net_F.in_channels, (D, net_F.num_classes, 0)
 
     def extract(x):
@@ -377,13 +428,30 @@ if __name__ == '__main__':
             net.set_prompts(M.read_lines(prompts))
         if guidance != 1 and diffusion and not net.num_classes:
             raise M.UserError(f'guidance={guidance}: {spec} has no classes to be guided to')
-        source = Samples(net, diffusion, num_samples, batch_size, seed, device, autocast, guidance, sampler=sampler,
-                         steps=steps, spacing=spacing)
-        made = source.make(1, source.labels(0, source.generator(0))[:1] if diffusion and net.num_classes else None,
-                           source.generator(0)).shape[1]
+        source = Samples(
+            net,
+            diffusion,
+            num_samples,
+            batch_size,
+            seed,
+            device,
+            autocast,
+            guidance,
+            sampler=sampler,
+            steps=steps,
+            spacing=spacing,
+        )
+        made = source.make(
+            1,
+            source.labels(0, source.generator(0))[:1] if diffusion and net.num_classes else None,
+            source.generator(0),
+        ).shape[1]
         if made != channels and not (inception and made == 1):
-            raise M.UserError(f'{spec} makes {made} channels, features={features} takes {channels}: a classifier of such '
-                              "images, or 'inception'")
+            raise M.UserError(
+                f'{spec} makes {made} channels, features={features} takes {channels}: a '
+                'classifier of such '
+                "images, or 'inception'"
+            )
         return source
 
     def batches_of(source):
@@ -405,19 +473,27 @@ if __name__ == '__main__':
     if reference.endswith('.npz') and not save_stats:
         ref = M.read_statistics(reference, space)
     if ref is None:
-        ref = measure_set(*batches_of(open_source(reference)), KEEP[0], extract, sizes, exact, rank == 0)
-    moments = {k: torch.as_tensor(ref[k], dtype=torch.float64, device=exact)
-               for k in ('mu', 'sigma', 'mu_s', 'sigma_s') if k in ref}
+        ref = measure_set(
+            *batches_of(open_source(reference)), KEEP[0], extract, sizes, exact, rank == 0
+        )
+    moments = {
+        k: torch.as_tensor(ref[k], dtype=torch.float64, device=exact)
+        for k in ('mu', 'sigma', 'mu_s', 'sigma_s')
+        if k in ref
+    }
     if save_stats and rank == 0:
         arrays = {k: v.cpu().numpy() for k, v in moments.items()} | {'n': ref['n'], 'space': space}
         M.write_atomically(save_stats, lambda tmp: np.savez(tmp, **arrays))
-        print(f"{save_stats}: statistics of {ref['n']:,} images of {reference} in the space of {space}")
+        print(
+            f"{save_stats}: statistics of {ref['n']:,} images of {reference} in the space of "
+            f"{space}"
+        )
 
     # ==== the models ====
     table = []
     for spec, source in zip(specs, sources):
         if torch.is_tensor(source):
-            source = source[:num_samples or None]
+            source = source[: num_samples or None]
         kept, row, how = [], {'model': spec}, {}
         batches, total = batches_of(source)
         found = measure_set(first(batches, kept), total, KEEP[1], extract, sizes, exact, rank == 0)
@@ -426,23 +502,28 @@ if __name__ == '__main__':
         if isinstance(source, Samples):
             row |= source.cost()
             file = M.split_file(spec)[1] or spec
-            row['MB'] = os.path.getsize(file) / 2 ** 20 if file.endswith(M.WEIGHTS) else None
+            row['MB'] = os.path.getsize(file) / 2**20 if file.endswith(M.WEIGHTS) else None
             if source.diffusion:
                 how = source.how
         row['images'] = total
         row['FID' if inception else 'Frechet'], singular = M.frechet_distance(
-            found['mu'], found['sigma'], moments['mu'], moments['sigma'])
+            found['mu'], found['sigma'], moments['mu'], moments['sigma']
+        )
         if 'mu_s' in found and 'mu_s' in moments:
-            row['sFID'], _ = M.frechet_distance(found['mu_s'], found['sigma_s'], moments['mu_s'], moments['sigma_s'])
+            row['sFID'], _ = M.frechet_distance(
+                found['mu_s'], found['sigma_s'], moments['mu_s'], moments['sigma_s']
+            )
         row['IS' if inception else 'score'] = inception_score(found['logits'])
-        if how and source.net.num_classes == sizes[1]:                 # does the classifier agree?
+        if how and source.net.num_classes == sizes[1]:  # does the classifier agree?
             seen = found['logits'].argmax(1)
             asked = [source.labels(i, source.generator(i)) for i in range(0, len(seen), batch_size)]
-            row['agreement'] = float((seen == torch.cat(asked)[:len(seen)].to(exact)).double().mean())
+            row['agreement'] = float(
+                (seen == torch.cat(asked)[: len(seen)].to(exact)).double().mean()
+            )
         if 'features' in ref:
             real, fake = ref['features'], found['features']
             row['precision'], row['recall'] = precision_recall(real, fake)
-            row['KID'] = kid(real, fake[:KEEP[0]])
+            row['KID'] = kid(real, fake[: KEEP[0]])
             n = min(n_two_sample, len(real), len(fake))
             if n > 1:
                 row |= two_sample(real[:n], fake[:n])
@@ -451,15 +532,25 @@ if __name__ == '__main__':
         elif singular:
             print(f'{spec}: the product of the covariances is near singular, its root uncertain')
         table.append(row)
-        said = dict(features=space, reference=reference, reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
-                    n_two_sample=n_two_sample, device=device.type, batch_size=batch_size)
+        said = dict(
+            features=space,
+            reference=reference,
+            reference_images=int(ref['n']) if 'n' in ref else None,
+            seed=seed,
+            n_two_sample=n_two_sample,
+            device=device.type,
+            batch_size=batch_size,
+        )
         os.makedirs(out_dir, exist_ok=True)
         with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
             f.write(json.dumps(row | said | how) + '\n')
         name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')[-100:]
         M.save_grid(os.path.join(out_dir, f'{name}.png'), [M.to_float(kept[0])], 10)
         if how:
-            print(f"{spec}: {how['sampler']}, {how['steps']} steps, {how['spacing']}, guidance {how['guidance']:g}")
+            print(
+                f"{spec}: {how['sampler']}, {how['steps']} steps, {how['spacing']}, guidance "
+                f"{how['guidance']:g}"
+            )
     if table:
         columns = list(dict.fromkeys(k for row in table for k in row))
         cells = [columns] + [[written(row.get(k)) for k in columns] for row in table]

@@ -1,18 +1,21 @@
 """
-Turns a student into a folder that diffusers loads: DiffusionPipeline.from_pretrained('out/pipeline') samples from it.
+Turns a student into a folder that diffusers loads:
+DiffusionPipeline.from_pretrained('out/pipeline') samples from it.
 
     python export.py --model=out/dkdm/student.safetensors --out_dir=out/pipeline
     python export.py --model=out/dkdm/student.safetensors --link=False      # a folder to give away
 
-A student whose class is that of its teacher's network becomes the teacher's pipeline: the student, the teacher's
-scheduler with the student's prediction, and the teacher's other parts (VAE, text encoders). Any other UNet2DModel of
-pixels without condition becomes a DDPMPipeline. No pipeline samples from the rest: network and scheduler alone.
-Networks of ours become diffusers' UNet2DModel (patch_size=1, channels in 32) or DiTTransformer2DModel (with classes).
-A few-step student gets a DDIMScheduler: the pipeline samples it with num_inference_steps set to its number of jumps.
+A student whose class is that of its teacher's network becomes the teacher's pipeline: the student,
+the teacher's scheduler with the student's prediction, and the teacher's other parts (VAE, text
+encoders). Any other UNet2DModel of pixels without condition becomes a DDPMPipeline. No pipeline
+samples from the rest: network and scheduler alone. Networks of ours become diffusers' UNet2DModel
+(patch_size=1, channels in 32) or DiTTransformer2DModel (with classes). A few-step student gets a
+DDIMScheduler: the pipeline samples it with num_inference_steps set to its number of jumps.
 """
 import os
 
-model = 'out/dkdm/student.safetensors'  # a student of dkdm.py, or another file of a denoiser (models.load_denoiser)
+model = 'out/dkdm/student.safetensors'  # a student of dkdm.py, or another file of a denoiser
+                             # (models.load_denoiser)
 model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 link = True                  # the teacher's other parts are links to where they are; False: copies
 out_dir = 'out/pipeline'     # a new folder, or an empty one
@@ -33,27 +36,36 @@ import models as M
 
 # ==== networks of ours as networks of diffusers ====
 def copy_layer(old, new, source, target, names=('',)):
-    """Copies a layer's weights and bias from one state dict to another; a layer of several outputs is cut into its
-    targets, target + name."""
+    """Copies a layer's weights and bias from one state dict to another; a layer of several outputs
+    is cut into its targets, target + name."""
     for kind in ('weight', 'bias'):
         if f'{source}.{kind}' in old:
             w = old[f'{source}.{kind}']
-            if w.dim() == 3:                                           # attention's 1-D convolutions are linear there
+            if w.dim() == 3:  # attention's 1-D convolutions are linear there
                 w = w[:, :, 0]
             for name, part in zip(names, w.chunk(len(names))):
                 new[f'{target}{name}.{kind}'] = part.clone()
 
 
 def dit_to_diffusers(net):
-    """A DiT with classes as a DiTTransformer2DModel. Outputs agree within about 0.1 %: diffusers spaces the frequencies
-    of t by 127 steps where DiT's authors have 128. Raises UserError for a DiT without classes."""
+    """A DiT with classes as a DiTTransformer2DModel. Outputs agree within about 0.1 %: diffusers
+    spaces the frequencies of t by 127 steps where DiT's authors have 128. Raises UserError for a
+    DiT without classes."""
     c = net.config
     if not c['num_classes']:
         raise M.UserError('a DiTTransformer2DModel of diffusers has classes, this DiT has none')
     other = diffusers.DiTTransformer2DModel(
-        c['num_heads'], c['hidden_size'] // c['num_heads'], c['in_channels'], net.out_channels, c['depth'],
-        sample_size=c['image_size'], patch_size=c['patch_size'], num_embeds_ada_norm=c['num_classes'],
-        norm_elementwise_affine=False, norm_eps=1e-6)
+        c['num_heads'],
+        c['hidden_size'] // c['num_heads'],
+        c['in_channels'],
+        net.out_channels,
+        c['depth'],
+        sample_size=c['image_size'],
+        patch_size=c['patch_size'],
+        num_embeds_ada_norm=c['num_classes'],
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    )
     new = {}
     copy = partial(copy_layer, net.state_dict(), new)
     copy('x_embedder.proj', 'pos_embed.proj')
@@ -74,36 +86,65 @@ def dit_to_diffusers(net):
 
 
 def unet_to_diffusers(net):
-    """A UNet as a UNet2DModel, with the same outputs. Raises UserError where that class does not fit: patch_size,
-    channel_mult[0] != 1, channels that are no multiples of 32, the old order of attention heads."""
+    """A UNet as a UNet2DModel, with the same outputs. Raises UserError where that class does not
+    fit: patch_size, channel_mult[0] != 1, channels that are no multiples of 32, the old order of
+    attention heads."""
     c = net.config
     old, new = net.state_dict(), {}
     copy = partial(copy_layer, old, new)
     widths = [int(mult * c['model_channels']) for mult in c['channel_mult']]
     blocks = c['num_res_blocks']
-    if c['patch_size'] > 1 or c['channel_mult'][0] != 1 or any(w % 32 for w in widths) or c.get('time_scale', 1) != 1 \
-            or not c['use_new_attention_order'] or c['num_head_channels'] < 1:
-        raise M.UserError('UNet2DModel of diffusers has no patch_size, starts at model_channels, has groups of channels in '
-                          '32 and the new order of attention heads; this UNet is another')
+    if (
+        c['patch_size'] > 1
+        or c['channel_mult'][0] != 1
+        or any(w % 32 for w in widths)
+        or c.get('time_scale', 1) != 1
+        or not c['use_new_attention_order']
+        or c['num_head_channels'] < 1
+    ):
+        raise M.UserError(
+            'UNet2DModel of diffusers has no patch_size, starts at model_channels, has groups of '
+            'channels in '
+            '32 and the new order of attention heads; this UNet is another'
+        )
     attends = [c['image_size'] // 2 ** i in c['attention_resolutions'] for i in range(len(widths))]
     if c['resblock_updown']:
         how, down, up, conv = 'resnet', 'ResnetDownsampleBlock2D', 'ResnetUpsampleBlock2D', ''
     else:
         how, down, up, conv = 'conv', 'DownBlock2D', 'UpBlock2D', '.conv'
     other = diffusers.UNet2DModel(
-        c['image_size'], c['in_channels'], c['out_channels'], block_out_channels=widths, layers_per_block=blocks,
+        c['image_size'],
+        c['in_channels'],
+        c['out_channels'],
+        block_out_channels=widths,
+        layers_per_block=blocks,
         down_block_types=['AttnDownBlock2D' if a else down for a in attends],
-        up_block_types=['AttnUpBlock2D' if a else up for a in attends[::-1]], downsample_type=how, upsample_type=how,
-        attention_head_dim=c['num_head_channels'], attn_norm_num_groups=32, norm_eps=1e-5, dropout=c['dropout'],
-        resnet_time_scale_shift='scale_shift' if c['use_scale_shift_norm'] else 'default', freq_shift=0,
-        flip_sin_to_cos=True, downsample_padding=1, num_class_embeds=c['num_classes'] + 1 if c['num_classes'] else None)
+        up_block_types=['AttnUpBlock2D' if a else up for a in attends[::-1]],
+        downsample_type=how,
+        upsample_type=how,
+        attention_head_dim=c['num_head_channels'],
+        attn_norm_num_groups=32,
+        norm_eps=1e-5,
+        dropout=c['dropout'],
+        resnet_time_scale_shift='scale_shift' if c['use_scale_shift_norm'] else 'default',
+        freq_shift=0,
+        flip_sin_to_cos=True,
+        downsample_padding=1,
+        num_class_embeds=c['num_classes'] + 1 if c['num_classes'] else None,
+    )
 
     def layer(source, target):
-        if f'{source}.in_layers.0.weight' not in old:                  # a convolution
+        if f'{source}.in_layers.0.weight' not in old:  # a convolution
             copy(f'{source}.op' if f'{source}.op.weight' in old else source, target)
             return
-        for a, b in (('in_layers.0', 'norm1'), ('in_layers.2', 'conv1'), ('emb_layers.1', 'time_emb_proj'),
-                     ('out_layers.0', 'norm2'), ('out_layers.3', 'conv2'), ('skip_connection', 'conv_shortcut')):
+        for a, b in (
+            ('in_layers.0', 'norm1'),
+            ('in_layers.2', 'conv1'),
+            ('emb_layers.1', 'time_emb_proj'),
+            ('out_layers.0', 'norm2'),
+            ('out_layers.3', 'conv2'),
+            ('skip_connection', 'conv_shortcut'),
+        ):
             copy(f'{source}.{a}', f'{target}.{b}')
 
     def attention(source, target):
@@ -113,7 +154,7 @@ def unet_to_diffusers(net):
 
     copy('time_embed.0', 'time_embedding.linear_1')
     copy('time_embed.2', 'time_embedding.linear_2')
-    if c['num_classes']:                                               # the null condition adds nothing
+    if c['num_classes']:  # the null condition adds nothing
         new['class_embedding.weight'] = F.pad(old['label_emb.weight'], (0, 0, 0, 1))
     copy('input_blocks.0.0', 'conv_in')
     copy('out.0', 'conv_norm_out')
@@ -129,7 +170,9 @@ def unet_to_diffusers(net):
             if attends[i]:
                 attention(source + '.1', f'down_blocks.{i}.attentions.{j}')
         if not last:
-            layer(f'input_blocks.{(i + 1) * (blocks + 1)}.0', f'down_blocks.{i}.downsamplers.0{conv}')
+            layer(
+                f'input_blocks.{(i + 1) * (blocks + 1)}.0', f'down_blocks.{i}.downsamplers.0{conv}'
+            )
         target = f'up_blocks.{i}.'
         for j in range(blocks + 1):
             source = f'output_blocks.{i * (blocks + 1) + j}'
@@ -151,27 +194,51 @@ def to_diffusers(net):
         return dit_to_diffusers(net)
     if isinstance(net, M.UNet):
         return unet_to_diffusers(net)
-    raise M.UserError(f'diffusers has no {type(net).__name__}; its weights are plain PyTorch, a state dict in safetensors')
+    raise M.UserError(
+        f'diffusers has no {type(net).__name__}; its weights are plain PyTorch, a state dict in '
+        'safetensors'
+    )
 
 
 def make_scheduler(diffusion, sampling, theirs=None):
-    """The scheduler of diffusers for a process. `theirs`, the teacher's, is kept where it has the same betas, with the
-    student's prediction. `sampling`: what the student's file says of its steps; few-step students need DDIM's.
-    Raises UserError for a process that diffusers does not have."""
+    """The scheduler of diffusers for a process. `theirs`, the teacher's, is kept where it has the
+    same betas, with the student's prediction. `sampling`: what the student's file says of its
+    steps; few-step students need DDIM's. Raises UserError for a process that diffusers does not
+    have."""
     predictions = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}
     flow = diffusion.config['schedule'] == 'flow'
-    if flow or diffusion.prediction not in predictions or theirs is not None and not hasattr(theirs, 'betas'):
-        if theirs is None or diffusion.prediction != 'flow' or theirs.config.get('shift') != diffusion.config['shift']:
-            raise M.UserError(f"diffusers samples {diffusion.prediction!r} on {diffusion.config['schedule']!r} by no "
-                              "scheduler but a flow's in the pipeline of its teacher")
+    if (
+        flow
+        or diffusion.prediction not in predictions
+        or theirs is not None
+        and not hasattr(theirs, 'betas')
+    ):
+        if (
+            theirs is None
+            or diffusion.prediction != 'flow'
+            or theirs.config.get('shift') != diffusion.config['shift']
+        ):
+            raise M.UserError(
+                f"diffusers samples {diffusion.prediction!r} on {diffusion.config['schedule']!r} "
+                "by no "
+                "scheduler but a flow's in the pipeline of its teacher"
+            )
         return theirs
     betas = M.betas_from_alpha_bar(diffusion.alpha_bar[:-1])
-    said = dict(num_train_timesteps=diffusion.T, trained_betas=betas.tolist(), clip_sample=diffusion.clip,
-                prediction_type=predictions[diffusion.prediction])
+    said = dict(
+        num_train_timesteps=diffusion.T,
+        trained_betas=betas.tolist(),
+        clip_sample=diffusion.clip,
+        prediction_type=predictions[diffusion.prediction],
+    )
     if sampling:
-        return diffusers.DDIMScheduler(timestep_spacing=sampling['spacing'], set_alpha_to_one=True, **said)
+        return diffusers.DDIMScheduler(
+            timestep_spacing=sampling['spacing'], set_alpha_to_one=True, **said
+        )
     if theirs is not None:
-        same = len(theirs.betas) == len(betas) and torch.allclose(theirs.betas.double(), betas, atol=1e-6)
+        same = len(theirs.betas) == len(betas) and torch.allclose(
+            theirs.betas.double(), betas, atol=1e-6
+        )
         if same:
             return theirs.from_config(theirs.config, prediction_type=said['prediction_type'])
     variance = 'learned_range' if diffusion.learn_sigma else 'fixed_small'
@@ -182,18 +249,21 @@ def make_scheduler(diffusion, sampling, theirs=None):
 # ==== the folder, which appears as a whole ====
 if __name__ == '__main__':
     if os.path.isdir(out_dir) and os.listdir(out_dir):
-        raise M.UserError(f'out_dir={out_dir} holds other things, which are not mixed with a pipeline: a new folder')
+        raise M.UserError(
+            f'out_dir={out_dir} holds other things, which are not mixed with a pipeline: a new '
+            'folder'
+        )
     net, diffusion = M.load_denoiser(model, **model_config)
     network = to_diffusers(net)
     kind = type(network).__name__
-    spec = getattr(net, 'source', '')                                  # the teacher's pipeline, if it has one
+    spec = getattr(net, 'source', '')  # the teacher's pipeline, if it has one
     root, parts = M.read_pipeline(spec) if spec else ('', {})
     name = next((k for k in ('unet', 'transformer') if (parts.get(k) or [0, 0])[1] == kind), '')
-    others, lost = {}, []                                              # the teacher's parts; those that are not there
+    others, lost = {}, []  # the teacher's parts; those that are not there
     theirs = None
     if name:
         theirs = M.load_part(spec, 'scheduler')
-        if not os.path.isdir(spec):                                    # a hub's, not all of which may be here
+        if not os.path.isdir(spec):  # a hub's, not all of which may be here
             M.open_pipeline(spec, torch.float32, **{name: network})
         for k, v in parts.items():
             if isinstance(v, list) and v[0] and k not in (name, 'scheduler'):
@@ -203,13 +273,18 @@ if __name__ == '__main__':
             raise M.UserError(f"{spec} lacks its {', '.join(lost)}")
     sampling = getattr(net, 'sampling', {})
     scheduler = make_scheduler(diffusion, sampling, theirs)
-    # a pipeline of diffusers samples from the teacher's class, and from any UNet2DModel of pixels without condition
+    # a pipeline of diffusers samples from the teacher's class, and from any UNet2DModel of pixels
+    # without condition
     plain = kind == 'UNet2DModel' and not net.num_classes and not getattr(net, 'vae', None)
     whole = bool(name) or plain
     if not name:
         name = 'unet' if kind.startswith('UNet') else 'transformer'
         pipeline = 'DDIMPipeline' if sampling else 'DDPMPipeline'
-        parts = {'_class_name': pipeline, '_diffusers_version': diffusers.__version__, name: ['diffusers', kind]}
+        parts = {
+            '_class_name': pipeline,
+            '_diffusers_version': diffusers.__version__,
+            name: ['diffusers', kind],
+        }
     parts['scheduler'] = ['diffusers', type(scheduler).__name__]
 
     target = os.path.realpath(out_dir)
@@ -227,6 +302,12 @@ if __name__ == '__main__':
         os.rename(folder, target)
     if whole:
         few = f", num_inference_steps={sampling['steps']}" if sampling else ''
-        print(f"{out_dir}: {parts['_class_name']}, for DiffusionPipeline.from_pretrained({out_dir!r}){few}")
+        print(
+            f"{out_dir}: {parts['_class_name']}, for "
+            f"DiffusionPipeline.from_pretrained({out_dir!r}){few}"
+        )
     else:
-        print(f'{out_dir}: {kind} and its scheduler alone, no pipeline of diffusers samples from such a network')
+        print(
+            f'{out_dir}: {kind} and its scheduler alone, no pipeline of diffusers samples from '
+            'such a network'
+        )

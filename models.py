@@ -22,6 +22,7 @@ label of -1 is the null condition of classifier-free guidance. A denoiser has th
 `image_size`, `in_channels` and `num_classes` (0 for none), and `net(x_t, t, y=None)` returns
 (B, C or 2C, H, W). What a user can mend is a UserError.
 """
+
 import math
 
 import torch
@@ -30,17 +31,19 @@ import torch.nn.functional as F
 
 
 class UserError(ValueError):
-    """A mistake in a setting or a file; the scripts print its message as one line, without a traceback."""
+    """A mistake in a setting or a file; the scripts print its message as one line, without a
+    traceback."""
 
 
 def arguments(local_variables):
-    """The arguments of a constructor, from its locals(): what is needed to build the network again."""
+    """The arguments of a constructor, from its locals(): what builds the network again."""
     return {k: v for k, v in local_variables.items() if k not in ('self', '__class__')}
 
 
 # ==================================================================================================
 # Networks: denoisers
 # ==================================================================================================
+
 
 def timestep_embedding(t, dim, max_period=10000):
     """Sinusoids of t (B,) -> (B, dim); cosines first, as in Improved DDPM and DiT."""
@@ -63,18 +66,19 @@ def group_norm(channels):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2. On CPUs two copies are several times faster than F.interpolate."""
+    """Nearest-neighbour upsampling by 2. On CPUs two copies are several times faster than
+    F.interpolate."""
 
     def forward(self, x):
         if not x.is_cpu:
-            return F.interpolate(x, scale_factor=2.)
+            return F.interpolate(x, scale_factor=2.0)
         B, C, H, W = x.shape
         x = torch.stack([x, x], dim=-1).flatten(3)  # (B, C, H, 2W)
         return torch.cat([x, x], dim=-1).view(B, C, 2 * H, 2 * W)
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block. `resample` is None, 'down' or 'up' and acts on both branches (BigGAN)."""
+    """ADM's residual block. `resample` (None, 'down', 'up') acts on both branches (BigGAN)."""
 
     def __init__(self, in_ch, out_ch, emb_ch, dropout, scale_shift, resample=None):
         super().__init__()
@@ -87,11 +91,15 @@ class ResBlock(nn.Module):
             self.resample = nn.Identity()
         emb_out = 2 * out_ch if scale_shift else out_ch
         self.in_layers = nn.Sequential(
-            group_norm(in_ch), nn.SiLU(), nn.Conv2d(in_ch, out_ch, 3, padding=1))
+            group_norm(in_ch), nn.SiLU(), nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_ch, emb_out))
         self.out_layers = nn.Sequential(
-            group_norm(out_ch), nn.SiLU(), nn.Dropout(dropout),
-            zero_init(nn.Conv2d(out_ch, out_ch, 3, padding=1)))
+            group_norm(out_ch),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_init(nn.Conv2d(out_ch, out_ch, 3, padding=1)),
+        )
         self.skip_connection = nn.Identity() if in_ch == out_ch else nn.Conv2d(in_ch, out_ch, 1)
 
     def forward(self, x, emb):
@@ -108,7 +116,8 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels. The two orders differ in how the qkv channels are cut into heads."""
+    """Self-attention over all pixels. The two orders differ in how the qkv channels are cut into
+    heads."""
 
     def __init__(self, channels, num_heads, new_order):
         super().__init__()
@@ -120,7 +129,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        # the 1x1 convolutions run as linear layers: channels last in memory is attention's fast path
+        # the 1x1 convolutions run as linear layers: channels last in memory is attention's fast
+        # path
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         qkv = F.linear(h, self.qkv.weight[:, :, 0], self.qkv.bias)
         if self.new_order:
@@ -152,13 +162,28 @@ class UNet(nn.Module):
     unconditional; the label -1 adds no embedding. `time_scale` multiplies t before it is embedded
     (Improved DDPM's rescale_timesteps: 1000 / T). Raises UserError where the sizes do not fit.
     """
+
     castable = True  # its weights may be cast once, see cast_frozen
 
-    def __init__(self, image_size, in_channels=3, out_channels=3, model_channels=128,
-                 num_res_blocks=3, channel_mult=(1, 2, 2, 2), attention_resolutions=(16, 8),
-                 num_heads=4, num_head_channels=32, dropout=0., num_classes=0,
-                 use_scale_shift_norm=True, resblock_updown=True, use_new_attention_order=True,
-                 patch_size=1, time_scale=1.):
+    def __init__(
+        self,
+        image_size,
+        in_channels=3,
+        out_channels=3,
+        model_channels=128,
+        num_res_blocks=3,
+        channel_mult=(1, 2, 2, 2),
+        attention_resolutions=(16, 8),
+        num_heads=4,
+        num_head_channels=32,
+        dropout=0.0,
+        num_classes=0,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+        use_new_attention_order=True,
+        patch_size=1,
+        time_scale=1.0,
+    ):
         super().__init__()
         self.config = arguments(locals()) | {'class': 'UNet'}
         self.image_size = image_size
@@ -169,13 +194,15 @@ class UNet(nn.Module):
         self.time_scale = time_scale
         side = image_size // patch_size
         halvings = len(channel_mult) - 1
-        if image_size % patch_size or side % 2 ** halvings:
+        if image_size % patch_size or side % 2**halvings:
             raise UserError(
                 f'image_size {image_size} cannot be cut into patches of {patch_size} and then '
-                f'halved {halvings} times: fewer entries in channel_mult or another patch_size')
+                f'halved {halvings} times: fewer entries in channel_mult or another patch_size'
+            )
         emb_ch = 4 * model_channels
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_ch), nn.SiLU(), nn.Linear(emb_ch, emb_ch))
+            nn.Linear(model_channels, emb_ch), nn.SiLU(), nn.Linear(emb_ch, emb_ch)
+        )
         if num_classes:
             self.label_emb = nn.Embedding(num_classes, emb_ch)
 
@@ -205,7 +232,7 @@ class UNet(nn.Module):
 
         widths = [int(mult * model_channels) for mult in channel_mult]
         ch = widths[0]
-        first = nn.Conv2d(in_channels * patch_size ** 2, ch, 3, padding=1)
+        first = nn.Conv2d(in_channels * patch_size**2, ch, 3, padding=1)
         self.input_blocks = nn.ModuleList([Stack([first])])
         skips = [ch]
         for level, width in enumerate(widths):
@@ -232,7 +259,7 @@ class UNet(nn.Module):
                     block.append(upsample(ch))
                     side *= 2
                 self.output_blocks.append(block)
-        last = zero_init(nn.Conv2d(ch, out_channels * patch_size ** 2, 3, padding=1))
+        last = zero_init(nn.Conv2d(ch, out_channels * patch_size**2, 3, padding=1))
         self.out = nn.Sequential(group_norm(ch), nn.SiLU(), last)
 
     @property
@@ -285,23 +312,36 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer (Peebles & Xie 2023); parameter names are those of its authors' checkpoints.
+    """Diffusion transformer (Peebles & Xie 2023); parameter names are those of its authors'
+    checkpoints.
 
     x (B, in_channels, H, H), t (B,), y (B,) or None -> the same size, with twice the channels if
     `learn_sigma`. `num_classes = 0` is unconditional; otherwise row `num_classes` of the label
     table is the null condition, which y = None and y = -1 select. Raises UserError where the sizes
     do not fit.
     """
+
     castable = True  # its weights may be cast once, see cast_frozen
 
-    def __init__(self, image_size, patch_size=2, in_channels=4, hidden_size=384, depth=12,
-                 num_heads=6, mlp_ratio=4., num_classes=1000, learn_sigma=True):
+    def __init__(
+        self,
+        image_size,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=384,
+        depth=12,
+        num_heads=6,
+        mlp_ratio=4.0,
+        num_classes=1000,
+        learn_sigma=True,
+    ):
         super().__init__()
         self.config = arguments(locals()) | {'class': 'DiT'}
         if image_size % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise UserError(
                 f'image_size {image_size} must be a multiple of patch_size {patch_size}, and '
-                f'hidden_size {hidden_size} of num_heads {num_heads} and of 4')
+                f'hidden_size {hidden_size} of num_heads {num_heads} and of 4'
+            )
         self.image_size = image_size
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -320,14 +360,15 @@ class DiT(nn.Module):
         proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = nn.ModuleDict({'proj': proj})
         mlp = nn.Sequential(
-            nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+            nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
         self.t_embedder = nn.ModuleDict({'mlp': mlp})
         if num_classes:
             table = nn.Embedding(num_classes + 1, hidden_size)
             self.y_embedder = nn.ModuleDict({'embedding_table': table})
         blocks = [DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
-        linear = nn.Linear(hidden_size, patch_size ** 2 * self.out_channels)
+        linear = nn.Linear(hidden_size, patch_size**2 * self.out_channels)
         modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         self.final_layer = nn.ModuleDict({'linear': linear, 'adaLN_modulation': modulation})
 
@@ -375,6 +416,7 @@ DENOISERS = {'unet': UNet, 'dit': DiT}  # --student=NAME; a third one is added h
 # Networks: classifiers
 # ==================================================================================================
 
+
 class ResidualBlock(nn.Module):
     """Convolutions with BatchNorm and ReLU plus a shortcut: 3x3 twice, or as a bottleneck
     1x1 - 3x3 - 1x1 at a quarter of the width.
@@ -406,7 +448,8 @@ class ResidualBlock(nn.Module):
         elif kind == 'pad':
             extra = (out_ch - in_ch) // 2
             shortcut = nn.Sequential(
-                nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, extra, extra)))
+                nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, extra, extra))
+            )
         else:
             conv = nn.Conv2d(in_ch, out_ch, 1, stride, bias=False)
             shortcut = nn.Sequential(conv, nn.BatchNorm2d(out_ch))
@@ -456,8 +499,8 @@ def stages(name, block, counts, in_ch, widths, *more):
 
 
 class Classifier(nn.Module):
-    """Named layers in a row; those in `ends` end a stage. The last layer is linear and sees the mean
-    of the last map over its pixels."""
+    """Named layers in a row; those in `ends` end a stage. The last layer is linear and sees the
+    mean of the last map over its pixels."""
 
     def __init__(self, layers, ends):
         super().__init__()
@@ -481,8 +524,8 @@ class Classifier(nn.Module):
 
 
 def resnet(depth, num_classes=10, in_channels=3, width=None, shortcut='conv', max_pool=False):
-    """CIFAR ResNets: depth 6n+2 has three stages (He et al. 2016); 18, 34 and 50 are ImageNet's with
-    a 3x3 stem, followed by ImageNet's max pool if `max_pool`."""
+    """CIFAR ResNets: depth 6n+2 has three stages (He et al. 2016); 18, 34 and 50 are ImageNet's
+    with a 3x3 stem, followed by ImageNet's max pool if `max_pool`."""
     deep = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
     if depth in deep:
         counts = deep[depth]
@@ -494,9 +537,12 @@ def resnet(depth, num_classes=10, in_channels=3, width=None, shortcut='conv', ma
         skip, head = 'downsample', 'fc'
     bottleneck = depth == 50
     expansion = 4 if bottleneck else 1
-    widths = [width * 2 ** i * expansion for i in range(len(counts))]
-    layers = {'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False),
-              'bn1': nn.BatchNorm2d(width), 'relu': nn.ReLU()}
+    widths = [width * 2**i * expansion for i in range(len(counts))]
+    layers = {
+        'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False),
+        'bn1': nn.BatchNorm2d(width),
+        'relu': nn.ReLU(),
+    }
     if max_pool:
         layers['maxpool'] = nn.MaxPool2d(3, 2, 1)
     maps = stages('layer', ResidualBlock, counts, width, widths, skip, shortcut, bottleneck)
@@ -517,7 +563,8 @@ def wide_resnet(depth, widen, num_classes=10, in_channels=3):
 
 
 class PoolLarge(nn.MaxPool2d):
-    """The fourth halving of a VGG, only of maps of 8 pixels and more: 32 and 64 pixels both end at 4x4."""
+    """The fourth halving of a VGG, only of maps of 8 pixels and more: 32 and 64 pixels both end at
+    4x4."""
 
     def forward(self, x):
         return super().forward(x) if x.shape[-1] >= 8 else x
@@ -548,6 +595,7 @@ def hooked_features(net, layers, x):
 
     def keep(layer, args, output):
         outputs[layer] = output
+
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
         logits = net(x)
@@ -563,6 +611,7 @@ class Torchvision(nn.Module):
     def __init__(self, name, num_classes=1000, in_channels=3, weights=None):
         super().__init__()
         import torchvision
+
         if in_channels != 3:
             raise ValueError('colour images only')
         self.net = torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
@@ -591,7 +640,7 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
     family, _, sizes = name.partition(':')
     if family != 'torchvision':
         family = name.rstrip('0123456789_')
-        sizes = name[len(family):]
+        sizes = name[len(family) :]
     depth, _, widen = sizes.partition('_')
     depth = int(depth) if depth.isdecimal() else 0
     if family == 'torchvision':
@@ -604,13 +653,21 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
         net = vgg(depth, num_classes, **kw)
     else:
         raise UserError(
-            f'no classifier {name!r}: resnet8, 14, 20 ... 110, resnet18, 34 or 50, wrn16_1 ... wrn40_2,'
-            ' vgg11, 13, 16 or 19, torchvision:resnet34 and its like, or a Python file with build()')
+            f'no classifier {name!r}: resnet8, 14, 20 ... 110, resnet18, 34 or 50, wrn16_1 ... '
+            'wrn40_2,'
+            ' vgg11, 13, 16 or 19, torchvision:resnet34 and its like, or a Python file with build()'
+        )
     for key, values in (('mean', mean), ('std', std)):
         if len(values) not in (1, kw.get('in_channels', 3)):
             raise UserError(f'{key}={values}: one number, or one per channel')
-    net.config = {'class': 'classifier', 'name': name, 'num_classes': num_classes,
-                  'image_size': image_size, 'mean': mean, 'std': std} | kw
+    net.config = {
+        'class': 'classifier',
+        'name': name,
+        'num_classes': num_classes,
+        'image_size': image_size,
+        'mean': mean,
+        'std': std,
+    } | kw
     net.num_classes = num_classes
     net.image_size = image_size
     net.in_channels = kw.get('in_channels', 3)
@@ -623,7 +680,9 @@ def resize(images, size):
     """Float images (B, C, H, W) as squares of `size` a side."""
     if images.shape[2:] == (size, size):
         return images
-    return F.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
+    return F.interpolate(
+        images, size=(size, size), mode='bilinear', antialias=True, align_corners=False
+    )
 
 
 def preprocess(net, images):
@@ -644,6 +703,7 @@ def preprocess(net, images):
 # Networks: the ladder VAE
 # ==================================================================================================
 
+
 class LadderLevel(nn.Module):
     """Two residual blocks, the first of which may resample, and a 1x1 convolution to a Gaussian.
     `resample` is None, 'downsample' (by 2) or 'upsample' (to `side`)."""
@@ -658,7 +718,8 @@ class LadderLevel(nn.Module):
 
 
 def gaussian(out):
-    """(mean, std) of 2C channels; zeros are the standard normal. The constant is the original's ln 2."""
+    """(mean, std) of 2C channels; zeros are the standard normal. The constant is the original's ln
+    2."""
     mean, s = out.float().chunk(2, dim=1)
     return mean, F.softplus(s) / 0.6931 + 1e-6
 
@@ -667,10 +728,12 @@ class LVAE(nn.Module):
     """Ladder VAE (Sonderby et al. 2016) with 16-channel latents at every halving of the image.
 
     The levels have 16, 8, 4, 2, 1 pixels a side for images of 32, and 14, 7, 4, 2, 1 for 28. Width
-    128 at 32 pixels is the slides' teacher, 8 their student. Images (B, C, H, W) are in [0, 1] here.
-    Lists over levels start at the finest; noise is a list of (B, 16, h, w). A decoder's output has
-    2C channels, of which the first C are the mean of the pixels; their std is sqrt(beta / 2).
+    128 at 32 pixels is the slides' teacher, 8 their student. Images (B, C, H, W) are in [0, 1]
+    here. Lists over levels start at the finest; noise is a list of (B, 16, h, w). A decoder's
+    output has 2C channels, of which the first C are the mean of the pixels; their std is sqrt(beta
+    / 2).
     """
+
     castable = True  # its weights may be cast once, see cast_frozen
 
     def __init__(self, image_size=32, in_channels=3, width=128):
@@ -693,12 +756,14 @@ class LVAE(nn.Module):
     def noise(self, n, generator=None):
         """Standard normal noise for n images: a list of (n, 16, h, w) on the network's device."""
         device = self.d0.out.weight.device
-        return [torch.randn(n, 16, side, side, generator=generator, device=device)
-                for side in self.sides[1:]]
+        return [
+            torch.randn(n, 16, side, side, generator=generator, device=device)
+            for side in self.sides[1:]
+        ]
 
     def encode(self, x):
-        """What the image alone says of each level: a list of (mean, std), bottom-up. Raises ValueError
-        for images that are not in [0, 1]."""
+        """What the image alone says of each level: a list of (mean, std), bottom-up. Raises
+        ValueError for images that are not in [0, 1]."""
         if x.is_cpu and (x.min() < 0 or x.max() > 1):  # on a GPU the host would wait
             raise ValueError(f'images in [{x.min():.2f}, {x.max():.2f}]: a VAE takes [0, 1]')
         h = self.u1[0](x)
@@ -729,7 +794,7 @@ class LVAE(nn.Module):
         return self.d0.out(self.d0.net(z)).float(), q, p
 
     def generate(self, noise):
-        """(out (B, 2C, H, W), p): images from the prior and its Gaussians, a list of (mean, std)."""
+        """(out (B, 2C, H, W), p): images from the prior, and its Gaussians (mean, std)."""
         out, _, p = self.decode(noise)
         return out, p
 
@@ -738,10 +803,10 @@ class LVAE(nn.Module):
         return self.decode(noise, self.encode(x))
 
     def elbo(self, x, noise, beta=0.1):
-        """(nll (B,), [KL of each level (B,)]) of images in [0, 1]; their sum is the negative ELBO in
-        nats, for pixels of variance beta / 2."""
+        """(nll (B,), [KL of each level (B,)]) of images in [0, 1]; their sum is the negative ELBO
+        in nats, for pixels of variance beta / 2."""
         out, q, p = self(x, noise)
-        mean = out[:, :x.shape[1]]
+        mean = out[:, : x.shape[1]]
         nll = 0.5 * ((mean - x) ** 2 * 2 / beta + math.log(math.pi * beta))
         return nll.sum((1, 2, 3)), [gaussian_kl(a, b) for a, b in zip(q, p)]
 
@@ -764,8 +829,10 @@ def gaussian_kl(q, p):
 # Diffusion
 # ==================================================================================================
 
+
 def betas_from_alpha_bar(alpha_bar):
-    """The betas (T,) of a variance-preserving process with this alpha_bar (T,), falling from 1 to 0.
+    """The betas (T,) of a variance-preserving process with this alpha_bar (T,), falling from 1 to
+    0.
 
     Any process x_t = a_t x_0 + b_t eps is one after division by sqrt(a_t^2 + b_t^2), with
     alpha_bar = a^2 / (a^2 + b^2): `Diffusion(betas_from_alpha_bar(alpha_bar).tolist())`.
@@ -786,13 +853,21 @@ class Diffusion:
     learn_sigma: the network has C more channels, the v of DKDM Eq. (12). What a given output holds
         is read off its channels, so a teacher with and a student without a learned variance go
         together.
-    clip: clamp predicted x_0 to [-1, 1] (pixels yes, latents no).
-    A step may jump any distance t -> s, s < t; both are long tensors (B,) or ints, and s = -1 is the
-    clean image. Raises UserError for an unknown schedule or prediction, or betas outside 0 ... 1.
+    clip: clamp predicted x_0 to [-1, 1] (pixels yes, latents no). A step may jump any distance t ->
+    s, s < t; both are long tensors (B,) or ints, and s = -1 is the clean image. Raises UserError
+    for an unknown schedule or prediction, or betas outside 0 ... 1.
     """
 
-    def __init__(self, schedule='cosine', steps=1000, prediction='eps', learn_sigma=True, clip=True,
-                 beta_range=(1e-4, 0.02), shift=1.):
+    def __init__(
+        self,
+        schedule='cosine',
+        steps=1000,
+        prediction='eps',
+        learn_sigma=True,
+        clip=True,
+        beta_range=(1e-4, 0.02),
+        shift=1.0,
+    ):
         if prediction not in ('eps', 'v', 'x0', 'flow'):
             raise UserError(f"no prediction {prediction!r}: 'eps', 'v', 'x0' or 'flow'")
         self.config = arguments(locals())
@@ -802,8 +877,10 @@ class Diffusion:
         time = torch.arange(steps + 1, dtype=torch.float64) / steps
         if schedule == 'flow':
             if prediction == 'eps':
-                raise UserError("prediction 'eps' on schedule 'flow': at t = T-1 nothing of x_0 is left, "
-                                "so eps does not tell it; use 'flow', 'v' or 'x0'")
+                raise UserError(
+                    "prediction 'eps' on schedule 'flow': at t = T-1 nothing of x_0 is left, "
+                    "so eps does not tell it; use 'flow', 'v' or 'x0'"
+                )
             b = time[1:]
             b = shift * b / (1 + (shift - 1) * b)
             a = 1 - b
@@ -821,7 +898,8 @@ class Diffusion:
                 betas = torch.linspace(low, high, steps, dtype=torch.float64) ** 2
             else:
                 raise UserError(
-                    f"no schedule {schedule!r}: 'cosine', 'linear', 'sqrt_linear', 'flow' or betas")
+                    f"no schedule {schedule!r}: 'cosine', 'linear', 'sqrt_linear', 'flow' or betas"
+                )
             alpha_bar = torch.cumprod(1 - betas, dim=0)
             a = alpha_bar.sqrt()
             b = (1 - alpha_bar).sqrt()
@@ -831,7 +909,7 @@ class Diffusion:
         # index -1 (the last entry) is the clean image; float64, cast where it meets images
         self.a = torch.cat([a, torch.ones(1, dtype=torch.float64)])
         self.b = torch.cat([b, torch.zeros(1, dtype=torch.float64)])
-        self.alpha_bar = self.a ** 2 / (self.a ** 2 + self.b ** 2)
+        self.alpha_bar = self.a**2 / (self.a**2 + self.b**2)
         # the smallest variance of which a logarithm is taken
         self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()
 
@@ -849,7 +927,8 @@ class Diffusion:
         return a.to(x0) * x0 + b.to(x0) * noise
 
     def target(self, x0, x_t, t, to):
-        """The prediction `to` that is exact for this (x_0, x_t): any two of x_0, x_t, eps fix the rest."""
+        """The prediction `to` that is exact for this (x_0, x_t): any two of x_0, x_t, eps fix the
+        rest."""
         if to == 'x0':
             return x0
         a, b = self.ab(t, x_t)
@@ -861,13 +940,14 @@ class Diffusion:
         return eps - x0  # flow
 
     def predict_x0(self, out, x_t, t, clip=None):
-        """The clean image that a network's output means; clamped if `clip` (None: the process's own)."""
-        out = out[:, :x_t.shape[1]].float()
+        """The clean image that a network's output means; clamped if `clip` (None: the process's
+        own)."""
+        out = out[:, : x_t.shape[1]].float()
         a, b = self.ab(t, x_t)
         if self.prediction == 'eps':
             x0 = (x_t - b * out) / a.clamp(min=1e-8)
         elif self.prediction == 'v':
-            x0 = (a * x_t - b * out) / (a ** 2 + b ** 2)
+            x0 = (a * x_t - b * out) / (a**2 + b**2)
         elif self.prediction == 'flow':
             x0 = (x_t - b * out) / (a + b)
         else:
@@ -877,26 +957,27 @@ class Diffusion:
         return x0.clamp(-1, 1) if clip else x0
 
     def convert(self, out, x_t, t, to):
-        """A network's output re-expressed as the prediction `to`, through its (clamped) x_0. The variance
-        channels stay."""
+        """A network's output re-expressed as the prediction `to`, through its (clamped) x_0. The
+        variance channels stay."""
         if to == self.prediction:
             return out
         mean = self.target(self.predict_x0(out, x_t, t), x_t, t, to)
-        return torch.cat([mean, out[:, x_t.shape[1]:].float()], dim=1)
+        return torch.cat([mean, out[:, x_t.shape[1] :].float()], dim=1)
 
     def posterior(self, x0, x_t, t, s=None):
-        """q(x_s | x_t, x_0), DKDM Eqs. (5)-(7) for any jump: its mean and variance, and the jump's own
-        variance (beta_t where s = t-1). s = None is t-1."""
+        """q(x_s | x_t, x_0), DKDM Eqs. (5)-(7) for any jump: its mean and variance, and the jump's
+        own variance (beta_t where s = t-1). s = None is t-1."""
         s = t - 1 if s is None else s
         a_t, b_t = self.ab(t, x_t)
         a_s, b_s = self.ab(s, x_t)
         ratio = a_t / a_s
-        jump = (b_t ** 2 - ratio ** 2 * b_s ** 2).clamp(min=0)
-        mean = (a_s * jump / b_t ** 2).to(x_t) * x0 + (ratio * b_s ** 2 / b_t ** 2).to(x_t) * x_t
-        return mean, b_s ** 2 * jump / b_t ** 2, jump
+        jump = (b_t**2 - ratio**2 * b_s**2).clamp(min=0)
+        mean = (a_s * jump / b_t**2).to(x_t) * x0 + (ratio * b_s**2 / b_t**2).to(x_t) * x_t
+        return mean, b_s**2 * jump / b_t**2, jump
 
     def mean_logvar(self, out, x_t, t, s=None, clip=None):
-        """Mean and log variance (B, C, H, W) of p(x_s | x_t), DKDM Eqs. (8) and (12). s = None is t-1.
+        """Mean and log variance (B, C, H, W) of p(x_s | x_t), DKDM Eqs. (8) and (12). s = None is
+        t-1.
 
         At s = -1 the posterior has no variance; its logarithm is taken one step earlier, as in
         Improved DDPM.
@@ -916,14 +997,14 @@ class Diffusion:
         noisy = (s >= 0).view(-1, 1, 1, 1) if torch.is_tensor(s) else s >= 0
         return mean + noisy * (0.5 * logvar).exp() * noise
 
-    def ddim_step(self, out, x_t, t, s, eta=0., noise=None):
-        """DDIM (Song et al. 2021), Eq. (12) there; eta = 1 has the posterior's variance. On a flow this
-        is Euler's step."""
+    def ddim_step(self, out, x_t, t, s, eta=0.0, noise=None):
+        """DDIM (Song et al. 2021), Eq. (12) there; eta = 1 has the posterior's variance. On a flow
+        this is Euler's step."""
         x0 = self.predict_x0(out, x_t, t)
         a_s, b_s = self.ab(s, x_t)
         sigma = eta * self.posterior(x0, x_t, t, s)[1].sqrt()
         eps = self.target(x0, x_t, t, 'eps')
-        x_s = a_s * x0 + (b_s ** 2 - sigma ** 2).clamp(min=0).sqrt() * eps
+        x_s = a_s * x0 + (b_s**2 - sigma**2).clamp(min=0).sqrt() * eps
         if eta:
             x_s = x_s + sigma * (torch.randn_like(x_t) if noise is None else noise)
         return x_s.to(x_t)
@@ -952,8 +1033,13 @@ class Diffusion:
             return {'loss': mse, 'mse': mse, 'vb': torch.zeros_like(mse)}
         variance_only = torch.cat([out[:, :C].detach(), out[:, C:]], dim=1)
         mean, logvar = self.mean_logvar(variance_only, x_t, t, clip=False)
-        kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
-                    + (true_mean - mean) ** 2 * (-logvar).exp())
+        kl = 0.5 * (
+            logvar
+            - true_logvar
+            - 1
+            + (true_logvar - logvar).exp()
+            + (true_mean - mean) ** 2 * (-logvar).exp()
+        )
         if x0 is not None:
             kl = torch.where((t == 0).view(-1, 1, 1, 1), pixel_nll(x0, mean, logvar), kl)
         vb = lam * self.T * kl.mean((1, 2, 3)) / math.log(2)
@@ -975,10 +1061,11 @@ class Diffusion:
         return self.losses(out, target, x_t, mean, logvar, t, lam, x0)
 
     def distill_loss(self, student_out, teacher_out, x_t, t, lam=0.001):
-        """Training on a teacher's output in this process's prediction, DKDM Eqs. (19)-(21): as above."""
+        """Training on a teacher's output in this process's prediction, DKDM Eqs. (19)-(21): as
+        above."""
         teacher_out = teacher_out.detach().float()
         mean, logvar = self.mean_logvar(teacher_out, x_t, t)
-        return self.losses(student_out, teacher_out[:, :x_t.shape[1]], x_t, mean, logvar, t, lam)
+        return self.losses(student_out, teacher_out[:, : x_t.shape[1]], x_t, mean, logvar, t, lam)
 
 
 def pixel_nll(x, mean, logvar):
@@ -988,8 +1075,9 @@ def pixel_nll(x, mean, logvar):
 
     def cdf(z):
         return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-    up = torch.where(x > 0.999, 1., cdf((x - mean + 1 / 255) * inv_std))
-    down = torch.where(x < -0.999, 0., cdf((x - mean - 1 / 255) * inv_std))
+
+    up = torch.where(x > 0.999, 1.0, cdf((x - mean + 1 / 255) * inv_std))
+    down = torch.where(x < -0.999, 0.0, cdf((x - mean - 1 / 255) * inv_std))
     return -(up - down).clamp(min=1e-12).log()
 
 
@@ -997,7 +1085,8 @@ def pixel_nll(x, mean, logvar):
 # Sampling
 # ==================================================================================================
 
-def guided(net, x_t, t, y=None, guidance=1.):
+
+def guided(net, x_t, t, y=None, guidance=1.0):
     """The network's output under classifier-free guidance (Ho & Salimans 2022):
     null + guidance (cond - null), of two evaluations in one batch; of one where guidance = 1 or
     y is None. The variance is the conditional one."""
@@ -1012,9 +1101,9 @@ def guided(net, x_t, t, y=None, guidance=1.):
 
 
 def sampling_steps(T, steps, spacing='trailing'):
-    """Timesteps, from noise to image. 'trailing': evenly from T-1, the last jump as long as the others
-    (Lin et al. 2024); 'even': with both ends, T-1 and 0 (Improved DDPM); 'leading': multiples of
-    T // steps, from below T-1 (DDIM). Raises UserError where there are not so many."""
+    """Timesteps, from noise to image. 'trailing': evenly from T-1, the last jump as long as the
+    others (Lin et al. 2024); 'even': with both ends, T-1 and 0 (Improved DDPM); 'leading':
+    multiples of T // steps, from below T-1 (DDIM). Raises UserError where there are not so many."""
     if not 1 <= steps <= T:
         raise UserError(f'{steps} sampling steps: from 1 to {T}')
     if spacing == 'leading':
@@ -1033,23 +1122,37 @@ def random_normal(shape, generator, device):
 def dpm_solver(diffusion, timesteps):
     """DPM-Solver++ of diffusers, second order, for the variance-preserving version of a process."""
     from diffusers import DPMSolverMultistepScheduler
+
     betas = betas_from_alpha_bar(diffusion.alpha_bar[:-1].cpu().clamp(min=1e-9))
     solver = DPMSolverMultistepScheduler(
-        trained_betas=betas.numpy(), num_train_timesteps=diffusion.T, prediction_type='sample',
-        lower_order_final=True)
+        trained_betas=betas.numpy(),
+        num_train_timesteps=diffusion.T,
+        prediction_type='sample',
+        lower_order_final=True,
+    )
     solver.set_timesteps(timesteps=timesteps)
     return solver
 
 
 @torch.inference_mode()
-def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, guidance=1.,
-           generator=None, eta=0., spacing='trailing'):
+def sample(
+    net,
+    diffusion,
+    shape_or_noise,
+    steps=50,
+    sampler='ddpm',
+    y=None,
+    guidance=1.0,
+    generator=None,
+    eta=0.0,
+    spacing='trailing',
+):
     """Images (B, C, H, W), float32, from a network and its process.
 
     shape_or_noise: (B, C, H, W), or the noise itself. y: labels (B,), -1 for none. sampler: 'ddpm'
-    (ancestral), 'ddim' (with `eta`) or 'dpm++' (second order, of diffusers). generator: of the noise
-    of the start and of every step. spacing: of the timesteps (`sampling_steps`). Raises UserError
-    for a number of steps that the process does not have.
+    (ancestral), 'ddim' (with `eta`) or 'dpm++' (second order, of diffusers). generator: of the
+    noise of the start and of every step. spacing: of the timesteps (`sampling_steps`). Raises
+    UserError for a number of steps that the process does not have.
     """
     device = next(net.parameters()).device
     x = shape_or_noise
@@ -1058,7 +1161,7 @@ def sample(net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, gui
     ts = sampling_steps(diffusion.T, steps, spacing)
     if sampler == 'dpm++':
         solver = dpm_solver(diffusion, ts)
-        norm = (diffusion.a ** 2 + diffusion.b ** 2).sqrt().tolist()  # to the variance-preserving x
+        norm = (diffusion.a**2 + diffusion.b**2).sqrt().tolist()  # to the variance-preserving x
         x = x / norm[ts[0]]
     for t, s in zip(ts, ts[1:] + [-1]):
         tt = torch.full((len(x),), t, device=device)
@@ -1098,7 +1201,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')      # files, as against hub ids
+WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')  # files, as against hub ids
 
 
 def existing(path):
@@ -1118,7 +1221,8 @@ def read_lines(path):
 
 
 def write_atomically(path, write):
-    """`write(temporary path)`, then rename: nobody sees half a file, and a failed write leaves nothing."""
+    """`write(temporary path)`, then rename: nobody sees half a file, and a failed write leaves
+    nothing."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     tmp = os.path.join(folder, '.tmp-' + name)
@@ -1136,10 +1240,11 @@ def description(net):
 
 
 def save_model(net, path, diffusion=None, **more):
-    """A self-describing safetensors file: the weights, and as JSON in its header what rebuilds the network,
-    `diffusion.config` and what more there is: `vae`, the pipeline that decodes the latents; `pipeline`,
-    the one with the texts and the scheduler of a network of diffusers; `guided`, that its predictions
-    are guided already; `sampling`, how it is to be sampled. Raises UserError where a weight is not finite.
+    """A self-describing safetensors file: the weights, and as JSON in its header what rebuilds the
+    network, `diffusion.config` and what more there is: `vae`, the pipeline that decodes the
+    latents; `pipeline`, the one with the texts and the scheduler of a network of diffusers;
+    `guided`, that its predictions are guided already; `sampling`, how it is to be sampled. Raises
+    UserError where a weight is not finite.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     for k, v in state.items():
@@ -1168,18 +1273,28 @@ def is_plain(spec):
 
 
 def unwrap(state, path):
-    """The tensors of a checkpoint, out of the dicts and prefixes in which trainers, EMAs, DataParallel
-    and torch.compile wrap them. Raises UserError where none are found."""
-    wrappers = ('ema', 'params_ema', 'ema_state_dict', 'state_dict', 'model_state_dict', 'model', 'net',
-                'params')
+    """The tensors of a checkpoint, out of the dicts and prefixes in which trainers, EMAs,
+    DataParallel and torch.compile wrap them. Raises UserError where none are found."""
+    wrappers = (
+        'ema',
+        'params_ema',
+        'ema_state_dict',
+        'state_dict',
+        'model_state_dict',
+        'model',
+        'net',
+        'params',
+    )
     for name in wrappers * 2:
         if isinstance(state.get(name), dict):
             state = state[name]
     state = {k: v for k, v in state.items() if k != 'n_averaged'}
     odd = [k for k, v in state.items() if not torch.is_tensor(v)]
     if odd or not state:
-        raise UserError(f'{path} holds more than the tensors of one network: {list(state)[:9]}. Save the '
-                        "one that is meant, torch.save(checkpoint['NAME'], ...)")
+        raise UserError(
+            f'{path} holds more than the tensors of one network: {list(state)[:9]}. Save the '
+            "one that is meant, torch.save(checkpoint['NAME'], ...)"
+        )
     for prefix in ('module.', '_orig_mod.', 'model.') * 2:
         if all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
@@ -1187,9 +1302,13 @@ def unwrap(state, path):
 
 
 def load_state(net, state, path):
-    """load_state_dict(strict=True). Raises UserError for weights of another network, or not finite."""
+    """load_state_dict(strict=True). Raises UserError for other weights, or not finite ones."""
     ours = net.state_dict()
-    odd = [k for k in ours | state if k not in ours or k not in state or ours[k].shape != state[k].shape]
+    odd = [
+        k
+        for k in ours | state
+        if k not in ours or k not in state or ours[k].shape != state[k].shape
+    ]
     if odd:
         raise UserError(f'{path} does not fit: {len(odd)} parameters differ, the first is {odd[0]}')
     for k, v in state.items():
@@ -1221,13 +1340,15 @@ def make(config):
     if kind not in PIPELINE_NETWORKS:
         raise UserError(f'no network {kind!r}')
     import diffusers
+
     config.pop('image_size', None)
     return Pipeline(getattr(diffusers, kind)(**config))
 
 
 # ==== files of the user's: Python that is named on the command line, and run
 def split_file(spec):
-    """('my.py', 'weights.pt') of 'my.py:weights.pt', ('my.py', '') of 'my.py', ('', spec) of all else."""
+    """('my.py', 'weights.pt') of 'my.py:weights.pt', ('my.py', '') of 'my.py', ('', spec) of all
+    else."""
     if spec.endswith('.py'):
         return spec, ''
     head, found, weights = spec.partition('.py:')
@@ -1253,7 +1374,8 @@ def build_from_file(path, **kw):
 
 
 def load_from_file(path, weights):
-    """(net, header) of a user's file: what its load() returns, or with weights those in what build() returns."""
+    """(net, header) of a user's file: what its load() returns, or with weights those in what
+    build() returns."""
     if not weights:
         return run_file(path).load(), {}
     state, header = read_weights(weights)
@@ -1266,8 +1388,10 @@ def read_model(spec):
     state, header = read_weights(spec)
     net = header.get('net', {})
     if net.get('class') == 'file':
-        raise UserError(f"{spec}: its network is that of {net['file']}, which is only run where it is named: "
-                        f"{net['file']}:{spec}")
+        raise UserError(
+            f"{spec}: its network is that of {net['file']}, which is only run where it is named: "
+            f"{net['file']}:{spec}"
+        )
     return state, header
 
 
@@ -1275,24 +1399,31 @@ def read_model(spec):
 # diffusers
 # ==================================================================================================
 
-PIPELINE_NETWORKS = ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel')
-UNUSED = ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker')  # parts of its pipelines
+PIPELINE_NETWORKS = (
+    'UNet2DModel',
+    'UNet2DConditionModel',
+    'DiTTransformer2DModel',
+    'SD3Transformer2DModel',
+)
+# parts of its pipelines
+UNUSED = ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker')
 
 
 class Shared(dict):
-    """Tensors that belong to a network and all its copies; no EMA copies them, no DDP sends them."""
+    """Tensors of a network and all its copies: no EMA copies them, no DDP sends them."""
 
     def __deepcopy__(self, memo):
         return self
 
 
 class Pipeline(nn.Module):
-    """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t (B,), y (B,).
+    """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t
+    (B,), y (B,).
 
     `condition` is '', 'class' or 'text'. y indexes the classes, the last of which is the null
     condition, or the texts given to `set_prompts`; -1 is the null condition. `source` is where its
-    pipeline is to be had, `pipe` the pipeline itself where it is loaded; `shared` holds the embedded
-    texts. Raises UserError for a network that is not supported.
+    pipeline is to be had, `pipe` the pipeline itself where it is loaded; `shared` holds the
+    embedded texts. Raises UserError for a network that is not supported.
     """
 
     def __init__(self, net, pipe=None):
@@ -1301,23 +1432,33 @@ class Pipeline(nn.Module):
         c = getattr(net, 'config', {})
         if kind not in PIPELINE_NETWORKS:
             raise UserError(f"a {kind} is not supported; {', '.join(PIPELINE_NETWORKS)} are")
-        known = dict(class_embed_type=None, addition_embed_type='text', encoder_hid_dim_type='text_proj',
-                     time_cond_proj_dim=None)
+        known = dict(
+            class_embed_type=None,
+            addition_embed_type='text',
+            encoder_hid_dim_type='text_proj',
+            time_cond_proj_dim=None,
+        )
         for key, supported in known.items():
             if c.get(key) not in (None, supported):
-                raise UserError(f'this {kind} takes a condition that is not supported: {key}={c[key]!r}')
+                raise UserError(
+                    f'this {kind} takes a condition that is not supported: {key}={c[key]!r}'
+                )
         out_channels = c.get('out_channels') or c.in_channels
         if out_channels not in (c.in_channels, 2 * c.in_channels):
-            raise UserError(f'this {kind} predicts {out_channels} channels from {c.in_channels}: it takes an image '
-                            'as its condition (super-resolution, inpainting), which is not supported')
+            raise UserError(
+                f'this {kind} predicts {out_channels} channels from {c.in_channels}: it takes an '
+                'image '
+                'as its condition (super-resolution, inpainting), which is not supported'
+            )
         self.net = net
         self.pipe = pipe
         self.source = ''
         self.shared = Shared()
         self.register_buffer('times', None, persistent=False)  # t as the network wants it, or None
         for m in net.modules():
-            if type(m).__name__ == 'LabelEmbedding':  # of DiT: drops labels in train mode, otherwise in each layer
-                m.dropout_prob = 0.
+            # of DiT: drops labels in train mode, otherwise in each layer
+            if type(m).__name__ == 'LabelEmbedding':
+                m.dropout_prob = 0.0
         classes = max(0, (c.get('num_class_embeds') or 0) - 1)
         self.num_classes = c.get('num_embeds_ada_norm') or classes
         takes_text = 'encoder_hidden_states' in inspect.signature(net.forward).parameters
@@ -1330,7 +1471,9 @@ class Pipeline(nn.Module):
     def set_prompts(self, prompts):
         """Embeds the texts by all text encoders of the pipeline, which are then let go."""
         if self.pipe is None:  # only the text encoders are wanted
-            self.pipe, _ = open_pipeline(self.source, self.net.dtype, unet=self.net, transformer=self.net, vae=None)
+            self.pipe, _ = open_pipeline(
+                self.source, self.net.dtype, unet=self.net, transformer=self.net, vae=None
+            )
         for name in ('text_encoder', 'text_encoder_2', 'text_encoder_3'):
             if getattr(self.pipe, name, None) is not None:
                 getattr(self.pipe, name).to(self.net.device)
@@ -1341,14 +1484,17 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def embed(self, texts):
-        """{'prompts': (N, L, D)} of N texts, with 'pooled' (N, D) where the network takes that too; on the CPU."""
+        """{'prompts': (N, L, D)} of N texts, with 'pooled' (N, D) where the network takes that too;
+        on the CPU."""
         parts = {}
         encode = self.pipe.encode_prompt
-        kw = dict(device=self.net.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        kw = dict(
+            device=self.net.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         for name in {'prompt_2', 'prompt_3'} & inspect.signature(encode).parameters.keys():
             kw[name] = None  # the same as the first
         for i in range(0, len(texts), 256):
-            outputs = encode(prompt=texts[i:i + 256], **kw)[::2]  # without the negative ones
+            outputs = encode(prompt=texts[i : i + 256], **kw)[::2]  # without the negative ones
             for name, out in zip(('prompts', 'pooled'), outputs):
                 parts.setdefault(name, []).append(out.cpu())
         return {name: torch.cat(rows) for name, rows in parts.items()}
@@ -1367,8 +1513,8 @@ class Pipeline(nn.Module):
 
 
 def decode(net, z):
-    """A network's latents (B, C, h, w) as images (B, 3, H, W) in [-1, 1], by the VAE that belongs to it
-    (`net.vae`), four at a time; pixels stay."""
+    """A network's latents (B, C, h, w) as images (B, 3, H, W) in [-1, 1], by the VAE that belongs
+    to it (`net.vae`), four at a time; pixels stay."""
     vae = getattr(net, 'vae', None)
     if vae is None:
         return z
@@ -1383,16 +1529,18 @@ def attach_vae(net, vae):
 
 
 def read_pipeline(spec):
-    """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises UserError
-    for one with code of its own."""
+    """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises
+    UserError for one with code of its own."""
     path = os.path.join(spec, 'model_index.json')
     if not os.path.isdir(spec):
         import huggingface_hub
+
         with local_rank_0_first():
             path = huggingface_hub.hf_hub_download(spec, 'model_index.json')
     with open(path) as f:
         parts = json.load(f)
-    # diffusers runs the code in a folder: its newer versions only if asked to, the older ones always
+    # diffusers runs the code in a folder: its newer versions only if asked to, the older ones
+    # always
     code = glob.glob(f'{glob.escape(spec)}/*/*.py') + glob.glob(f'{glob.escape(spec)}/None.py')
     for name, part in parts.items():
         known = part[0] in (None, 'diffusers', 'transformers') if isinstance(part, list) else True
@@ -1416,8 +1564,10 @@ def from_pretrained(kind, spec, **kw):
 
 
 def open_pipeline(spec, dtype, **given):
-    """(the pipeline, its model_index.json) of a folder or hub id; parts that are `given` are not loaded."""
+    """(the pipeline, its model_index.json) of a folder or hub id; parts that are `given` are not
+    loaded."""
     from diffusers import DiffusionPipeline
+
     _, parts = read_pipeline(spec)
     given = {k: v for k, v in (dict.fromkeys(UNUSED) | given).items() if k in parts}
     return from_pretrained(DiffusionPipeline, spec, **given).to(dtype), parts
@@ -1426,28 +1576,34 @@ def open_pipeline(spec, dtype, **given):
 def load_part(spec, *names):
     """The first of these parts that a pipeline has: a VAE or a scheduler."""
     import diffusers
+
     root, parts = read_pipeline(spec)
     name = next((n for n in names if parts.get(n, [None])[0]), None)
     kind = parts[name][1] if name else ''
     if not re.fullmatch('Autoencoder.*|VQModel|.*Scheduler', kind):
         raise UserError(f"{spec} has no {' or '.join(names)} of diffusers, but {kind or 'none'}")
-    return from_pretrained(getattr(diffusers, kind), root if os.path.isdir(spec) else spec, subfolder=name)
+    return from_pretrained(
+        getattr(diffusers, kind), root if os.path.isdir(spec) else spec, subfolder=name
+    )
 
 
 # ==================================================================================================
 # Loaders: denoisers
 # ==================================================================================================
 
+
 def load_denoiser(spec, dtype=torch.float32, **known):
     """(net, diffusion) from one string; the network is in eval mode and frozen.
 
-    spec: a file of ours (.safetensors); an original ADM, DDPM-IP, Improved DDPM, DKDM, LDM or DiT checkpoint (.pt,
-        .ckpt, .safetensors), whose architecture is read off its shapes; a diffusers folder or hub id; or a user's
-        Python file, whose load() returns both, or `my.py:weights.safetensors`, whose build() makes the network.
-    dtype: of a pipeline's weights (`pick_dtype`); ours are float32. `cast_frozen` casts them for a teacher.
-    known: what an original checkpoint does not say, where the defaults (which are printed) are not right:
-        image_size, num_head_channels or num_heads, use_new_attention_order, rescale_timesteps, schedule, steps,
-        beta_range, prediction, clip, and whatever else is an argument of the network.
+    spec: a file of ours (.safetensors); an original ADM, DDPM-IP, Improved DDPM, DKDM, LDM or DiT
+        checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes; a
+        diffusers folder or hub id; or a user's Python file, whose load() returns both, or
+        `my.py:weights.safetensors`, whose build() makes the network.
+    dtype: of a pipeline's weights (`pick_dtype`); ours are float32. `cast_frozen` casts them for a
+    teacher. known: what an original checkpoint does not say, where the defaults (which are printed)
+    are not right: image_size, num_head_channels or num_heads, use_new_attention_order,
+    rescale_timesteps, schedule, steps, beta_range, prediction, clip, and whatever else is an
+    argument of the network.
     Raises UserError for what is no denoiser, or takes more than x_t, t and a label.
     """
     file, weights = split_file(spec)
@@ -1456,14 +1612,19 @@ def load_denoiser(spec, dtype=torch.float32, **known):
     if file:
         net, header = load_from_file(file, weights)
         if weights and 'diffusion' not in header:
-            raise UserError(f'{weights} does not say its process: load() of {file} has to return (net, diffusion)')
+            raise UserError(
+                f'{weights} does not say its process: load() of {file} has to return (net, '
+                'diffusion)'
+            )
         net, diffusion = (net, Diffusion(**header['diffusion'])) if weights else net
     elif os.path.isdir(spec) or hub_id:
         net, diffusion = load_pipeline(spec, dtype)
     else:
         state, header = read_model(spec)
         if header and 'diffusion' not in header:
-            raise UserError(f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}")
+            raise UserError(
+                f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}"
+            )
         if header and known:
             raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
         if header:
@@ -1490,7 +1651,7 @@ def match_times(net, diffusion):
 
 
 def load_pipeline(spec, dtype):
-    """A diffusers folder or hub id, with the process that its scheduler states. Nothing is guessed."""
+    """A diffusers folder or hub id, with the process that its scheduler states."""
     pipe, parts = open_pipeline(spec, dtype)
     scheduler = pipe.scheduler
     process = scheduler.config
@@ -1501,27 +1662,48 @@ def load_pipeline(spec, dtype):
     net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
     net.guided = parts.get('_guided', False)  # a student of ours
     attach_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
-    bent = ('use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas',
-            'use_exponential_sigmas', 'use_beta_sigmas')
-    if type(scheduler).__name__ == 'FlowMatchEulerDiscreteScheduler' and not any(process.get(k) for k in bent):
+    bent = (
+        'use_dynamic_shifting',
+        'shift_terminal',
+        'invert_sigmas',
+        'use_karras_sigmas',
+        'use_exponential_sigmas',
+        'use_beta_sigmas',
+    )
+    if type(scheduler).__name__ == 'FlowMatchEulerDiscreteScheduler' and not any(
+        process.get(k) for k in bent
+    ):
         steps, shift = process.num_train_timesteps, process.shift
         return net, Diffusion('flow', steps, 'flow', learn_sigma=False, clip=False, shift=shift)
     predictions = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}
     prediction = predictions.get(process.get('prediction_type'))
     scaled = process.get('thresholding')  # DeepFloyd IF's clamp scales x_0 first
-    if prediction is None or not hasattr(scheduler, 'betas') or scaled and type(pipe).__name__ != 'IFPipeline':
-        raise UserError(f'{spec}: its {type(scheduler).__name__} is not a process x_t = a x_0 + b eps with a list of '
-                        'betas and a stated prediction_type, without thresholding, nor flow matching of fixed shift')
+    if (
+        prediction is None
+        or not hasattr(scheduler, 'betas')
+        or scaled
+        and type(pipe).__name__ != 'IFPipeline'
+    ):
+        raise UserError(
+            f'{spec}: its {type(scheduler).__name__} is not a process x_t = a x_0 + b eps with a '
+            'list of '
+            'betas and a stated prediction_type, without thresholding, nor flow matching of fixed '
+            'shift'
+        )
     learn_sigma = net.config['out_channels'] == 2 * net.in_channels
     clip = bool(process.get('clip_sample') or scaled)
-    return net, Diffusion(scheduler.betas.tolist(), prediction=prediction, learn_sigma=learn_sigma, clip=clip)
+    return net, Diffusion(
+        scheduler.betas.tolist(), prediction=prediction, learn_sigma=learn_sigma, clip=clip
+    )
 
 
 def assume(spec, assumed, known):
     """Says in one line what a file does not say and was assumed, and how to say otherwise."""
     rows = [f'{k}={v!r}' for k, v in assumed.items() if k not in known]
     if rows and rank_and_world()[0] == 0:
-        print(f"{spec} does not say {', '.join(rows)}: assumed; teacher_config, prior_config or model_config changes it")
+        print(
+            f"{spec} does not say {', '.join(rows)}: assumed; teacher_config, prior_config or model_config changes it"
+        )
 
 
 def count_blocks(state, prefix):
@@ -1530,14 +1712,19 @@ def count_blocks(state, prefix):
 
 
 def load_original(spec, state, known):
-    """An original checkpoint, its architecture read off its shapes: all but the sizes of images and of heads, the order
-    of qkv and the process. LDM keeps the network, its EMA and the autoencoder in one dict."""
+    """An original checkpoint, its architecture read off its shapes: all but the sizes of images and
+    of heads, the order of qkv and the process. LDM keeps the network, its EMA and the autoencoder
+    in one dict."""
     betas = state.get('state_dict', state).get('betas')
     inner = state.get('state_dict', state)
     names = [k.removeprefix('model.') for k in inner if k.startswith('model.diffusion_model.')]
     if names:
-        state = {k.removeprefix('diffusion_model.'): inner.get('model_ema.' + k.replace('.', ''), inner['model.' + k])
-                 for k in names}
+        state = {
+            k.removeprefix('diffusion_model.'): inner.get(
+                'model_ema.' + k.replace('.', ''), inner['model.' + k]
+            )
+            for k in names
+        }
     else:
         state = unwrap(state, spec)
     if 'x_embedder.proj.weight' in state:
@@ -1547,13 +1734,20 @@ def load_original(spec, state, known):
         read, assumed, process = read_unet(state, betas, known)
         kind = UNet
     else:
-        raise UserError(f'{spec} is no denoiser that this code knows: it has no keys of a U-Net (input_blocks..., '
-                        f"output_blocks...) or a DiT (x_embedder...), but {', '.join(list(state)[:3])}, ...; a Python "
-                        'file with load() can be a teacher all the same')
+        raise UserError(
+            f'{spec} is no denoiser that this code knows: it has no keys of a U-Net '
+            '(input_blocks..., '
+            f"output_blocks...) or a DiT (x_embedder...), but {', '.join(list(state)[:3])}, ...; a Python "
+            'file with load() can be a teacher all the same'
+        )
     outputs = read.get('out_channels', read['in_channels'])
-    if outputs not in (read['in_channels'], 2 * read['in_channels']):
-        raise UserError(f"{spec} predicts {outputs} channels from {read['in_channels']}: it takes an image as its "
-                        'condition (super-resolution, inpainting), which is not supported')
+    upscales = read['in_channels'] == 6 and 'in_channels' not in known
+    if outputs not in (read['in_channels'], 2 * read['in_channels']) or upscales:
+        raise UserError(
+            f"{spec} predicts {outputs} channels from {read['in_channels']}: it takes an image as "
+            "its "
+            'condition (super-resolution, inpainting), which is not supported'
+        )
     said = dict(known)
     if said.pop('rescale_timesteps', False):
         said['time_scale'] = 1000 / said.get('steps', 1000)
@@ -1572,14 +1766,24 @@ def load_original(spec, state, known):
 def read_dit(state):
     """(what the shapes of a DiT say, what is assumed, its process)."""
     hidden, channels, patch, _ = state['x_embedder.proj.weight'].shape
-    learn_sigma = len(state['final_layer.linear.bias']) == 2 * channels * patch ** 2
+    learn_sigma = len(state['final_layer.linear.bias']) == 2 * channels * patch**2
     table = state.get('y_embedder.embedding_table.weight')
-    read = dict(patch_size=patch, in_channels=channels, hidden_size=hidden, depth=count_blocks(state, 'blocks.'),
-                image_size=patch * math.isqrt(state['pos_embed'].shape[1]), learn_sigma=learn_sigma,
-                mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
-                num_classes=0 if table is None else len(table) - 1)
+    read = dict(
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=hidden,
+        depth=count_blocks(state, 'blocks.'),
+        image_size=patch * math.isqrt(state['pos_embed'].shape[1]),
+        learn_sigma=learn_sigma,
+        mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
+        num_classes=0 if table is None else len(table) - 1,
+    )
     assumed = dict(num_heads=hidden // (72 if hidden == 1152 else 64))
-    return read, assumed, dict(schedule='linear', prediction='eps', learn_sigma=learn_sigma, clip=False)
+    return (
+        read,
+        assumed,
+        dict(schedule='linear', prediction='eps', learn_sigma=learn_sigma, clip=False),
+    )
 
 
 def read_unet(state, betas, known):
@@ -1590,22 +1794,34 @@ def read_unet(state, betas, known):
     ups = []
     for k in state:
         parts = k.split('.')
-        if parts[0] == 'output_blocks' and parts[2] != '0' and k.endswith(('.in_layers.0.weight', '.conv.weight')):
+        if (
+            parts[0] == 'output_blocks'
+            and parts[2] != '0'
+            and k.endswith(('.in_layers.0.weight', '.conv.weight'))
+        ):
             ups.append(int(parts[1]))
     blocks = min(ups, default=outputs - 1)
     tops = [f'input_blocks.{1 + level * (blocks + 1)}' for level in range(outputs // (blocks + 1))]
     mults = [state[f'{top}.0.out_layers.3.weight'].shape[0] / width for top in tops]
     strided = f'input_blocks.{blocks + 1}.0.op.weight' in state
     latent = strided and betas is not None
-    assumed = dict(image_size=64 if latent else 32, num_head_channels=32, use_new_attention_order=not strided)
+    assumed = dict(
+        image_size=64 if latent else 32, num_head_channels=32, use_new_attention_order=not strided
+    )
     size = known.get('image_size', assumed['image_size'])
-    attention = [size // 2 ** i for i, top in enumerate(tops) if f'{top}.1.qkv.weight' in state]
+    attention = [size // 2**i for i, top in enumerate(tops) if f'{top}.1.qkv.weight' in state]
     classes = len(state.get('label_emb.weight', ()))
-    read = dict(in_channels=state['input_blocks.0.0.weight'].shape[1], out_channels=len(state['out.2.bias']),
-                model_channels=width, num_res_blocks=blocks, resblock_updown=not strided,
-                channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
-                attention_resolutions=tuple(attention), num_classes=classes,
-                use_scale_shift_norm=len(state[f'{tops[0]}.0.emb_layers.1.bias']) == 2 * width * mults[0])
+    read = dict(
+        in_channels=state['input_blocks.0.0.weight'].shape[1],
+        out_channels=len(state['out.2.bias']),
+        model_channels=width,
+        num_res_blocks=blocks,
+        resblock_updown=not strided,
+        channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
+        attention_resolutions=tuple(attention),
+        num_classes=classes,
+        use_scale_shift_norm=len(state[f'{tops[0]}.0.emb_layers.1.bias']) == 2 * width * mults[0],
+    )
     learn_sigma = read['out_channels'] == 2 * read['in_channels']
     process = dict(schedule='cosine', prediction='eps', learn_sigma=learn_sigma, clip=not latent)
     if latent:
@@ -1622,8 +1838,8 @@ CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
 def complete_classifier(net):
-    """A user's classifier with the attributes it does not have: in_channels 3, image_size 0 (any), num_classes as many
-    as it gives logits."""
+    """A user's classifier with the attributes it does not have: in_channels 3, image_size 0 (any),
+    num_classes as many as it gives logits."""
     if not hasattr(net, 'in_channels'):
         net.in_channels = 3
     if not hasattr(net, 'image_size'):
@@ -1636,28 +1852,34 @@ def complete_classifier(net):
 
 
 def forward_features(net, x):
-    """(logits, [last map (B, C, h, w) of each stage]) of a classifier with a method of this name, or whose layers
-    `net.stages` (their names) end its stages. Raises UserError where it has neither."""
+    """(logits, [last map (B, C, h, w) of each stage]) of a classifier with a method of this name,
+    or whose layers `net.stages` (their names) end its stages. Raises UserError where it has
+    neither."""
     if hasattr(net, 'forward_features'):
         return net.forward_features(x)
     if not hasattr(net, 'stages'):
-        raise UserError(f'this {type(net).__name__} shows no feature maps: it needs forward_features(x), or the names of '
-                        'the layers that end its stages as net.stages; --lam_msarc=0 does without')
+        raise UserError(
+            f'this {type(net).__name__} shows no feature maps: it needs forward_features(x), or '
+            'the names of '
+            'the layers that end its stages as net.stages; --lam_msarc=0 does without'
+        )
     return hooked_features(net, [net.get_submodule(name) for name in net.stages], x)
 
 
 def load_classifier(spec, **known):
-    """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) of a ResNet, Wide ResNet or VGG as
-    people publish them; torchvision:NAME with its ImageNet weights (downloaded); or a user's Python file.
+    """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) of a ResNet,
+    Wide ResNet or VGG as people publish them; torchvision:NAME with its ImageNet weights
+    (downloaded); or a user's Python file.
 
-    known: what a state dict does not say, where the defaults (which are printed) are not right: image_size, mean, std (of
-    images in [0, 1]), max_pool. Raises UserError.
+    known: what a state dict does not say, where the defaults (which are printed) are not right:
+    image_size, mean, std (of images in [0, 1]), max_pool. Raises UserError.
     """
     file, weights = split_file(spec)
     if file:
         return complete_classifier(frozen(load_from_file(file, weights)[0]))
     if spec.startswith('torchvision:'):
         from torchvision.models import get_model_weights
+
         weights = get_model_weights(spec.partition(':')[2]).DEFAULT
         usual = weights.transforms()
         usual = dict(image_size=usual.crop_size[0], mean=usual.mean, std=usual.std) | known
@@ -1667,7 +1889,9 @@ def load_classifier(spec, **known):
     state, header = read_model(spec)
     if header:
         if header.get('net', {}).get('class') != 'classifier':
-            raise UserError(f"{spec} is no classifier, it holds a {header.get('net', {}).get('class', 'model')}")
+            raise UserError(
+                f"{spec} is no classifier, it holds a {header.get('net', {}).get('class', 'model')}"
+            )
         if known:
             raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
         return frozen(load_state(make(header['net']), state, spec))
@@ -1697,10 +1921,15 @@ def load_classifier(spec, **known):
         read['shortcut'] = 'conv' if 'layer2.0.downsample.0.weight' in state else 'pad'
         assumed |= IMAGENET
     else:
-        raise UserError(f'{spec} is no classifier that this code knows: it has no keys of a ResNet (layer1...), Wide ResNet '
-                        f"(block1.layer...) or VGG (block0...), but {', '.join(list(state)[:3])}, ...; a Python file with "
-                        'load() can be a teacher all the same')
-    read |= dict(num_classes=len(state[f'{head}.bias']), in_channels=state[f'{first}.weight'].shape[1])
+        raise UserError(
+            f'{spec} is no classifier that this code knows: it has no keys of a ResNet '
+            '(layer1...), Wide ResNet '
+            f"(block1.layer...) or VGG (block0...), but {', '.join(list(state)[:3])}, ...; a Python file with "
+            'load() can be a teacher all the same'
+        )
+    read |= dict(
+        num_classes=len(state[f'{head}.bias']), in_channels=state[f'{first}.weight'].shape[1]
+    )
     odd = known.keys() - assumed.keys() - read.keys()
     if odd:
         raise UserError(f'{spec}: a classifier has no {min(odd)!r}, but ' + ', '.join(assumed))
@@ -1711,20 +1940,25 @@ def load_classifier(spec, **known):
     elif net.head_name == 'fc':
         state = {k.replace('linear.', 'fc.'): v for k, v in state.items()}
     elif net.head_name == 'linear':  # timm's names
-        state = {re.sub('^fc[.]', 'linear.', k).replace('.downsample.', '.shortcut.'): v for k, v in state.items()}
+        state = {
+            re.sub('^fc[.]', 'linear.', k).replace('.downsample.', '.shortcut.'): v
+            for k, v in state.items()
+        }
     return frozen(load_state(net, state, spec))
 
 
 class Autoencoder(nn.Module):
-    """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1], one level, and no noise
-    of its own where the class has no posterior (std 0)."""
+    """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1],
+    one level, and no noise of its own where the class has no posterior (std 0)."""
 
     def __init__(self, net):
         super().__init__()
         self.net = net
         self.in_channels = net.config.in_channels
         self.image_size = 0  # any
-        self.config = {k: v for k, v in net.config.items() if not k.startswith('_')} | {'class': type(net).__name__}
+        self.config = {k: v for k, v in net.config.items() if not k.startswith('_')} | {
+            'class': type(net).__name__
+        }
 
     def encode(self, x):
         """[(mean, std)] of the latents (B, C, h, w)."""
@@ -1735,7 +1969,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, noise, seen):
         """(out (B, C, H, W), q, p) of latents mean + std noise."""
-        (mean, std), = seen
+        ((mean, std),) = seen
         out = (self.net.decode(mean + std * noise[0]).sample.float() + 1) / 2
         return out, seen, [(torch.zeros_like(mean), torch.ones_like(std))]
 
@@ -1744,17 +1978,21 @@ class Autoencoder(nn.Module):
 
 
 def load_vae(spec):
-    """A frozen VAE or generator in eval mode: an LVAE of ours (.safetensors); diffusers' AutoencoderKL or AutoencoderTiny
-    as a folder or hub id, of its own or as a pipeline's; or a user's Python file. Raises UserError for all else."""
+    """A frozen VAE or generator in eval mode: an LVAE of ours (.safetensors); diffusers'
+    AutoencoderKL or AutoencoderTiny as a folder or hub id, of its own or as a pipeline's; or a
+    user's Python file. Raises UserError for all else."""
     file, weights = split_file(spec)
     if file:
         return frozen(load_from_file(file, weights)[0])
     if spec.endswith(WEIGHTS):
         state, header = read_model(spec)
         if header.get('net', {}).get('class') != 'LVAE':
-            raise UserError(f"{spec} is no VAE of ours, it holds a {header.get('net', {}).get('class', 'model')}")
+            raise UserError(
+                f"{spec} is no VAE of ours, it holds a {header.get('net', {}).get('class', 'model')}"
+            )
         return frozen(load_state(make(header['net']), state, spec))
     import diffusers
+
     if os.path.exists(os.path.join(spec, 'model_index.json')):
         net = load_part(spec, 'vae')
     else:
@@ -1771,15 +2009,18 @@ def load_vae(spec):
 # Images
 # ==================================================================================================
 
+
 def torchvision_dataset(name):
     """The class of a torchvision dataset (mnist, cifar10, ...), None for other names."""
     from torchvision import datasets
+
     names = {n.lower(): n for n in datasets.__all__}
     return getattr(datasets, names[name.lower()]) if name.lower() in names else None
 
 
 def split_classes(spec):
-    """('mnist', range(0, 5)) of 'mnist:0-4', the classes 0 to 4 of it; (spec, None) of what exists as it stands."""
+    """('mnist', range(0, 5)) of 'mnist:0-4', the classes 0 to 4 of it; (spec, None) of what exists
+    as it stands."""
     match = re.fullmatch(r'(.+):(\d+)-(\d+)', spec)
     if os.path.exists(spec) or not match:
         return spec, None
@@ -1802,12 +2043,14 @@ def shards_of(spec):
 def load_images(spec, train=True, image_size=0, channels=0):
     """(images uint8 (N, C, H, W), labels int64 (N,) or None) from one string.
 
-    spec: an ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards; a folder of images, in one
-        subfolder per class or none, or Tiny-ImageNet's `val`; a .txt of lines `file label`, the files relative to its
-        folder (DomainNet's lists); or a torchvision dataset (mnist, cifar10, ...), downloaded to ./data, of which `train`
-        picks the split. With `:a-b` at its end, only the classes a to b.
-    image_size: the middle of every image is resized to it. channels: 1 or 3, to which images are converted.
-    Raises UserError for files that are no images, or of which the range of values is not known.
+    spec: an ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards; a folder
+        of images, in one subfolder per class or none, or Tiny-ImageNet's `val`; a .txt of lines
+        `file label`, the files relative to its folder (DomainNet's lists); or a torchvision dataset
+        (mnist, cifar10, ...), downloaded to ./data, of which `train` picks the split. With `:a-b`
+        at its end, only the classes a to b.
+    image_size: the middle of every image is resized to it. channels: 1 or 3, to which images are
+    converted. Raises UserError for files that are no images, or of which the range of values is not
+    known.
     """
     path, classes = split_classes(spec)
     shards = shards_of(spec)
@@ -1827,8 +2070,11 @@ def load_images(spec, train=True, image_size=0, channels=0):
         if not found:
             raise UserError(f'no images in {spec}')
         if len({i.shape[2:] for i in found}) > 1:
-            raise UserError(f'{spec}: its images differ in size ({tuple(found[0].shape[2:])} and others); resize them first, '
-                            'where there is no key image_size')
+            raise UserError(
+                f'{spec}: its images differ in size ({tuple(found[0].shape[2:])} and others); '
+                'resize them first, '
+                'where there is no key image_size'
+            )
         most = max(i.shape[1] for i in found)  # a folder is grey where all its files are
         images = torch.cat([i.expand(-1, most, -1, -1) for i in found])
         labels = torch.tensor(labels) if isinstance(labels[0], int) else None
@@ -1844,7 +2090,9 @@ def load_images(spec, train=True, image_size=0, channels=0):
     if channels == 1 and images.shape[1] == 3:
         print(f'{spec}: colour images are converted to grey')
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        images = torch.cat([(i * weights).sum(1, keepdim=True).round().byte() for i in images.split(500)])
+        images = torch.cat(
+            [(i * weights).sum(1, keepdim=True).round().byte() for i in images.split(500)]
+        )
     elif channels == 3 and images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
     return images, labels
@@ -1854,17 +2102,27 @@ def load_npz(path):
     with np.load(existing(path), allow_pickle=False) as z:
         images, labels = z['arr_0'], z.get('arr_1')
     if images.dtype != np.uint8 or images.ndim != 4:
-        raise UserError(f"{path}: 'arr_0' must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}")
+        raise UserError(
+            f"{path}: 'arr_0' must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}"
+        )
     if labels is not None:
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or labels.min(initial=0) < 0:
-            raise UserError(f"{path}: 'arr_1' must be {len(images)} labels from 0, not {labels.dtype}")
+        if (
+            labels.shape != images.shape[:1]
+            or labels.dtype.kind not in 'iu'
+            or labels.min(initial=0) < 0
+        ):
+            raise UserError(
+                f"{path}: 'arr_1' must be {len(images)} labels from 0, not {labels.dtype}"
+            )
         labels = torch.from_numpy(labels.astype(np.int64))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
 def open_images(spec, train):
-    """Pairs (uint8 (C, H, W), label or None) of the files in a folder or list, or of a torchvision dataset."""
+    """Pairs (uint8 (C, H, W), label or None) of the files in a folder or list, or of a torchvision
+    dataset."""
     from PIL import Image
+
     if os.path.isdir(spec) or spec.endswith('.txt'):
         for file, label in image_files(spec):
             with Image.open(file) as image:
@@ -1872,9 +2130,15 @@ def open_images(spec, train):
         return
     dataset = torchvision_dataset(spec)
     if dataset is None:
-        raise UserError(f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or cifar10')
-    split = dict(train=train) if 'train' in inspect.signature(dataset).parameters else dict(
-        split='train' if train else 'test')
+        raise UserError(
+            f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or '
+            'cifar10'
+        )
+    split = (
+        dict(train=train)
+        if 'train' in inspect.signature(dataset).parameters
+        else dict(split='train' if train else 'test')
+    )
     with local_rank_0_first():
         pairs = dataset('data', download=True, **split)
     for image, label in pairs:
@@ -1882,15 +2146,18 @@ def open_images(spec, train):
 
 
 def image_files(spec):
-    """[(file, label or None)] of a .txt of lines `file label`, or of a folder. Hidden files and folders do not count."""
+    """[(file, label or None)] of a .txt of lines `file label`, or of a folder. Hidden files and
+    folders do not count."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
+
     if spec.endswith('.txt'):
         rows = [line.rsplit(' ', 1) for line in read_lines(spec)]
         if any(len(row) < 2 or not row[1].isdecimal() for row in rows):
             raise UserError(f'{spec}: every line must be a file and a label')
         return [(os.path.join(os.path.dirname(spec), file), int(label)) for file, label in rows]
     notes = os.path.join(spec, 'val_annotations.txt')
-    if os.path.exists(notes):  # Tiny-ImageNet's: file, class and box; classes are numbered as the folders of `train`
+    # Tiny-ImageNet's: file, class and box; classes are numbered as the folders of `train`
+    if os.path.exists(notes):
         rows = [line.split('\t') for line in read_lines(notes)]
         names = sorted({row[1] for row in rows})
         return [(os.path.join(spec, 'images', row[0]), names.index(row[1])) for row in rows]
@@ -1906,7 +2173,10 @@ def image_files(spec):
     empty = [name for name, files in classes.items() if not files]
     classes = {name: files for name, files in classes.items() if files}
     if alone and classes:
-        raise UserError(f'{spec} holds {len(alone)} images and folders of images ({min(classes)}): which of them are meant?')
+        raise UserError(
+            f'{spec} holds {len(alone)} images and folders of images ({min(classes)}): which of '
+            'them are meant?'
+        )
     if classes and empty:
         print(f"{spec}: no images in {', '.join(empty)}, no classes")
     pairs = [(file, None) for file in alone]
@@ -1916,9 +2186,11 @@ def image_files(spec):
 
 
 def to_tensor(image, name):
-    """A PIL image as uint8 (C, H, W), C 1 or 3: turned as its EXIF says, transparency on white, 16-bit grey scaled by
-    65,535 and float by 1, palettes and CMYK as RGB. Raises UserError for all else, whose range is not known."""
+    """A PIL image as uint8 (C, H, W), C 1 or 3: turned as its EXIF says, transparency on white,
+    16-bit grey scaled by 65,535 and float by 1, palettes and CMYK as RGB. Raises UserError for all
+    else, whose range is not known."""
     from PIL import Image, ImageOps
+
     mode, kind = image.mode, image.format
     if getattr(image, 'n_frames', 1) > 1:
         raise UserError(f'{name} holds {image.n_frames} images: one file per image is wanted')
@@ -1934,19 +2206,23 @@ def to_tensor(image, name):
         white.alpha_composite(image.convert('RGBA'))
         image = white
     elif mode not in ('1', 'L', 'P', 'RGB', 'CMYK', 'YCbCr', 'LAB', 'HSV'):
-        raise UserError(f'{name}: the range of mode {mode!r} ({kind}) is not known; 8 or 16 bit, or float in [0, 1]')
+        raise UserError(
+            f'{name}: the range of mode {mode!r} ({kind}) is not known; 8 or 16 bit, or float in '
+            '[0, 1]'
+        )
     values = np.asarray(image.convert('L' if grey else 'RGB'))
     return torch.from_numpy(values.copy()).view(*values.shape[:2], -1).permute(2, 0, 1)
 
 
 def resize_images(images, size):
-    """uint8 images (N, C, H, W): the square in their middle, `size` a side; as they are where size is 0."""
+    """uint8 images (N, C, H, W): the square in their middle, `size` a side; as they are where size
+    is 0."""
     H, W = images.shape[2:]
     if size == 0 or size == H == W:
         return images
     side = min(H, W)
     top, left = (H - side) // 2, (W - side) // 2
-    square = images[:, :, top:top + side, left:left + side]
+    square = images[:, :, top : top + side, left : left + side]
     return to_uint8(resize(to_float(square), size))
 
 
@@ -1961,30 +2237,37 @@ def to_uint8(images):
 
 
 def save_grid(path, sets, columns):
-    """A PNG of sets of images (B, C, H, W) in [-1, 1], a row of `columns` of each in turn; small ones are enlarged to
-    about 64 pixels. Of other than 1 or 3 channels the first three are shown, or the first."""
+    """A PNG of sets of images (B, C, H, W) in [-1, 1], a row of `columns` of each in turn; small
+    ones are enlarged to about 64 pixels. Of other than 1 or 3 channels the first three are shown,
+    or the first."""
     from torchvision.utils import save_image
+
     rows = []
     for parts in zip(*[images.split(columns) for images in sets]):
         rows += parts
     images = torch.cat(rows).float().cpu().clamp(-1, 1)
-    images = images[:, :3 if images.shape[1] >= 3 else 1]
+    images = images[:, : 3 if images.shape[1] >= 3 else 1]
     images = F.interpolate(images, scale_factor=float(max(1, 64 // images.shape[-1])))
-    write_atomically(path, lambda tmp: save_image((images + 1) / 2, tmp, format='png', nrow=columns, padding=4))
+    write_atomically(
+        path, lambda tmp: save_image((images + 1) / 2, tmp, format='png', nrow=columns, padding=4)
+    )
 
 
 # ==================================================================================================
 # Measuring
 # ==================================================================================================
 
+
 def features(net, images):
-    """(the mean of a classifier's last map (B, D), which its linear layer sees; its logits) of uint8 images."""
+    """(the mean of a classifier's last map (B, D), which its linear layer sees; its logits) of
+    uint8 images."""
     logits, maps = forward_features(net, preprocess(net, to_float(images)))
     return maps[-1].mean((2, 3)), logits
 
 
 def load_features(spec, device):
-    """(net, space, D): a classifier, the name under which statistics of its features are stored, and how many there are."""
+    """(net, space, D): a classifier, the name under which statistics of its features are stored,
+    and how many there are."""
     net = load_classifier(spec)
     space = f'{os.path.basename(spec)} {digest(net)}'
     net = net.to(device, memory_format=memory_format(device))
@@ -1995,27 +2278,32 @@ def load_features(spec, device):
 
 
 def read_statistics(path, space):
-    """What eval_fid.py or ADM stored of a set of images: 'mu', 'sigma', perhaps 'mu_s', 'sigma_s', 'n';
-    None of a file of images. Raises UserError for statistics in another space of features."""
+    """What eval_fid.py or ADM stored of a set of images: 'mu', 'sigma', perhaps 'mu_s', 'sigma_s',
+    'n'; None of a file of images. Raises UserError for statistics in another space of features."""
     with np.load(existing(path), allow_pickle=False) as z:
         arrays = dict(z)
     if 'mu' not in arrays:
         return None
     named = str(arrays.pop('space', 'inception'))  # ADM's files do not name theirs
     if named != space:
-        raise UserError(f'{path} holds statistics in the space of {named}, not of {space}: make them '
-                        'again by eval_fid.py --save_stats')
+        raise UserError(
+            f'{path} holds statistics in the space of {named}, not of {space}: make them '
+            'again by eval_fid.py --save_stats'
+        )
     names = ('mu', 'sigma', 'mu_s', 'sigma_s', 'n')
     return {k: torch.from_numpy(arrays[k]).double() for k in names if k in arrays}
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)), and whether the
-    product is near singular. It has the eigenvalues of sigma1^(1/2) sigma2 sigma1^(1/2), which is symmetric."""
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)),
+    and whether the product is near singular. It has the eigenvalues of sigma1^(1/2) sigma2
+    sigma1^(1/2), which is symmetric."""
     values, vectors = torch.linalg.eigh(sigma1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = torch.linalg.eigvalsh(root @ sigma2 @ root)
-    distance = ((mu1 - mu2) ** 2).sum() + (sigma1 + sigma2).trace() - 2 * product.clamp(min=0).sqrt().sum()
+    distance = (
+        ((mu1 - mu2) ** 2).sum() + (sigma1 + sigma2).trace() - 2 * product.clamp(min=0).sqrt().sum()
+    )
     return float(distance), bool(product[0] < 1e-14 * product[-1])
 
 
@@ -2023,16 +2311,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 # Running: ranks, devices, signals
 # ==================================================================================================
 
+
 def rank_and_world():
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 
 
 def init_distributed(device='auto', dtype='auto', seed=0):
-    """(device, autocast, rank, world) of this process, alone or under torchrun (NCCL on GPUs, gloo on CPUs). autocast is a
-    context for the networks' forward passes: bfloat16 or none."""
+    """(device, autocast, rank, world) of this process, alone or under torchrun (NCCL on GPUs, gloo
+    on CPUs). autocast is a context for the networks' forward passes: bfloat16 or none."""
     rank, world = rank_and_world()
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = (
+            'cuda'
+            if torch.cuda.is_available()
+            else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        )
     device = torch.device(device)
     if device.type == 'cuda':
         local = int(os.environ.get('LOCAL_RANK', 0))
@@ -2040,38 +2333,55 @@ def init_distributed(device='auto', dtype='auto', seed=0):
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # the first convolution reads x_t in float32
     if world > 1 and not dist.is_initialized():
-        # Tensors of the CPU travel by gloo, so that asking the other ranks does not wait for the GPU. The timeout is hours,
-        # since one rank may work alone (downloads, pictures). After a restart the store has the addresses of dead ranks.
+        # Tensors of the CPU travel by gloo, so that asking the other ranks does not wait for the
+        # GPU. The timeout is hours,
+        # since one rank may work alone (downloads, pictures). After a restart the store has the
+        # addresses of dead ranks.
         store, rank, world = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=6))
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=6)
+        )
     torch.manual_seed(seed)  # the same weights on every rank
     bf16 = pick_dtype(device, dtype) == torch.bfloat16
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
 
 
 def per_rank(batch_size, world, grad_accum=1):
-    """How many images of a batch one forward pass of one rank has. Raises UserError where that is no number."""
+    """How many images of a batch one forward pass of one rank has. Raises UserError where that is
+    no number."""
     if batch_size % (world * grad_accum):
-        raise UserError(f'batch_size={batch_size} must be a multiple of {world} ranks x {grad_accum} accumulation steps')
+        raise UserError(
+            f'batch_size={batch_size} must be a multiple of {world} ranks x {grad_accum} '
+            'accumulation steps'
+        )
     return batch_size // world // grad_accum
 
 
 def pick_dtype(device, dtype='auto'):
-    """What networks compute in: `dtype`, or of 'auto' bfloat16 where the hardware has it, on other GPUs float16 (frozen
-    pipelines alone: there is no loss scaling here) and else float32."""
+    """What networks compute in: `dtype`, or of 'auto' bfloat16 where the hardware has it, on other
+    GPUs float16 (frozen pipelines alone: there is no loss scaling here) and else float32."""
     if dtype != 'auto':
         return getattr(torch, dtype)
     if device.type == 'cuda':
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    can = torch.cpu.get_capabilities() if device.type == 'cpu' and hasattr(torch.cpu, 'get_capabilities') else {}
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
+    can = (
+        torch.cpu.get_capabilities()
+        if device.type == 'cpu' and hasattr(torch.cpu, 'get_capabilities')
+        else {}
+    )
     return torch.bfloat16 if can.get('avx512_bf16') or can.get('amx_bf16') else torch.float32
 
 
 def cast_frozen(net, dtype):
-    """Casts a frozen network once to what autocast would cast it to in every call: its convolutions and linear layers, but
-    not `first_layer`, which reads x_t in float32. Only networks that say `castable` are."""
+    """Casts a frozen network once to what autocast would cast it to in every call: its convolutions
+    and linear layers, but not `first_layer`, which reads x_t in float32. Only networks that say
+    `castable` are."""
     if dtype == torch.bfloat16 and getattr(net, 'castable', False):
         first = set(net.first_layer.modules()) if hasattr(net, 'first_layer') else set()
         for m in set(net.modules()) - first:
@@ -2086,7 +2396,8 @@ def memory_format(device):
 
 
 def all_reduce_max(value=0):
-    """The largest of a number over all ranks, which wait for each other but not for their GPUs; the number itself on one."""
+    """The largest of a number over all ranks, which wait for each other but not for their GPUs; the
+    number itself on one."""
     if not dist.is_initialized():
         return value
     value = torch.tensor(float(value), dtype=torch.float64)
@@ -2112,8 +2423,9 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """`signal` is 0 until Ctrl-C or SIGTERM, whose number it then holds: the loop saves before it leaves. Inside
-    `with flag.interrupts():` the signal ends the block, which is for work that may be lost, such as pictures."""
+    """`signal` is 0 until Ctrl-C or SIGTERM, whose number it then holds: the loop saves before it
+    leaves. Inside `with flag.interrupts():` the signal ends the block, which is for work that may
+    be lost, such as pictures."""
 
     def __init__(self):
         self.signal = 0
@@ -2151,8 +2463,8 @@ def finish(stopped_by=0):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, step):
-    """ema <- decay ema + (1 - decay) net, with a shorter memory in the first steps: (1 + step) / (10 + step). Buffers are
-    copied."""
+    """ema <- decay ema + (1 - decay) net, with a shorter memory in the first steps: (1 + step) /
+    (10 + step). Buffers are copied."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
     for b_ema, b in zip(ema.buffers(), net.buffers()):
@@ -2163,21 +2475,39 @@ def update_ema(ema, net, decay, step):
 # Checkpoints and logs
 # ==================================================================================================
 
-# settings that do not change what a run computes next; a run can only go on where all others are the same
-MAY_CHANGE = ('init_from', 'out_dir', 'max_steps', 'epochs', 'log_every', 'save_every', 'sampler', 'sample_steps',
-              'device', 'compile', 'wandb', 'any_teacher')
+# settings that do not change what a run computes next; a run can only go on where all others are
+# the same
+MAY_CHANGE = (
+    'init_from',
+    'out_dir',
+    'max_steps',
+    'epochs',
+    'log_every',
+    'save_every',
+    'sampler',
+    'sample_steps',
+    'device',
+    'compile',
+    'wandb',
+    'any_teacher',
+)
 
 
 def lasting(settings):
-    return {k: v for k, v in settings.items() if k not in MAY_CHANGE} | {'ranks': rank_and_world()[1]}
+    return {k: v for k, v in settings.items() if k not in MAY_CHANGE} | {
+        'ranks': rank_and_world()[1]
+    }
 
 
 def lock_out_dir(out_dir, rank):
-    """Makes out_dir and keeps other runs out of it until this process ends. Raises UserError where another has it."""
+    """Makes out_dir and keeps other runs out of it until this process ends. Raises UserError where
+    another has it."""
     import fcntl  # not on Windows
+
     os.makedirs(out_dir, exist_ok=True)
     taken = False
-    lock = os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT)  # a number: it stays open
+    # a number: it stays open
+    lock = os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT)
     if rank == 0:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2188,13 +2518,16 @@ def lock_out_dir(out_dir, rank):
         except OSError:  # a file system without locks
             pass
     if all_reduce_max(taken):
-        raise UserError(f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: another --out_dir')
+        raise UserError(
+            f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: '
+            'another --out_dir'
+        )
 
 
 def save_checkpoint(settings, step, net, opt, shared, own, rank):
-    """Writes what all ranks share (by rank 0) and what this rank alone has, its random generators among it. A run that is
-    killed at any moment finds the last complete set: `ckpt.pt` names the step, and is renamed into place after all ranks
-    have written."""
+    """Writes what all ranks share (by rank 0) and what this rank alone has, its random generators
+    among it. A run that is killed at any moment finds the last complete set: `ckpt.pt` names the
+    step, and is renamed into place after all ranks have written."""
     out_dir = settings['out_dir']
     mine = f'ckpt_{step}_rank{rank}.pt'
     own = own | {'random': torch.get_rng_state()}
@@ -2203,7 +2536,13 @@ def save_checkpoint(settings, step, net, opt, shared, own, rank):
     write_atomically(os.path.join(out_dir, mine), lambda tmp: torch.save(own, tmp))
     all_reduce_max()
     if rank == 0:
-        shared = {'net': net.state_dict(), 'opt': opt.state_dict(), **shared, 'step': step, 'settings': lasting(settings)}
+        shared = {
+            'net': net.state_dict(),
+            'opt': opt.state_dict(),
+            **shared,
+            'step': step,
+            'settings': lasting(settings),
+        }
         write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared, tmp))
     all_reduce_max()
     for f in os.listdir(out_dir):
@@ -2212,16 +2551,20 @@ def save_checkpoint(settings, step, net, opt, shared, own, rank):
 
 
 def resume(settings, rank, net):
-    """(shared, own) of the checkpoint that a run goes on from, its weights already in `net`; None at a beginning, when
-    older checkpoints are removed and `net` gets the weights of the file `init_from`, if it is one. Locks out_dir."""
+    """(shared, own) of the checkpoint that a run goes on from, its weights already in `net`; None
+    at a beginning, when older checkpoints are removed and `net` gets the weights of the file
+    `init_from`, if it is one. Locks out_dir."""
     out_dir, init_from, teacher = (settings[k] for k in ('out_dir', 'init_from', 'teacher'))
     for name in ('student.safetensors', 'best.safetensors', 'student'):
         if os.path.realpath(teacher) == os.path.realpath(os.path.join(out_dir, name)):
-            raise UserError(f'teacher={teacher} would be overwritten by its student: another --out_dir')
+            raise UserError(
+                f'teacher={teacher} would be overwritten by its student: another --out_dir'
+            )
     if init_from not in ('scratch', 'resume'):
         load_state(net, unwrap(read_weights(init_from)[0], init_from), init_from)
     lock_out_dir(out_dir, rank)
-    if init_from != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':  # torchrun --max-restarts
+    # torchrun --max-restarts
+    if init_from != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
         if rank == 0:
             for name in ('ckpt.pt', 'ckpt_*_rank*.pt'):
                 for f in glob.glob(os.path.join(glob.escape(out_dir), name)):
@@ -2238,15 +2581,18 @@ def resume(settings, rank, net):
     shared, _ = read_weights(os.path.join(out_dir, 'ckpt.pt'))
     for k, v in lasting(settings).items():
         if shared['settings'].get(k) != v:
-            raise UserError(f"{out_dir} holds a run with {k}={shared['settings'].get(k)!r}, not {v!r}: "
-                            "that run's settings, or another --out_dir")
+            raise UserError(
+                f"{out_dir} holds a run with {k}={shared['settings'].get(k)!r}, not {v!r}: "
+                "that run's settings, or another --out_dir"
+            )
     own, _ = read_weights(os.path.join(out_dir, f"ckpt_{shared['step']}_rank{rank}.pt"))
     net.load_state_dict(shared['net'])
     return shared, own
 
 
 def restore(checkpoint, opt):
-    """The rest of a checkpoint, right before the loop: the optimiser and this rank's random generators."""
+    """The rest of a checkpoint, right before the loop: the optimiser and this rank's random
+    generators."""
     shared, own = checkpoint
     opt.load_state_dict(shared['opt'])
     torch.set_rng_state(own['random'])
@@ -2256,8 +2602,8 @@ def restore(checkpoint, opt):
 
 
 class Log:
-    """`log.csv`, a row per call, `step` first, `seconds` last. A resumed run continues after the checkpoint's step, its
-    clock after `seconds`. Rank 0 only."""
+    """`log.csv`, a row per call, `step` first, `seconds` last. A resumed run continues after the
+    checkpoint's step, its clock after `seconds`. Rank 0 only."""
 
     def __init__(self, path, step=0):
         lines = []
@@ -2265,7 +2611,7 @@ class Log:
             with open(path, newline='') as f:
                 rows = [line for line in f if line.endswith('\n')]  # not half a row
             lines = rows[:1] + [line for line in rows[1:] if int(line.split(',')[0]) <= step]
-        self.seconds = float(lines[-1].split(',')[-1]) if len(lines) > 1 else 0.
+        self.seconds = float(lines[-1].split(',')[-1]) if len(lines) > 1 else 0.0
         write_atomically(path, lambda tmp: pathlib.Path(tmp).write_text(''.join(lines), newline=''))
         self.file = open(path, 'a', newline='')
 

@@ -1,72 +1,88 @@
 """
-DiffDFKD, first stage: makes the training images for distilling a classifier, without the data it was trained on. A
-diffusion prior makes images, and at every denoising step the classifier pulls them towards what it was trained on: its
-BatchNorm statistics and its predictions (Qi et al. 2025, arXiv 2504.00870). A VAE as the teacher pulls them towards
-what it reconstructs well.
+DiffDFKD, first stage: makes the training images for distilling a classifier, without the data it
+was trained on. A diffusion prior makes images, and at every denoising step the classifier pulls
+them towards what it was trained on: its BatchNorm statistics and its predictions (Qi et al. 2025,
+arXiv 2504.00870). A VAE as the teacher pulls them towards what it reconstructs well.
 
-    python synthesize.py                                          # MNIST digits from the bundled models, on a laptop
-    python synthesize.py config/synth_sd15.py             # the paper's CIFAR-10, Stable Diffusion 1.5
+    python synthesize.py  # MNIST digits from the bundled models, on a laptop
+    python synthesize.py config/synth_sd15.py  # the paper's CIFAR-10, Stable Diffusion 1.5
     torchrun --nproc_per_node=8 synthesize.py config/synth_sd15.py
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 synthesize.py ...
-    python synthesize.py config/synth_sd15.py --eta=0 --lca=none   # DM-KD, with the same prompts (Table I)
+    # DM-KD, with the same prompts (Table I)
+    python synthesize.py config/synth_sd15.py --eta=0 --lca=none
     python synthesize.py config/synth_mnist_deepinversion.py      # DeepInversion: no prior at all
     python synthesize.py config/synth_mnist_vae.py                # for a VAE, the bundled one
 
-Then distil: python distill_classifier.py, or distill_vae.py --method=synthetic. A run that was stopped goes on where it
-was.
+Then distil: python distill_classifier.py, or distill_vae.py --method=synthetic. A run that was
+stopped goes on where it was.
 
-Memory: Stable Diffusion 1.5 at batch_size 16 in bfloat16 has 1.9 GB of weights, and at the largest moment of
---edit=paper, the gradient through U-Net and decoder, 13.0 GB beside them with grad_batch=4 (6.8 with 2, 3.7 with 1);
-the U-Net alone, unguided, 2.7 GB. Computed by adding up the tensors alive at every operation, not measured on a GPU.
+Memory: Stable Diffusion 1.5 at batch_size 16 in bfloat16 has 1.9 GB of weights, and at the largest
+moment of --edit=paper, the gradient through U-Net and decoder, 13.0 GB beside them with
+grad_batch=4 (6.8 with 2, 3.7 with 1); the U-Net alone, unguided, 2.7 GB. Computed by adding up the
+tensors alive at every operation, not measured on a GPU.
 """
 import os
 
 # teacher
-teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet, WRN or VGG,
-                             # torchvision:NAME, a Python file with load(), or vae:PATH (models.load_vae)
-teacher_config = {}          # what a state dict does not say: image_size, mean, std (models.load_classifier)
+teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet,
+                             # WRN or VGG, torchvision:NAME, a Python file with load(), or vae:PATH
+                             # (models.load_vae)
+teacher_config = {}          # what a state dict does not say: image_size, mean, std
+                             # (models.load_classifier)
 student = ''                 # a distilled student: from then on L_adv counts
 # prior
-prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original checkpoint, a diffusers folder or hub id, a
-                             # Python file with load(); 'none' is DeepInversion
+prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original checkpoint, a
+                             # diffusers folder or hub id, a Python file with load(); 'none' is
+                             # DeepInversion
 prior_config = {}            # what an original checkpoint does not say (models.load_denoiser)
 guidance = 1.0               # scale s of classifier-free guidance, Eq. (3); 1 is none
 prompt = 'a realistic photo' # text priors: followed by a random subject and style
-class_names = ''             # text priors, instead of the random subjects: 'cifar10', 'cifar100', 'faces' or a file of
-                             # names, one per line
+class_names = ''             # text priors, instead of the random subjects: 'cifar10', 'cifar100',
+                             # 'faces' or a file of names, one per line
 sampler = 'ddpm'             # 'ddpm' (ancestral), 'ddim', 'renoise' (Eq. (5) as printed)
 ddim_eta = 0.0               # noise of 'ddim'; 1 has the variance of 'ddpm'
 steps = 25                   # denoising steps; of DeepInversion, steps of Adam
 # guidance by the teacher
-alpha = 0.3                  # weight of L_bn, Eq. (6); of a VAE's KL of posterior and prior, in nats per pixel
-beta = 1.0                   # weight of L_cls, Eq. (7); of a VAE's mean squared error of the reconstruction
+alpha = 0.3                  # weight of L_bn, Eq. (6); of a VAE's KL of posterior and prior, in
+                             # nats per pixel
+beta = 1.0                   # weight of L_cls, Eq. (7); of a VAE's mean squared error of the
+                             # reconstruction
 gamma = 1.0                  # weight of L_adv, Eq. (8); without a student there is none
 tau = 4.0                    # temperature of Eq. (8)
-edit = 'x0'                  # 'paper' is Eq. (10): z_t moves by eta grad_{z_t} L. 'x0': x_0 moves by eta b_t^2 times
-                             # grad_{x_0} of its own loss, less and less as the noise goes, and the denoiser needs no
-                             # gradient; 'x_t': the same with grad_{x_t}, through the denoiser
-eta = 3.0                    # its step size; 0 is unguided. 'paper' has the batch's mean: 100 for 100 digits at once
-bn_loss = 'l2'               # 'l2' (distance of means and of variances), 'kl' (of the Gaussians, as Eq. (6) names it)
-lca = 'cutmix'               # augmentation, Eq. (11): 'cutmix', 'mixup', 'traditional' (flips and shifts) or 'none'
+edit = 'x0'                  # 'paper' is Eq. (10): z_t moves by eta grad_{z_t} L. 'x0': x_0 moves
+                             # by eta b_t^2 times grad_{x_0} of its own loss, less and less as the
+                             # noise goes, and the denoiser needs no gradient; 'x_t': the same with
+                             # grad_{x_t}, through the denoiser
+eta = 3.0                    # its step size; 0 is unguided. 'paper' has the batch's mean: 100 for
+                             # 100 digits at once
+bn_loss = 'l2'               # 'l2' (distance of means and of variances), 'kl' (of the Gaussians, as
+                             # Eq. (6) names it)
+lca = 'cutmix'               # augmentation, Eq. (11): 'cutmix', 'mixup', 'traditional' (flips and
+                             # shifts) or 'none'
 lca_every = 8                # steps between two of them, and after the last
 # DeepInversion (Yin et al. 2020), prior = 'none': pixels, optimised by Adam
 lr = 0.1                     # its step size
-tv = 0.0                     # weight of the total variation: mean squared difference of neighbours, both ways
+tv = 0.0                     # weight of the total variation: mean squared difference of neighbours,
+                             # both ways
 l2 = 0.0                     # weight of the mean square of the pixels, which are in [-1, 1]
 jitter = 2                   # the teacher sees them shifted by up to so many pixels
 flip = False                 # ... and flipped half of the time
 # what is kept
 num_images = 6000            # over all ranks
-keep = 4                     # images kept of each walk: its predicted x_0 at the last so many steps ...
+keep = 4                     # images kept of each walk: its predicted x_0 at the last so many steps
+                             # ...
 keep_every = 2               # ... that are so far apart
 image_size = 0               # side of the kept images; 0 is what the teacher takes
 # system
 out_dir = 'out/synth'
-batch_size = 100             # walks at once, per rank; they share the BatchNorm statistics and the CutMix
-grad_batch = 100             # walks at once in the decoder, and in the denoiser where the gradient goes through it
+batch_size = 100             # walks at once, per rank; they share the BatchNorm statistics and the
+                             # CutMix
+grad_batch = 100             # walks at once in the decoder, and in the denoiser where the gradient
+                             # goes through it
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
-dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16', 'float32'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
+                             # 'float32'
 _ranges = {                  # allowed words that the defaults do not show
     'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t'), 'bn_loss': ('l2', 'kl'),
     'lca': ('cutmix', 'mixup', 'traditional', 'none'), 'dtype': ('auto', 'bfloat16', 'float32')}
@@ -87,38 +103,46 @@ from tqdm import tqdm
 
 import models as M
 
-SUBJECTS = """a dog, a cat, a horse, a cow, a bird in flight, a fish, a frog on a leaf, a deer, an elephant, a
-butterfly, a lizard, a spider, a rabbit, a flower, a tree, a mushroom, a fruit on a table, a meal on a plate, a
-mountain, a beach, a river, a forest, a field, a street, a bridge, a house, a castle, a tower, a car, a truck, a bus, a
-train, an aeroplane, a ship, a bicycle, a motorcycle, a chair, a lamp, a cup, a bottle, a clock, a book, a musical
-instrument, a tool, a toy, a shoe, a machine, a portrait of a person""".replace('\n', ' ').split(', ')
-STYLES = """in daylight, at sunset, at night, in fog, in snow, in the rain, close up, from afar, from above, from
-below, against a plain background, in front of a busy background, with soft focus, in bright colours, in muted colours,
-in black and white""".replace('\n', ' ').split(', ')
+SUBJECTS = """
+a dog, a cat, a horse, a cow, a bird in flight, a fish, a frog on a leaf, a deer, an elephant, a
+butterfly, a lizard, a spider, a rabbit, a flower, a tree, a mushroom, a fruit on a table, a
+meal on a plate, a mountain, a beach, a river, a forest, a field, a street, a bridge, a house, a
+castle, a tower, a car, a truck, a bus, a train, an aeroplane, a ship, a bicycle, a motorcycle,
+a chair, a lamp, a cup, a bottle, a clock, a book, a musical instrument, a tool, a toy, a shoe,
+a machine, a portrait of a person""".strip().replace('\n', ' ').split(', ')
+STYLES = """
+in daylight, at sunset, at night, in fog, in snow, in the rain, close up, from afar, from above,
+from below, against a plain background, in front of a busy background, with soft focus, in
+bright colours, in muted colours, in black and white""".strip().replace('\n', ' ').split(', ')
 NAMES = {
     'cifar10': 'airplane automobile bird cat deer dog frog horse ship truck',
-    'cifar100': """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
-        camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
-        dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
-        lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
-        pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
-        shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
-        television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""",
-    'faces': "woman's_face man's_face"}
+    'cifar100': """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+        butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach
+        couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster
+        house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+        motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+        pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket
+        rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+        sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
+        turtle wardrobe whale willow_tree wolf woman worm""",
+    'faces': "woman's_face man's_face",
+}
 
 
 # ==== the method ====
 #   x_t ~ N(0, 1), labels y at random
 #   for t from T-1 down:
-#       out = prior(x_t, t), guided                                                                Eqs. (2), (3)
-#       x_0 from out and x_t                                                                       Eq. (4)
-#       L = alpha L_bn + beta L_cls + gamma L_adv of teacher(decode(x_0)), y                       Eqs. (6)-(9)
-#       x_0 and x_t <- moved down the gradient of L                                                Eq. (10)
-#       every lca_every steps: boxes of x_t are exchanged between the walks                        Eq. (11)
-#       x_t <- the prior's next                                                                    Eq. (5)
+#       out = prior(x_t, t), guided                                                    Eqs. (2), (3)
+#       x_0 from out and x_t                                                                 Eq. (4)
+#       L = alpha L_bn + beta L_cls + gamma L_adv of teacher(decode(x_0)), y            Eqs. (6)-(9)
+#       x_0 and x_t <- moved down the gradient of L                                         Eq. (10)
+#       every lca_every steps: boxes of x_t are exchanged between the walks                 Eq. (11)
+#       x_t <- the prior's next                                                              Eq. (5)
 #   the last x_0s, decoded, and y are training images of the teacher's student
 class BatchNormInputs:
-    """The input of every BatchNorm2d of a network, noted as it passes: `inputs`, {layer: (B, C, h, w)}."""
+    """The input of every BatchNorm2d of a network, noted as it passes: `inputs`, {layer: (B, C, h,
+    w)}."""
 
     def __init__(self, net):
         self.inputs = {}
@@ -131,9 +155,10 @@ class BatchNormInputs:
 
 
 def bn_distance(inputs, kind='l2'):
-    """L_bn, Eq. (6): how far a batch's statistics are from those of the teacher's training, summed over layers. `inputs`
-    is {layer: (B, C, h, w)}; 'l2' is the distance of the means and of the variances, 'kl' that of the Gaussians."""
-    total = 0.
+    """L_bn, Eq. (6): how far a batch's statistics are from those of the teacher's training, summed
+    over layers. `inputs` is {layer: (B, C, h, w)}; 'l2' is the distance of the means and of the
+    variances, 'kl' that of the Gaussians."""
+    total = 0.0
     for layer, x in inputs.items():
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         if kind == 'l2':
@@ -141,47 +166,57 @@ def bn_distance(inputs, kind='l2'):
         else:
             expected = layer.running_var + layer.eps
             ratio = (var + layer.eps) / expected
-            total = total + 0.5 * (ratio + (mean - layer.running_mean) ** 2 / expected - 1 - ratio.log()).sum()
+            total = (
+                total
+                + 0.5
+                * (ratio + (mean - layer.running_mean) ** 2 / expected - 1 - ratio.log()).sum()
+            )
     return total
 
 
-def inversion_loss(teacher, x, y, noted, weights, student=None, tau=4., bn_kind='l2'):
-    """(L_inv, its terms), Eqs. (6)-(9): how little a batch x (B, C, H, W), as the teacher wants it, looks like the
-    teacher's training images of the classes y (B,).
+def inversion_loss(teacher, x, y, noted, weights, student=None, tau=4.0, bn_kind='l2'):
+    """(L_inv, its terms), Eqs. (6)-(9): how little a batch x (B, C, H, W), as the teacher wants it,
+    looks like the teacher's training images of the classes y (B,).
 
-    noted: the teacher's BatchNormInputs. weights: (alpha, beta, gamma). student: one that disagrees is wanted, Eq. (8).
+    noted: the teacher's BatchNormInputs. weights: (alpha, beta, gamma). student: one that disagrees
+    is wanted, Eq. (8).
     """
     alpha, beta, gamma = weights
     logits = teacher(x)
-    terms = {'bn': bn_distance(noted.inputs, bn_kind) + torch.zeros((), device=x.device)}          # Eq. (6)
-    terms['cls'] = F.cross_entropy(logits, y)                                                      # Eq. (7)
+    terms = {'bn': bn_distance(noted.inputs, bn_kind) + torch.zeros((), device=x.device)}  # Eq. (6)
+    terms['cls'] = F.cross_entropy(logits, y)  # Eq. (7)
     loss = alpha * terms['bn'] + beta * terms['cls']
     if student is not None:
         log_p = F.log_softmax(student(x) / tau, 1)
-        terms['adv'] = -F.kl_div(log_p, F.log_softmax(logits / tau, 1), log_target=True, reduction='batchmean')  # Eq. (8)
+        # Eq. (8)
+        terms['adv'] = -F.kl_div(
+            log_p, F.log_softmax(logits / tau, 1), log_target=True, reduction='batchmean'
+        )
         loss = loss + gamma * terms['adv']
     return loss, terms
 
 
 def vae_inversion_loss(vae, x, weights):
-    """(loss, its terms) of a batch x (B, C, H, W) in [0, 1] for a VAE as the teacher (the slides): the KL of its posterior
-    from its prior in nats per pixel, and the mean squared error of its reconstruction."""
+    """(loss, its terms) of a batch x (B, C, H, W) in [0, 1] for a VAE as the teacher (the slides):
+    the KL of its posterior from its prior in nats per pixel, and the mean squared error of its
+    reconstruction."""
     alpha, beta, _ = weights
     seen = vae.encode(x)
     out, q, p = vae.decode([torch.zeros_like(mean) for mean, _ in seen], seen)
     terms = {'kl': torch.zeros((), device=x.device)}
-    if alpha:                                                          # AutoencoderTiny has no posterior
+    if alpha:  # AutoencoderTiny has no posterior
         terms['kl'] = sum(M.gaussian_kl(a, b).mean() for a, b in zip(q, p)) / x[0].numel()
-    terms['mse'] = F.mse_loss(out[:, :x.shape[1]], x)
+    terms['mse'] = F.mse_loss(out[:, : x.shape[1]], x)
     return alpha * terms['kl'] + beta * terms['mse'], terms
 
 
 def move(x_t, x0, out, grad, t, diffusion, edit, eta):
     """Eq. (10): (x_t, x_0, out) moved down the gradient of the loss, so that `out` still means x_0.
 
-    edit = 'paper': x_t <- x_t - eta grad, the gradient with respect to x_t. The network is asked once, so Eq. (4) gives
-    the x_0 of the new x_t with the eps of the old one. 'x0' and 'x_t': as in classifier guidance the step shrinks with
-    the noise, so that the prior repairs what it breaks; a move of x_0, and a_t times that of x_t, leave eps what it was.
+    edit = 'paper': x_t <- x_t - eta grad, the gradient with respect to x_t. The network is asked
+    once, so Eq. (4) gives the x_0 of the new x_t with the eps of the old one. 'x0' and 'x_t': as in
+    classifier guidance the step shrinks with the noise, so that the prior repairs what it breaks; a
+    move of x_0, and a_t times that of x_t, leave eps what it was.
     """
     a_t, b_t = (v.to(x_t) for v in diffusion.ab(t, x_t))
     C = x_t.shape[1]
@@ -189,20 +224,25 @@ def move(x_t, x0, out, grad, t, diffusion, edit, eta):
         x0 = diffusion.predict_x0(out, x_t, t, clip=False) - eta / a_t * grad
         x_t = x_t - eta * grad
     else:
-        step = eta * b_t ** 2 * len(x_t) * grad                        # len: of each image's own loss
+        step = eta * b_t**2 * len(x_t) * grad  # len: of each image's own loss
         x0 = x0.detach() - step
         x_t = x_t - a_t * step
     if diffusion.clip:
         x0 = x0.clamp(-1, 1)
-    return x_t, x0, torch.cat([diffusion.target(x0, x_t, t, diffusion.prediction), out[:, C:]], dim=1)
+    return (
+        x_t,
+        x0,
+        torch.cat([diffusion.target(x0, x_t, t, diffusion.prediction), out[:, C:]], dim=1),
+    )
 
 
 def augment(x_t, out, other, r, kind='cutmix'):
-    """Latent augmentation, Eq. (11), with four random numbers r (4, B, 1) a walk; `other` (B,) is the walk to mix with.
-    The network's output is treated like x_t, so that the step that follows needs no further evaluation.
+    """Latent augmentation, Eq. (11), with four random numbers r (4, B, 1) a walk; `other` (B,) is
+    the walk to mix with. The network's output is treated like x_t, so that the step that follows
+    needs no further evaluation.
 
-    'cutmix': a box of every walk, at most half as high and wide, comes from the other. 'mixup': a mean of both.
-    'traditional': flips, and shifts by up to an eighth.
+    'cutmix': a box of every walk, at most half as high and wide, comes from the other. 'mixup': a
+    mean of both. 'traditional': flips, and shifts by up to an eighth.
     """
     B, _, H, W = x_t.shape
     device = x_t.device
@@ -219,7 +259,7 @@ def augment(x_t, out, other, r, kind='cutmix'):
     if kind == 'mixup':
         mask = r[0].view(-1, 1, 1, 1) / 2
     else:
-        inside = []                                                    # corners and sizes: the box is inside the image
+        inside = []  # corners and sizes: the box is inside the image
         for n, size, corner in zip((H, W), r[:2] / 2, r[2:]):
             at = torch.arange(n, device=device) / n
             low = corner * (1 - size)
@@ -228,9 +268,9 @@ def augment(x_t, out, other, r, kind='cutmix'):
     return torch.lerp(x_t, x_t[other], mask), torch.lerp(out, out[other], mask)
 
 
-def prior_step(x_t, out, t, s, noise, diffusion, sampler, ddim_eta=0.):
-    """Eq. (5): x_t -> x_s by the prior's own output, ancestral ('ddpm'), 'ddim', or by fresh noise ('renoise', as
-    printed)."""
+def prior_step(x_t, out, t, s, noise, diffusion, sampler, ddim_eta=0.0):
+    """Eq. (5): x_t -> x_s by the prior's own output, ancestral ('ddpm'), 'ddim', or by fresh noise
+    ('renoise', as printed)."""
     if sampler == 'ddpm':
         return diffusion.ddpm_step(out, x_t, t, s, noise)
     if sampler == 'ddim':
@@ -239,7 +279,8 @@ def prior_step(x_t, out, t, s, noise, diffusion, sampler, ddim_eta=0.):
 
 
 def in_slices(fn, n, *rows):
-    """fn of n walks at a time; where a gradient is wanted, what it needs is made again instead of being kept."""
+    """fn of n walks at a time; where a gradient is wanted, what it needs is made again instead of
+    being kept."""
     if n >= len(rows[0]):
         return fn(*rows)
     run = partial(checkpoint, fn, use_reentrant=False) if torch.is_grad_enabled() else fn
@@ -247,40 +288,62 @@ def in_slices(fn, n, *rows):
 
 
 def as_kept(images, channels, image_size):
-    """Images of the prior as they are kept: in [-1, 1], with the teacher's channels, image_size a side."""
+    """Images of the prior as they are kept: in [-1, 1], with the teacher's channels, image_size a
+    side."""
     images = images.clamp(-1, 1)
     if images.shape[1] != channels:
         images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
     return M.resize(images, image_size)
 
 
-def synthesize(prior, diffusion, images_of, loss_of, draws, y, cond, times, kept_times,
-               autocast=contextlib.nullcontext(), guiding=True, edit='x0', eta=3., lca='cutmix', lca_every=8,
-               sampler='ddpm', ddim_eta=0., grad_batch=100):
-    """One batch of walks from noise: (kept images in [-1, 1], a list of (B, C, H, W); losses, a list of (t, terms)).
+def synthesize(
+    prior,
+    diffusion,
+    images_of,
+    loss_of,
+    draws,
+    y,
+    cond,
+    times,
+    kept_times,
+    autocast=contextlib.nullcontext(),
+    guiding=True,
+    edit='x0',
+    eta=3.0,
+    lca='cutmix',
+    lca_every=8,
+    sampler='ddpm',
+    ddim_eta=0.0,
+    grad_batch=100,
+):
+    """One batch of walks from noise: (kept images in [-1, 1], a list of (B, C, H, W); losses, a
+    list of (t, terms)).
 
-    prior(x_t, t, *cond): the guided output. images_of(x_0): decoded, as they are kept. loss_of(images, y): (loss, terms).
-    draws: the noise of the start (B, C, H, W) and of every step, the partners and random numbers of the augmentation.
-    times: the walk's timesteps, from noise to image; at kept_times the predicted x_0 is kept. The rest are settings.
+    prior(x_t, t, *cond): the guided output. images_of(x_0): decoded, as they are kept.
+    loss_of(images, y): (loss, terms). draws: the noise of the start (B, C, H, W) and of every step,
+    the partners and random numbers of the augmentation. times: the walk's timesteps, from noise to
+    image; at kept_times the predicted x_0 is kept. The rest are settings.
     """
     x_t, noise, partners, numbers = draws
     kept, rows = [], []
-    wants_grad = guiding and edit != 'x0'                              # through the denoiser
+    wants_grad = guiding and edit != 'x0'  # through the denoiser
     for i, (t, s) in enumerate(zip(times, [*times[1:], -1])):
         tt = torch.full((len(x_t),), t, device=x_t.device)
         x_t.requires_grad_(wants_grad)
         with torch.set_grad_enabled(wants_grad), autocast:
-            out = in_slices(prior, grad_batch if wants_grad else len(x_t), x_t, tt, *cond)         # Eqs. (2), (3)
-        x0 = diffusion.predict_x0(out, x_t, t)                                                     # Eq. (4)
+            # Eqs. (2), (3)
+            out = in_slices(prior, grad_batch if wants_grad else len(x_t), x_t, tt, *cond)
+        x0 = diffusion.predict_x0(out, x_t, t)  # Eq. (4)
 
         if guiding:
             point = x_t if wants_grad else x0.requires_grad_()
             with autocast:
                 images = in_slices(images_of, grad_batch, x0)
-            loss, terms = loss_of(images, y)                                                       # Eqs. (6)-(9)
+            loss, terms = loss_of(images, y)  # Eqs. (6)-(9)
             rows.append((t, {'loss': loss.detach()} | {k: v.detach() for k, v in terms.items()}))
-            grad, = torch.autograd.grad(loss, point)
-            x_t, x0, out = move(x_t.detach(), x0, out.detach(), grad, t, diffusion, edit, eta)     # Eq. (10)
+            (grad,) = torch.autograd.grad(loss, point)
+            # Eq. (10)
+            x_t, x0, out = move(x_t.detach(), x0, out.detach(), grad, t, diffusion, edit, eta)
 
         if t in kept_times:
             with torch.no_grad():
@@ -290,14 +353,18 @@ def synthesize(prior, diffusion, images_of, loss_of, draws, y, cond, times, kept
                     loss, terms = loss_of(kept[-1], y)
                     rows.append((t, {'loss': loss} | terms))
         last = len(times) - 1
-        if lca != 'none' and (i + 1) % lca_every == 0 and last - i >= lca_every:                   # time for repair is left
-            x_t, out = augment(x_t, out, partners[i], numbers[i], lca)                             # Eq. (11)
-        x_t = prior_step(x_t, out, t, s, noise[i], diffusion, sampler, ddim_eta)                   # Eq. (5)
+        # time for repair is left
+        if lca != 'none' and (i + 1) % lca_every == 0 and last - i >= lca_every:
+            x_t, out = augment(x_t, out, partners[i], numbers[i], lca)  # Eq. (11)
+        x_t = prior_step(x_t, out, t, s, noise[i], diffusion, sampler, ddim_eta)  # Eq. (5)
     return kept, rows
 
 
-def deep_inversion(noise, loss_of, y, times, kept_times, generator, lr=0.1, tv=0., l2=0., jitter=2, flip=False):
-    """The same without a prior (Yin et al. 2020): pixels that start as noise (B, C, H, W), optimised by Adam."""
+def deep_inversion(
+    noise, loss_of, y, times, kept_times, generator, lr=0.1, tv=0.0, l2=0.0, jitter=2, flip=False
+):
+    """The same without a prior (Yin et al. 2020): pixels that start as noise (B, C, H, W),
+    optimised by Adam."""
     x = noise.clamp(-1, 1).requires_grad_()
     opt = torch.optim.Adam([x], lr)
     kept, rows = [], []
@@ -307,7 +374,7 @@ def deep_inversion(noise, loss_of, y, times, kept_times, generator, lr=0.1, tv=0
         loss, terms = loss_of(torch.roll(seen, shift, (2, 3)), y)
         rows.append((t, {'loss': loss.detach()} | {k: v.detach() for k, v in terms.items()}))
         variation = x.diff(dim=2).square().mean() + x.diff(dim=3).square().mean()
-        x.grad, = torch.autograd.grad(loss + tv * variation + l2 * x.square().mean(), x)
+        (x.grad,) = torch.autograd.grad(loss + tv * variation + l2 * x.square().mean(), x)
         opt.step()
         with torch.no_grad():
             x.clamp_(-1, 1)
@@ -317,8 +384,8 @@ def deep_inversion(noise, loss_of, y, times, kept_times, generator, lr=0.1, tv=0
 
 
 def read_prompts(prompt, class_names):
-    """(texts, names): `prompt` with every subject (the class names, or random ones) in every style; names of the classes,
-    [] where class_names is ''."""
+    """(texts, names): `prompt` with every subject (the class names, or random ones) in every style;
+    names of the classes, [] where class_names is ''."""
     names = []
     if class_names in NAMES:
         names = NAMES[class_names].split()
@@ -335,14 +402,24 @@ def read_prompts(prompt, class_names):
 if __name__ == '__main__':
     config = {k: globals()[k] for k in _defaults}
     for wrong, message in [
-            (steps < 1 or (keep - 1) * keep_every >= steps,
-             f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'),
-            (min(keep, keep_every, batch_size, lca_every, num_images, grad_batch) < 1,
-             'keep, keep_every, lca_every, batch_size, grad_batch and num_images are above 0'),
-            (prior == 'none' and (class_names != '' or guidance != 1 or prior_config),
-             'class_names, guidance and prior_config are for a prior, --prior=none has none'),
-            (prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
-             f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none')]:
+        (
+            steps < 1 or (keep - 1) * keep_every >= steps,
+            f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} '
+            'steps',
+        ),
+        (
+            min(keep, keep_every, batch_size, lca_every, num_images, grad_batch) < 1,
+            'keep, keep_every, lca_every, batch_size, grad_batch and num_images are above 0',
+        ),
+        (
+            prior == 'none' and (class_names != '' or guidance != 1 or prior_config),
+            'class_names, guidance and prior_config are for a prior, --prior=none has none',
+        ),
+        (
+            prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
+            f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none',
+        ),
+    ]:
         if wrong:
             raise M.UserError(message)
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
@@ -357,8 +434,13 @@ if __name__ == '__main__':
     if student:
         net_S = M.load_classifier(student, **teacher_config if M.is_plain(student) else {})
         if net_S.num_classes != net_T.num_classes:
-            raise M.UserError(f'{student} has {net_S.num_classes} classes, the teacher {net_T.num_classes}')
-    digests = {'teacher_digest': M.digest(net_T), 'student_digest': M.digest(net_S) if student else ''}
+            raise M.UserError(
+                f'{student} has {net_S.num_classes} classes, the teacher {net_T.num_classes}'
+            )
+    digests = {
+        'teacher_digest': M.digest(net_T),
+        'student_digest': M.digest(net_S) if student else '',
+    }
     net_T = net_T.to(device)
     net_S = net_S.to(device) if student else None
     num_classes = 1 if vae else net_T.num_classes
@@ -366,9 +448,13 @@ if __name__ == '__main__':
     image_size = image_size or net_T.image_size
     noted = BatchNormInputs(net_T)
     if alpha and not vae and not noted.layers:
-        raise M.UserError(f'{teacher} has no BatchNorm, so alpha={alpha} has nothing to compare: --alpha=0')
+        raise M.UserError(
+            f'{teacher} has no BatchNorm, so alpha={alpha} has nothing to compare: --alpha=0'
+        )
     if alpha and vae and 'Tiny' in str(M.description(net_T).get('class')):
-        raise M.UserError(f'{teacher} has no posterior, so alpha={alpha} has nothing to weigh: --alpha=0')
+        raise M.UserError(
+            f'{teacher} has no posterior, so alpha={alpha} has nothing to weigh: --alpha=0'
+        )
 
     # ---- prior ----
     net = diffusion = None
@@ -388,16 +474,18 @@ if __name__ == '__main__':
         if vae and names:
             num_classes = len(names)
         if names and len(names) != num_classes:
-            raise M.UserError(f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes')
+            raise M.UserError(
+                f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes'
+            )
         net.set_prompts(texts)
     side = net.image_size if net else image_size or 32
     shape = batch_size, net.in_channels if net else channels, side, side
-    if not image_size:                                                 # a teacher of any size: as large as the images are
+    if not image_size:  # a teacher of any size: as large as the images are
         image_size = M.decode(net, torch.zeros(1, *shape[1:], device=device)).shape[-1]
-    kept_times = times[-1 - (keep - 1) * keep_every::keep_every]
+    kept_times = times[-1 - (keep - 1) * keep_every :: keep_every]
 
     def denoise(x_t, t, y=None):
-        return M.guided(net, x_t, t, y, guidance).float()              # Eqs. (2), (3)
+        return M.guided(net, x_t, t, y, guidance).float()  # Eqs. (2), (3)
 
     def images_of(z):
         return as_kept(M.decode(net, z), channels, image_size)
@@ -406,16 +494,30 @@ if __name__ == '__main__':
         images = as_kept(images, channels, image_size)
         if vae:
             return vae_inversion_loss(net_T, (images + 1) / 2, (alpha, beta, gamma))
-        return inversion_loss(net_T, M.preprocess(net_T, images), y, noted, (alpha, beta, gamma), net_S, tau, bn_loss)
+        return inversion_loss(
+            net_T, M.preprocess(net_T, images), y, noted, (alpha, beta, gamma), net_S, tau, bn_loss
+        )
 
     def make_shard(shard):
-        """(kept images, labels, losses) of batch_size walks. All draws are made on the CPU, so that they are the same on
-        every device."""
+        """(kept images, labels, losses) of batch_size walks. All draws are made on the CPU, so that
+        they are the same on every device."""
         g = torch.Generator().manual_seed(seed * 1_000_000 + shard)
         x_t = torch.randn(shape, generator=g)
         if net is None:
             y = (shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes
-            kept, rows = deep_inversion(x_t.to(device), loss_of, y.to(device), times, kept_times, g, lr, tv, l2, jitter, flip)
+            kept, rows = deep_inversion(
+                x_t.to(device),
+                loss_of,
+                y.to(device),
+                times,
+                kept_times,
+                g,
+                lr,
+                tv,
+                l2,
+                jitter,
+                flip,
+            )
             return kept, y, rows
         noise = torch.randn(steps, *shape, generator=g)
         partners = torch.stack([torch.randperm(batch_size, generator=g) for _ in times])
@@ -424,15 +526,32 @@ if __name__ == '__main__':
         cond = []
         if text and class_names:
             cond = [y * len(STYLES) + torch.randint(len(STYLES), (batch_size,), generator=g)]
-        elif net.num_classes == num_classes:                           # the prior's own classes
+        elif net.num_classes == num_classes:  # the prior's own classes
             cond = [y]
-        elif net.num_classes:                                          # any of them, or any prompt
+        elif net.num_classes:  # any of them, or any prompt
             cond = [torch.randint(net.num_classes, (batch_size,), generator=g)]
         draws = [v.to(device) for v in (x_t, noise, partners, numbers)]
         guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
-        kept, rows = synthesize(denoise, diffusion, images_of, loss_of, draws, y.to(device), [c.to(device) for c in cond],
-                                times, kept_times, autocast, guiding, edit, eta, lca, lca_every, sampler, ddim_eta,
-                                grad_batch)
+        kept, rows = synthesize(
+            denoise,
+            diffusion,
+            images_of,
+            loss_of,
+            draws,
+            y.to(device),
+            [c.to(device) for c in cond],
+            times,
+            kept_times,
+            autocast,
+            guiding,
+            edit,
+            eta,
+            lca,
+            lca_every,
+            sampler,
+            ddim_eta,
+            grad_batch,
+        )
         return kept, y, rows
 
     # ---- what is to be made; what is there already was made with the same settings ----
@@ -448,13 +567,21 @@ if __name__ == '__main__':
             continue
         with np.load(path, allow_pickle=False) as made:
             if str(made['settings']) != settings:
-                raise M.UserError(f'{path} was made with other settings: another --out_dir, or those of the first run')
+                raise M.UserError(
+                    f'{path} was made with other settings: another --out_dir, or those of the '
+                    'first run'
+                )
     M.lock_out_dir(out_dir, rank)
     if rank == 0:
-        log = M.Log(os.path.join(out_dir, 'log.csv'), todo[0][0] * steps if todo else shards * steps)
+        log = M.Log(
+            os.path.join(out_dir, 'log.csv'), todo[0][0] * steps if todo else shards * steps
+        )
         n = shards * batch_size
-        print(f'teacher {teacher}, prior {prior}; {n * keep:,} images of {image_size}x{image_size} from {n:,} walks of '
-              f'{steps} steps, in {shards} shards on {world} x {device.type}')
+        print(
+            f'teacher {teacher}, prior {prior}; {n * keep:,} images of {image_size}x{image_size} '
+            f'from {n:,} walks of '
+            f'{steps} steps, in {shards} shards on {world} x {device.type}'
+        )
         if world == 1 and len(todo) < shards:
             print(f'{shards - len(todo)} of the shards were made before')
 
@@ -464,28 +591,44 @@ if __name__ == '__main__':
         images, y, rows = make_shard(shard)
         if not torch.stack([x.isfinite().all() for x in images]).all():
             bar.close()
-            raise M.UserError(f'the images of shard {shard} are not finite and are not kept: a smaller --eta, or --lr')
-        images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()              # here the host waits
+            raise M.UserError(
+                f'the images of shard {shard} are not finite and are not kept: a smaller --eta, '
+                'or --lr'
+            )
+        # here the host waits
+        images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()
         values = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist()
         if rank == 0:
             for (t, terms), v in zip(rows, values):
                 log(step=shard * steps + times.index(t) + 1, t=t, **dict(zip(terms, v)))
-        arrays = {'arr_0': images.numpy(), 'settings': np.array(settings), 't': np.repeat(kept_times, batch_size)}
+        arrays = {
+            'arr_0': images.numpy(),
+            'settings': np.array(settings),
+            't': np.repeat(kept_times, batch_size),
+        }
         if not vae:
             arrays['arr_1'] = y.repeat(keep).numpy()
-        if shard == 0:                                                 # first: a kill leaves both to be made
+        if shard == 0:  # first: a kill leaves both to be made
             count = torch.bincount(y)
             classes = count.nonzero()[:20, 0]
             columns = min(10, count[classes].min().item())
             last = M.to_float(images[-batch_size:].permute(0, 3, 1, 2))
-            rows = torch.cat([last[y == c][:100 if vae else columns] for c in classes])
+            rows = torch.cat([last[y == c][: 100 if vae else columns] for c in classes])
             M.save_grid(os.path.join(out_dir, 'preview.png'), [rows], columns)
         M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
-    M.all_reduce_max()                                                 # all ranks are done
+    M.all_reduce_max()  # all ranks are done
     if rank == 0:
-        print(f'{out_dir}: {shards} shards, {time.time() - start:.0f} s; pictures: {out_dir}/preview.png')
+        print(
+            f'{out_dir}: {shards} shards, {time.time() - start:.0f} s; pictures: '
+            f'{out_dir}/preview.png'
+        )
         if vae:
-            command = ['distill_vae.py', '--method=synthetic', f'--data={out_dir}', f'--teacher={teacher[4:]}']
+            command = [
+                'distill_vae.py',
+                '--method=synthetic',
+                f'--data={out_dir}',
+                f'--teacher={teacher[4:]}',
+            ]
         else:
             command = ['distill_classifier.py', f'--data={out_dir}', f'--teacher={teacher}']
             if teacher_config:

@@ -17,9 +17,9 @@
 # ImageNet classes are drawn at random; the first stage of DeepFloyd IF, 64x64, where x_0 is clamped
 # and not thresholded dynamically. The paper has GLIDE in its place, of which there is no maintained
 # package.
-# python synthesize.py config/synth_sd15.py --num_images=3000 --out_dir=out/prior_sd15
-# python synthesize.py config/synth_sd15.py --prior=facebook/DiT-XL-2-256 --num_images=3000 --out_dir=out/prior_dit
-# python synthesize.py config/synth_sd15.py --prior=DeepFloyd/IF-I-M-v1.0 --num_images=3000 --out_dir=out/prior_if
+# python synthesize.py config/synth_sd15.py --num_images=3000 --out_dir=out/sd15_cifar10
+# python synthesize.py config/synth_sd15.py --prior=facebook/DiT-XL-2-256 --num_images=3000 --out_dir=out/dit_cifar10
+# python synthesize.py config/synth_sd15.py --prior=DeepFloyd/IF-I-M-v1.0 --num_images=3000 --out_dir=out/if_cifar10
 # Unguided images with the same prompts, DM-KD (Table I):
 # python synthesize.py config/synth_sd15.py --eta=0 --lca=none --out_dir=out/dmkd_cifar10
 # A checkpoint that the README of github.com/zju-vipa/CMI links is a teacher as well. Those of
