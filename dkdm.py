@@ -27,7 +27,7 @@ prompts = ''                 # teachers with texts: a file of them, one per line
 # student
 student = 'unet'             # 'unet' or 'dit', whatever the teacher is; a Python file with build();
                              # or the config.json of a network of diffusers
-student_config = {}          # its sizes, where SIZES below is not wanted:
+student_config = {}          # its sizes, where SIZES (below) are not wanted:
                              # --student_config.model_channels=64
 student_prediction = 'v'     # 'v', 'eps', 'x0', 'flow', or 'teacher': the same as the teacher's
                              # (the paper)
@@ -101,10 +101,6 @@ _ranges = {                  # allowed words that the defaults do not show
     'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'),
     'pool_dtype': ('float32', 'float16', 'bfloat16'),
     'dtype': ('auto', 'bfloat16', 'float32')}
-SIZES = {                    # of small students; what student_config says counts more
-    'unet': dict(patch_size=2, model_channels=28, num_res_blocks=1, channel_mult=(1, 1),
-                 attention_resolutions=(7,)),
-    'dit': dict(patch_size=2, hidden_size=128, depth=6, num_heads=4)}
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
@@ -444,6 +440,12 @@ def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
 
 
 # ==== the student ====
+SIZES = {  # of small students; what student_config says counts more
+    'unet': dict(patch_size=2, model_channels=28, num_res_blocks=1, channel_mult=(1, 1),
+                 attention_resolutions=(7,)),
+    'dit': dict(patch_size=2, hidden_size=128, depth=6, num_heads=4)}
+
+
 def build_denoiser(
     spec, image_size, in_channels, num_classes, learn_sigma=True, config={}, teacher=None
 ):
