@@ -73,10 +73,9 @@ lr_decay = True              # cosine decay to 0 at max_steps
 adamw = {'beta2': 0.99, 'weight_decay': 0.0}
 grad_clip = 1.0              # largest norm of the gradient; 0 for none
 ema = 0.999                  # decay of the averaged weights, which are the result
-# when to stop: the distance of 1,000 images of the EMA student, sampled as samples.png is, goes to
-# log.csv, the best
-# student to best.safetensors. A reference is data: who has none makes it from the teacher's own
-# samples (eval_fid.py)
+# when to stop: log.csv gets the distance of 1,000 images of the EMA student, best.safetensors the
+# best student. The statistics of a reference are made of data, or of the teacher's own samples
+# (eval_fid.py)
 eval_every = 0               # steps between distances; 0 is never
 eval_reference = 'pretrained/mnist_stats.npz'    # statistics that eval_fid.py --save_stats has made
 eval_features = 'pretrained/mnist_resnet.safetensors'  # in the features of this classifier

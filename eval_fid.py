@@ -277,7 +277,7 @@ def is_images(spec):
 def load_network(spec, dtype, **known):
     """(net, diffusion) of a denoiser, (net, None) of a VAE or another generator."""
     file, weights = M.split_file(spec)
-    if weights:
+    if file and weights:
         is_denoiser = 'diffusion' in M.read_weights(weights)[1]
     elif file:
         is_denoiser = isinstance(M.run_file(file).load(), tuple)

@@ -1,0 +1,18 @@
+# Natural images in one evaluation: the student of config/dkdm_cifar10_small.py's size.
+# python dkdm.py config/dkdm_cifar10_one_step.py
+# two passes: --jumps=2 --out_dir=out/cifar10_two_steps, four: --jumps=4 --out_dir=out/cifar10_four_steps
+method = 'jumps'
+teacher = 'pretrained/cifar10_classes.safetensors'
+guidance = 4.0
+student_config = dict(model_channels=22, channel_mult=(1, 2, 2), attention_resolutions=(8, 4),
+                      num_head_channels=44)
+jumps = 1
+walks = 2048
+walk_steps = 16
+max_steps = 3000
+batch_size = 64
+lr = 2e-3
+lr_warmup = 200
+eval_reference = 'pretrained/cifar10_stats.npz'
+eval_features = 'pretrained/cifar10_resnet.safetensors'
+out_dir = 'out/cifar10_one_step'
