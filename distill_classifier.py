@@ -470,7 +470,8 @@ if __name__ == '__main__':
             )
             break
         epoch += 1
-        means = {k: (v / steps_per_epoch).item() for k, v in sums.items()}
+        totals = torch.stack(list(sums.values())).tolist()
+        means = {k: v / steps_per_epoch for k, v in zip(sums, totals)}
         first, sums = 0, {}
         row = dict(step=epoch, loss=sum(means.values()), **means)
         if holdout:

@@ -375,7 +375,8 @@ if __name__ == '__main__':
         saving = step % save_every == 0 or step == max_steps or leaving
         logging = step % log_every == 0 or step == max_steps
         if logging or saving:  # also: BatchNorm has no found_inf
-            means = {k: (v / count).item() for k, v in sums.items()}
+            totals = torch.stack(list(sums.values())).tolist()  # the one wait
+            means = {k: v / count for k, v in zip(sums, totals)}
             if not math.isfinite(means['grad_norm']):  # the same on all ranks
                 bar.close()
                 raise M.UserError(

@@ -760,32 +760,16 @@ if __name__ == '__main__':
         sets = []
         for network, process, scale, steps in rows:
             noise = torch.Generator(device).manual_seed(seed)  # the same at every step for both
-            chunks = []
             x = M.random_normal((n, C, H, H), noise, device)
-            size = n if sampler == 'ddpm' or n * C * H * H < 2**18 else 1
-            for part, label in tqdm(
-                list(zip(x.split(size), (y if y is not None else x).split(size))),
-                'pictures',
-                leave=False,
-                disable=size == n,
-            ):
+            at_once = n if x.numel() < 2**18 else 1  # large ones show their progress
+            images = []
+            for k in tqdm(range(0, n, at_once), 'pictures', leave=False, disable=at_once == n):
+                part = slice(k, k + at_once)
+                label = None if y is None else y[part]
                 with autocast, torch.no_grad():
-                    chunks.append(
-                        M.decode(
-                            net_T,
-                            M.sample(
-                                network,
-                                process,
-                                part,
-                                steps,
-                                sampler,
-                                label if y is not None else None,
-                                scale,
-                                noise,
-                            ),
-                        )
-                    )
-            sets.append(torch.cat(chunks))
+                    z = M.sample(network, process, x[part], steps, sampler, label, scale, noise)
+                    images.append(M.decode(net_T, z))
+            sets.append(torch.cat(images))
         M.save_grid(os.path.join(out_dir, 'samples.png'), sets, 12)
         last_pictures = time.time()
 
@@ -820,7 +804,6 @@ if __name__ == '__main__':
 
     # ==== the loop ====
     step, best = 0, math.inf
-    names = ('mse', 'vb') if method != 'jumps' else ('mse',)
     sums = {}  # on the device: no wait between two rows
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
@@ -898,8 +881,9 @@ if __name__ == '__main__':
         evaluating = eval_every and (step % eval_every == 0 or step == max_steps)
         logging = step % log_every == 0 or step == max_steps or evaluating
         if logging or saving:
-            n = sums['steps'].item()
-            means = {k: (v / n).item() for k, v in sums.items() if k != 'steps'}
+            means = dict(zip(sums, torch.stack(list(sums.values())).tolist()))  # the one wait
+            n = means.pop('steps')
+            means = {k: v / n for k, v in means.items()}
             if not math.isfinite(means['grad_norm']):  # the same on all ranks, as gradients are
                 bar.close()
                 raise M.UserError(
