@@ -2,10 +2,11 @@
 #
 #     python dkdm.py config/dkdm_cifar10.py --rho=0.2 --student_config.model_channels=64
 #
-# Config files are Python files of assignments, applied in the order given; then every --key=value, typed
-# like the default that it replaces (an int where a float is wanted is fine). A dict is replaced as a whole
-# by --key="{...}", and --key.name=value changes one entry. Keys that do not exist, wrong types and words
-# that are not in the script's _ranges end in one line and exit code 2. --help lists the keys.
+# Config files are Python files of assignments, applied in the order given; then every --key=value,
+# typed like the default that it replaces (an int where a float is wanted is fine). A dict is replaced
+# as a whole by --key="{...}", and --key.name=value changes one entry. Keys that do not exist, wrong
+# types and words that are not in the script's _ranges end in one line and exit code 2. --help lists
+# the keys.
 import ast
 import builtins
 import difflib
@@ -15,10 +16,11 @@ import sys
 
 
 def _one_line(kind, error, traceback):
-    """sys.excepthook: a UserError is one line and exit code 2; everything else keeps its traceback."""
+    """sys.excepthook: a UserError is one line and exit code 2; all else keeps its traceback."""
     if not any(c.__name__ == 'UserError' for c in kind.__mro__):
         return sys.__excepthook__(kind, error, traceback)
-    print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    script = os.path.basename(sys.argv[0])
+    print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if os.environ.get('WORLD_SIZE', '1') != '1':
         os._exit(2)                            # other ranks may wait for this one
     sys.exit(2)
@@ -26,7 +28,8 @@ def _one_line(kind, error, traceback):
 
 def _die(message):
     if os.environ.get('RANK', '0') == '0':     # all ranks read the same settings
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+        script = os.path.basename(sys.argv[0])
+        print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -88,7 +91,8 @@ for _arg in sys.argv[1:]:                      # the files first ...
             _die(f'no config file {_arg!r}; overrides look like --key=value')
         _values = {}
         with open(_arg, encoding='utf-8') as _f:
-            exec(builtins.compile(_f.read(), _arg, 'exec'), _values)   # a setting may be called compile
+            # builtins: a setting of the script is called compile
+            exec(builtins.compile(_f.read(), _arg, 'exec'), _values)
         for _key, _value in _values.items():
             if not _key.startswith('_'):
                 _assign(_key, _value, _arg)

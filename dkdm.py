@@ -577,7 +577,8 @@ if __name__ == '__main__':
         if takes_text:
             net_T.set_prompts(M.read_lines(prompts))
         C, H = net_T.in_channels, net_T.image_size
-        T, num_classes, process = diffusion_T.T, net_T.num_classes, diffusion_T.config
+        T, process = diffusion_T.T, diffusion_T.config
+        num_classes = net_T.num_classes
         if stride > T or warmup_steps > T:
             raise M.UserError(
                 f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps'
@@ -607,7 +608,8 @@ if __name__ == '__main__':
                 "it: 'v'"
             )
         learn_sigma = False  # its steps have no noise
-        process |= dict(learn_sigma=False, clip=False)  # x_0* of a jump may be anything
+        # x_0* is a mean of the teacher's clamped x_0s, so nothing is to be clamped
+        process |= dict(learn_sigma=False, clip=False)
         sampler = 'ddim'
     net = build_denoiser(student, H, C, num_classes, learn_sigma, student_config, net_T).to(
         device, memory_format=M.memory_format(device)
@@ -730,11 +732,11 @@ if __name__ == '__main__':
 
     # ---- results on disk ----
     pipeline = getattr(net_T, 'source', '')  # the teacher's, if it has one
-    about = dict(
-        guided=guidance > 1,
-        vae=pipeline if getattr(net_T, 'vae', None) else '',
-        pipeline=pipeline if isinstance(net, M.Pipeline) else '',
-    )
+    about = {'guided': guidance > 1}
+    if getattr(net_T, 'vae', None):
+        about['vae'] = pipeline
+    if isinstance(net, M.Pipeline):
+        about['pipeline'] = pipeline
     if method == 'jumps':
         about['sampling'] = dict(sampler='ddim', steps=jumps, spacing='trailing')
     stop = M.StopFlag()
@@ -746,7 +748,9 @@ if __name__ == '__main__':
         signal ends it."""
         global last_pictures
         steps_T = walk_steps if method == 'jumps' else sample_steps
-        passes = sample_steps + (2 if guidance > 1 else 1) * steps_T * (net_T is not None)
+        passes = sample_steps
+        if net_T is not None:
+            passes += steps_T * (2 if guidance > 1 else 1)
         budget = max(20.0, 0.1 * (time.time() - last_pictures))
         n = int(min(36, budget / max(1e-9, passes * seconds_per_evaluation)))
         n = n if n < 12 else n // 12 * 12

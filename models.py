@@ -1462,7 +1462,9 @@ class Pipeline(nn.Module):
         classes = max(0, (c.get('num_class_embeds') or 0) - 1)
         self.num_classes = c.get('num_embeds_ada_norm') or classes
         takes_text = 'encoder_hidden_states' in inspect.signature(net.forward).parameters
-        self.condition = 'text' if takes_text else 'class' if self.num_classes else ''
+        self.condition = 'class' if self.num_classes else ''
+        if takes_text:
+            self.condition = 'text'
         self.image_size = c.sample_size
         self.in_channels = c.in_channels
         self.config = {k: v for k, v in c.items() if not k.startswith('_')}
@@ -2024,7 +2026,8 @@ def split_classes(spec):
     match = re.fullmatch(r'(.+):(\d+)-(\d+)', spec)
     if os.path.exists(spec) or not match:
         return spec, None
-    path, low, high = match[1], int(match[2]), int(match[3])
+    path = match[1]
+    low, high = int(match[2]), int(match[3])
     if not os.path.exists(path) and not torchvision_dataset(path):
         return spec, None
     if low > high:
@@ -2134,11 +2137,9 @@ def open_images(spec, train):
             f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or '
             'cifar10'
         )
-    split = (
-        dict(train=train)
-        if 'train' in inspect.signature(dataset).parameters
-        else dict(split='train' if train else 'test')
-    )
+    split = {'split': 'train' if train else 'test'}
+    if 'train' in inspect.signature(dataset).parameters:
+        split = {'train': train}
     with local_rank_0_first():
         pairs = dataset('data', download=True, **split)
     for image, label in pairs:
@@ -2321,11 +2322,9 @@ def init_distributed(device='auto', dtype='auto', seed=0):
     on CPUs). autocast is a context for the networks' forward passes: bfloat16 or none."""
     rank, world = rank_and_world()
     if device == 'auto':
-        device = (
-            'cuda'
-            if torch.cuda.is_available()
-            else 'mps' if torch.backends.mps.is_available() else 'cpu'
-        )
+        device = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        if torch.cuda.is_available():
+            device = 'cuda'
     device = torch.device(device)
     if device.type == 'cuda':
         local = int(os.environ.get('LOCAL_RANK', 0))
