@@ -48,8 +48,9 @@ uncond_prob = 0.0            # students with classes or texts: how often the nul
 jumps = 1                    # evaluations of the student per image
 walks = 2048                 # the pool holds so many finished walks of the teacher, over all ranks
 walk_steps = 16              # teacher evaluations of each, a multiple of jumps
-walk_evals = 0               # teacher evaluations per training step, which replace the oldest
-                             # walks; 0: the pool stays
+walk_evals = 0               # teacher evaluations per training step: new walks, which replace the
+                             # oldest when they arrive; 0: the pool stays as it is
+walks_start = 1.0            # part of the pool that is filled before the first step
 # images, for 'data' and 'synthetic'
 data = ''                    # an .npz, a folder, or a torchvision name; with real_fraction: the
                              # real images
@@ -326,19 +327,19 @@ class Walks:
             self.done += self.batch_size
             self.start()
 
-    def fill(self, teacher, progress=True):
-        """Walks until the pool is full. Returns the number of evaluations."""
-        size = self.x.shape[1]
-        evaluations = size * (len(self.all_times) - 1)
-        rounds = range(evaluations // self.batch_size)
+    def fill(self, teacher, part=1.0, progress=True):
+        """Walks until this part of the pool is full, at least a batch. Returns the number of
+        evaluations."""
+        batches = max(1, round(part * self.x.shape[1] / self.batch_size))
+        rounds = range(batches * (len(self.all_times) - 1))
         for _ in tqdm(rounds, desc='the teacher walks', disable=not progress, leave=False):
             self.advance(teacher)
-        return evaluations
+        return len(rounds) * self.batch_size
 
     def draw(self, n):
         """Any jumps of any walks: (x_t, t, x_s, s, y)."""
         device = self.x.device
-        idx = torch.randint(self.x.shape[1], (n,), device=device)
+        idx = torch.randint(min(self.done, self.x.shape[1]), (n,), device=device)
         k = torch.randint(len(self.x) - 1, (n,), device=device)
         y = None if self.now_y is None else self.y[idx]
         return (
@@ -817,7 +818,7 @@ if __name__ == '__main__':
         if own['pool']:
             source.load(own['pool'])
     elif method == 'jumps':
-        evaluations = source.fill(ask_teacher, rank == 0)
+        evaluations = source.fill(ask_teacher, walks_start, rank == 0)
         save_checkpoint()  # the walks are not to be lost
     elif walking:
         evaluations = source.fill(
