@@ -1,12 +1,15 @@
 """
     python -m pytest -q
 
-Everything on tiny sizes: the numbers of the original code, the algebra of one step, every method as a
-user would start it, networks of the user's, real files, killing and resuming, two ranks, files that
-would run code. The golden numbers are what the original networks give when every weight is set by a
-formula (`fill`). Each test runs in a folder of its own.
+Everything on tiny sizes: the numbers of the original code, the algebra of one step, every script
+and method as a user starts it, killing and resuming, two ranks, networks and files of users, bad
+input. The golden numbers are what the original networks give when every weight is set by a formula
+(`fill`). Each test runs in a folder of its own; `tiny` and `pipelines` put small models there.
 """
+import ast
+import csv
 import glob
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -20,10 +23,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import pytest
@@ -33,14 +36,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
+import bench
 import distill_classifier
 import distill_vae
 import dkdm
 import eval_fid
+import export
 import models as M
 import synthesize
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
+ROOT = Path(os.path.abspath(__file__)).parent
+MODULES = (dkdm, synthesize, distill_classifier, distill_vae, eval_fid, export, bench)
+SCRIPTS = {f'{module.__name__}.py': module for module in MODULES}
 
 
 @pytest.fixture(autouse=True)
@@ -56,21 +63,20 @@ def numbers(text):
     return [float(word) for word in text.split()]
 
 
-# ==== networks and diffusion: the numbers of the original code, the algebra of one step ====
+# ==== networks: the numbers of the original code ====
 def fill(net):
-    """Sets every weight by a formula, in state_dict order."""
+    """Every weight by a formula in state_dict order."""
     for k, (name, w) in enumerate(net.state_dict().items()):
         if not w.is_floating_point():
             continue
         i = torch.arange(w.numel(), dtype=torch.float64)
+        v = 0.1 * torch.sin(0.7 * i + k)
         if name.endswith('running_var'):
             v = 1 + 0.5 * torch.sin(0.7 * i + k) ** 2
         elif w.dim() >= 2:
             v = torch.sin(1.2345 * i + k) * (2 / (w.numel() / w.shape[0])) ** 0.5
         elif name.endswith('weight'):
-            v = 1 + 0.1 * torch.sin(0.7 * i + k)
-        else:
-            v = 0.1 * torch.sin(0.7 * i + k)
+            v = 1 + v
         w.copy_(v.view(w.shape))
     return net.eval()
 
@@ -83,61 +89,68 @@ ADM = dict(image_size=32, out_channels=6, model_channels=32, num_res_blocks=1)
 OLD = dict(use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False)
 PLAIN = OLD | dict(image_size=64, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
                    attention_resolutions=(32,))
-GOLDEN = """
-    UNet(**ADM)                                        : 1965894 -0.175411 -0.080837 -0.165378 -0.157294 0.0180449047
-    UNet(**ADM, num_classes=10)                        : 1967174 -0.160568 -0.091217 0.048817 -0.177207 0.0410768057
-    UNet(32, 3, 3, 32, 1, (1, 2), (16,), 4, -1, **OLD) : 702499 -0.167638 -0.077908 -0.250754 -0.173581 0.0796254817
-    UNet(8, 3, 3, 32, 1, (1, 2), (4,), **OLD)          : 702499 0.163382 0.089571 -0.001536 -0.05786 0.0798815926
-    DiT(8, 2, 4, 64, 2, 4, num_classes=10)             : 183200 0.354121 -0.005 -0.0108 0.288655 -0.0073913539
-    classifier('wrn16_1')                              : 175066 -0.043444 -0.02985 0.102882 0.064428 -0.0039462751
-    classifier('wrn40_2')                              : 2243546 -0.157957 -0.052412 0.112491 0.217914 -0.0199794943
-    classifier('resnet18')                             : 11173962 0.114946 0.069646 0.003063 -0.036003 0.0101198321
-    classifier('vgg11')                                : 9231114 0.060497 0.072384 0.110402 0.051044 0.0047314156
-    classifier('resnet8')                              : 78042 -0.052322 -0.129495 0.034725 0.018425 -0.0062139962
-    classifier('resnet20', shortcut='pad')             : 269722 0.234892 -0.043058 0.01206 -0.031623 0.0159875820"""
+SMALL_DIT = dict(image_size=8, hidden_size=64, depth=2, num_heads=4, num_classes=10)
+GOLDEN = [  # parameters; the first four numbers of the output, its mean
+    (M.UNet, ADM, 1965894, '-0.175411 -0.080837 -0.165378 -0.157294 0.0180449047'),
+    (M.UNet, ADM | dict(num_classes=10), 1967174,
+     '-0.160568 -0.091217 0.048817 -0.177207 0.0410768057'),
+    (M.UNet, PLAIN | dict(image_size=32, attention_resolutions=(16,), num_head_channels=-1), 702499,
+     '-0.167638 -0.077908 -0.250754 -0.173581 0.0796254817'),
+    (M.UNet, PLAIN | dict(image_size=8, attention_resolutions=(4,)), 702499,
+     '0.163382 0.089571 -0.001536 -0.05786 0.0798815926'),
+    (M.DiT, SMALL_DIT, 183200, '0.354121 -0.005 -0.0108 0.288655 -0.0073913539'),
+    (M.classifier, dict(name='wrn16_1'), 175066,
+     '-0.043444 -0.02985 0.102882 0.064428 -0.0039462751'),
+    (M.classifier, dict(name='wrn40_2'), 2243546,
+     '-0.157957 -0.052412 0.112491 0.217914 -0.0199794943'),
+    (M.classifier, dict(name='resnet18'), 11173962,
+     '0.114946 0.069646 0.003063 -0.036003 0.0101198321'),
+    (M.classifier, dict(name='vgg11'), 9231114, '0.060497 0.072384 0.110402 0.051044 0.0047314156'),
+    (M.classifier, dict(name='resnet8'), 78042,
+     '-0.052322 -0.129495 0.034725 0.018425 -0.0062139962'),
+    (M.classifier, dict(name='resnet20', shortcut='pad'), 269722,
+     '0.234892 -0.043058 0.01206 -0.031623 0.0159875820')]
 
-@pytest.mark.parametrize('golden', lines(GOLDEN))
+
+@pytest.mark.parametrize('make, kw, parameters, expected', GOLDEN)
 @torch.no_grad()
-def test_networks_agree_with_the_original(golden):
-    make, _, golden = golden.partition(' : ')
-    net = fill(eval('M.' + make))
-    parameters, *first, mean = numbers(golden)
-    side = net.image_size
-    args = [wave(2, 3, side, side)]
-    kind = net.config['class']
-    if kind != 'classifier':
-        y = torch.tensor({'UNet': [0, 3, 9], 'DiT': [1, 9, -1]}[kind]) if net.num_classes else None
-        args = wave(3, net.in_channels, side, side), torch.tensor([0, 500, 999]), y
+def test_networks_agree_with_the_original(make, kw, parameters, expected):
+    net = fill(make(**kw))
+    args = [wave(2, 3, 32, 32)]
+    if make is not M.classifier:
+        y = {M.UNet: torch.tensor([0, 3, 9]), M.DiT: torch.tensor([1, 9, -1])}
+        x = wave(3, net.in_channels, net.image_size, net.image_size)
+        args = [x, torch.tensor([0, 500, 999]), y[make] if net.num_classes else None]
     out = net(*args)
     assert sum(p.numel() for p in net.parameters()) == parameters
-    assert np.allclose(out.flatten()[:4], first, atol=5e-6)
-    assert abs(out.mean() - mean) < 1e-6
+    *first, mean = numbers(expected)
+    assert np.allclose(out.flatten()[:4], first, atol=5e-6) and abs(out.mean() - mean) < 1e-6
     rebuilt = M.make(json.loads(json.dumps(net.config)))
     rebuilt.load_state_dict(net.state_dict())
     assert torch.equal(rebuilt.eval()(*args), out)
 
 
-LADDERS = [  # width; parameters, first outputs, mean; first means and stds of the prior's lower levels
-    (8, '30416 -0.22766 -0.213583 -0.406722 -0.574531 0.0157426646',
+LADDERS = [  # width, parameters; output as above; the prior's first means and stds, level by level
+    (8, 30416, '-0.22766 -0.213583 -0.406722 -0.574531 0.0157426646',
      '0.899793 1.9351 0.40323 0.420649 0.38297 0.2482 0.036014 0.060451',
      '3.40077 2.328679 0.996691 0.988078 0.683756 0.783412 1.149193 1.189251'),
-    (128, '5386496 -0.073366 0.026837 0.468734 0.441703 0.0045697958',
+    (128, 5386496, '-0.073366 0.026837 0.468734 0.441703 0.0045697958',
      '0.687407 0.198185 -0.024446 -0.030875 -0.133654 0.03659 -0.021708 -0.022108',
      '0.6145 0.65983 1.005505 0.990185 1.073794 1.017792 1.016471 1.025666')]
 
 
-@pytest.mark.parametrize('width, out, means, stds', LADDERS)
+@pytest.mark.parametrize('width, parameters, expected, means, stds', LADDERS)
 @torch.no_grad()
-def test_ladder_vaes_agree_with_the_original(width, out, means, stds):
+def test_ladder_vaes_agree_with_the_original(width, parameters, expected, means, stds):
     net = fill(M.LVAE(width=width))
-    parameters, *first, mean = numbers(out)
     out, p = net.generate([wave(2, 16, side, side) for side in (16, 8, 4, 2, 1)])
     assert sum(v.numel() for v in net.parameters()) == parameters
-    assert np.allclose(out.flatten()[:4], first, atol=1e-6)
-    assert abs(out.mean() - mean) < 1e-6
+    *first, mean = numbers(expected)
+    assert np.allclose(out.flatten()[:4], first, atol=1e-6) and abs(out.mean() - mean) < 1e-6
     for k, wanted in enumerate((means, stds)):
         found = torch.cat([level[k].flatten()[:2] for level in p[:4]])
         assert np.allclose(found, numbers(wanted), atol=1e-6)
+        assert torch.equal(p[4][k], torch.full((2, 16, 1, 1), float(k)))
 
 
 @torch.no_grad()
@@ -145,16 +158,18 @@ def test_vae_losses_have_the_closed_form():
     g = torch.Generator().manual_seed(0)
     a = torch.randn(3, 2, 4, 4, generator=g), torch.rand(3, 2, 4, 4, generator=g) + 0.5
     b = torch.randn(3, 2, 4, 4, generator=g), torch.rand(3, 2, 4, 4, generator=g) + 0.5
-    wanted = kl_divergence(Normal(*a), Normal(*b)).sum((1, 2, 3))
-    assert torch.allclose(M.gaussian_kl(a, b), wanted, rtol=1e-5)
-    both = Normal(*M.combine(a, b))
-    product = sum(Normal(*c).log_prob(b[0]) - Normal(*c).log_prob(a[0]) for c in (a, b))
-    assert torch.allclose(both.log_prob(b[0]) - both.log_prob(a[0]), product, atol=1e-4)
-    means = torch.rand(2, 3, 3, 8, 8, generator=g)
-    kl = kl_divergence(*(Normal(mean, 0.05 ** 0.5) for mean in means)).sum((1, 2, 3)).mean()
-    assert torch.allclose(distill_vae.output_kl(*means, beta=0.1), kl, rtol=1e-5)
-    wanted = sum(F.mse_loss(*c) for c in zip(a, b))
-    assert torch.allclose(distill_vae.wasserstein(a, b), wanted)
+    kl = kl_divergence(Normal(*a), Normal(*b)).sum((1, 2, 3))
+    assert torch.allclose(M.gaussian_kl(a, b), kl, rtol=1e-5)
+    p, q = Normal(*a), Normal(*b)
+    product = Normal(*M.combine(a, b))
+    wanted = (p.log_prob(b[0]) + q.log_prob(b[0])) - (p.log_prob(a[0]) + q.log_prob(a[0]))
+    assert torch.allclose(product.log_prob(b[0]) - product.log_prob(a[0]), wanted, atol=1e-4)
+    distance = F.mse_loss(a[0], b[0]) + F.mse_loss(a[1], b[1])
+    assert torch.allclose(distill_vae.wasserstein(a, b), distance)
+    mean_S, mean_T = torch.rand(2, 3, 3, 8, 8, generator=g)
+    kl = kl_divergence(Normal(mean_T, 0.05 ** 0.5), Normal(mean_S, 0.05 ** 0.5)).sum((1, 2, 3))
+    assert torch.allclose(distill_vae.output_kl(mean_S, mean_T, beta=0.1), kl.mean(), rtol=1e-5)
+
     net, x = fill(M.LVAE(width=8)), torch.rand(2, 3, 32, 32, generator=g)
     noise = net.noise(2, g)
     nll, kls = net.elbo(x, noise, beta=0.1)
@@ -162,45 +177,46 @@ def test_vae_losses_have_the_closed_form():
     wanted = -Normal(out[:, :3], 0.05 ** 0.5).log_prob(x).sum((1, 2, 3))
     assert torch.allclose(nll, wanted, rtol=1e-5)
     for kl, a, b in zip(kls, q, p):
-        wanted = kl_divergence(Normal(*a), Normal(*b)).sum((1, 2, 3))
-        assert torch.allclose(kl, wanted, rtol=1e-4)
-    with pytest.raises(ValueError, match='takes .0, 1.'):
+        assert torch.allclose(kl, kl_divergence(Normal(*a), Normal(*b)).sum((1, 2, 3)), rtol=1e-4)
+    assert M.LVAE(28, 1, 2).sides == [28, 14, 7, 4, 2, 1]
+    with pytest.raises(ValueError, match=r'takes \[0, 1\]'):
         net.encode(2 * x - 1)
 
 
+# ==== diffusion: the original's numbers, the algebra of one step ====
 def test_schedules_and_timesteps_agree_with_the_original():
     cosine = 0.999958715775178, 0.49228517244880304, 2.4287669070348567e-09
     linear = 0.9999, 0.07779665836502389, 4.035829765375676e-05
     for schedule, expected in (('cosine', cosine), ('linear', linear)):
-        alpha_bar = M.Diffusion(schedule).alpha_bar
-        assert np.allclose(alpha_bar[[0, 500, 999]], expected, rtol=1e-12)
-        again = M.Diffusion(M.betas_from_alpha_bar(alpha_bar[:-1]).tolist())
-        assert torch.allclose(again.alpha_bar, alpha_bar)
+        assert np.allclose(M.Diffusion(schedule).alpha_bar[[0, 500, 999]], expected, rtol=1e-12)
     even = M.sampling_steps(1000, 50, 'even')
     assert even[0] == 999 and even[-4:] == [61, 41, 20, 0]
     assert M.sampling_steps(1000, 50, 'leading')[:2] == [980, 960]
     assert M.sampling_steps(1000, 4) == [999, 749, 499, 249]
-    assert M.sampling_steps(1000, 1) == [999]
 
 
-STEPS = """
+STEPS = lines("""
     0 -0.7850218 -1.3022797 -0.1056963 -0.0671528 -0.7843589 -10.4360132 -0.7843589
     17 -0.4481776 -0.1350019 -0.1086891 -0.0475961 -0.4478559 -9.0415459 -0.4493248
     500 -1.5030838 0.7347440 -0.0851547 -0.0784692 -1.5004717 -5.7602057 -1.4592313
-    999 0.0126738 -0.2756686 -0.0567257 -0.0377883 0.0019577 -0.0010018 -0.2735729"""
+    999 0.0126738 -0.2756686 -0.0567257 -0.0377883 0.0019577 -0.0010018 -0.2735729""")
 
 
-@pytest.mark.parametrize('t, x, noise, eps, v, mean, logvar, x_prev', map(numbers, lines(STEPS)))
-def test_a_step_agrees_with_the_original(t, x, noise, eps, v, mean, logvar, x_prev):
+@pytest.mark.parametrize('row', STEPS)
+def test_a_step_agrees_with_the_original(row):
+    t, x, noise, eps, v, *expected = numbers(row)
     d, t = M.Diffusion('cosine'), torch.tensor([int(t)])
-    x, noise, out = (torch.tensor(v).view(1, -1, 1, 1) for v in ([x], [noise], [eps, v]))
-    got = [*d.mean_logvar(out, x, t), d.ddpm_step(out, x, t, t - 1, noise)]
-    assert np.allclose([g.item() for g in got], [mean, logvar, x_prev], rtol=1e-5, atol=1e-6)
+    x = torch.full((1, 1, 1, 1), x)
+    out = torch.tensor([eps, v]).view(1, 2, 1, 1)
+    found = [*d.mean_logvar(out, x, t), d.ddpm_step(out, x, t, t - 1, torch.full_like(x, noise))]
+    assert np.allclose([f.item() for f in found], expected, rtol=1e-5, atol=1e-6)
 
 
 def random_step(prediction='eps', schedule='cosine', clip=False):
-    g, t = torch.Generator().manual_seed(0), torch.tensor([1, 17, 500, 990])
-    x0, noise = (torch.randn(4, 1, 8, 8, generator=g).clamp(-1, 1) for _ in range(2))
+    g = torch.Generator().manual_seed(0)
+    t = torch.tensor([1, 17, 500, 990])
+    x0 = torch.randn(4, 1, 8, 8, generator=g).clamp(-1, 1)
+    noise = torch.randn(4, 1, 8, 8, generator=g).clamp(-1, 1)
     d = M.Diffusion(schedule, prediction=prediction, clip=clip)
     return d, x0, noise, t, d.q_sample(x0, t, noise)
 
@@ -208,38 +224,46 @@ def random_step(prediction='eps', schedule='cosine', clip=False):
 @pytest.mark.parametrize('schedule', ['cosine', 'linear', 'sqrt_linear', 'flow'])
 def test_predictions_agree_on_the_same_point(schedule):
     steps = []
-    predictions = ('v', 'x0', 'flow') if schedule == 'flow' else ('v', 'x0', 'flow', 'eps')
-    for prediction in predictions:
+    for prediction in ('x0', 'v', 'flow', 'eps')[:3 if schedule == 'flow' else 4]:
         d, x0, noise, t, x_t = random_step(prediction, schedule)
         out = d.target(x0, x_t, t, prediction)
         assert torch.allclose(d.predict_x0(out, x_t, t), x0, atol=2e-3)
         for to in ('eps', 'v', 'x0', 'flow'):
-            assert torch.allclose(d.convert(out, x_t, t, to), d.target(x0, x_t, t, to), atol=2e-2)
-        x_s = d.ddim_step(out, x_t, t, t // 2)
-        assert torch.allclose(d.jump_x0(x_t, t, x_s, t // 2), x0, atol=2e-3)  # its inverse
-        steps.append(torch.stack([d.ddpm_step(out, x_t, t, t - 1, noise), x_s]))
-    for found in steps:
-        assert torch.allclose(found, steps[0], atol=2e-3)
+            found = d.convert(out, x_t, t, to)
+            assert torch.allclose(found, d.target(x0, x_t, t, to), atol=2e-2)
+        ddpm = d.ddpm_step(out, x_t, t, t - 1, noise)
+        steps.append(torch.stack([ddpm, d.ddim_step(out, x_t, t, t // 2)]))
+        assert torch.allclose(steps[-1], steps[0], atol=2e-3)
+    for s in (t // 2, torch.full_like(t, -1)):  # jump_x0 inverts a DDIM step to anywhere
+        x_s = torch.randn_like(x_t)
+        out = d.target(d.jump_x0(x_t, t, x_s, s), x_t, t, d.prediction)
+        assert torch.allclose(d.ddim_step(out, x_t, t, s), x_s, atol=2e-2)
 
 
 def test_one_step_has_the_closed_form():
-    """Eqs. (5)-(7), (10), (12) written out with betas; a jump to -1 is the predicted clean image."""
+    """Eqs. (5)-(7), (10), (12) written out with betas; a jump to -1 is the clean image."""
     d, x0, noise, t, x_t = random_step()
     v = torch.linspace(-1, 1, 64).view(1, 1, 8, 8).expand(4, 1, 8, 8)
-    out, ab = torch.cat([noise, v], dim=1), d.alpha_bar.view(-1, 1, 1, 1)
+    out = torch.cat([noise, v], dim=1)
+    ab = d.alpha_bar.view(-1, 1, 1, 1)
     beta = 1 - ab[t] / ab[t - 1]
     mean = (x_t - beta / (1 - ab[t]).sqrt() * noise) / (1 - beta).sqrt()  # Eq. (10)
     beta_tilde = (1 - ab[t - 1]) / (1 - ab[t]) * beta  # Eq. (6)
     logvar = (v + 1) / 2 * beta.log() + (1 - v) / 2 * beta_tilde.log()  # Eq. (12)
-    got_mean, got_logvar = d.mean_logvar(out, x_t, t)
-    assert torch.allclose(got_mean.double(), mean, atol=1e-4)
-    assert torch.allclose(got_logvar.double(), logvar, atol=1e-4)
-    z, clean, s = torch.randn(4, 1, 8, 8), d.predict_x0(out, x_t, t), torch.tensor([-1, 3, 250, 100])
-    wanted = mean + (logvar / 2).exp() * z
-    assert torch.allclose(d.ddpm_step(out, x_t, t, t - 1, z).double(), wanted, atol=1e-3)
+    for found, wanted in zip(d.mean_logvar(out, x_t, t), (mean, logvar)):
+        assert torch.allclose(found.double(), wanted, atol=1e-4)
+    z = torch.randn(4, 1, 8, 8)
+    stepped = d.ddpm_step(out, x_t, t, t - 1, z).double()
+    assert torch.allclose(stepped, mean + (logvar / 2).exp() * z, atol=1e-3)
+    clean = d.predict_x0(out, x_t, t)
     assert torch.allclose(d.ddpm_step(out, x_t, t, -1), clean, atol=1e-4)
+    s = torch.tensor([-1, 3, 250, 100])
     ddim = ab[s].sqrt() * clean + (1 - ab[s]).sqrt() * noise
     assert torch.allclose(d.ddim_step(out, x_t, t, s).double(), ddim, atol=1e-3)
+    tt, ss = torch.full((4,), 990), torch.full((4,), 400)  # times are ints or tensors
+    assert torch.equal(d.ddpm_step(out, x_t, 990, 400, z), d.ddpm_step(out, x_t, tt, ss, z))
+    eta = d.ddim_step(out, x_t, 990, 400, 0.5, z)
+    assert torch.equal(eta, d.ddim_step(out, x_t, tt, ss, 0.5, z))
 
 
 def test_losses():
@@ -248,112 +272,435 @@ def test_losses():
     teacher, student = torch.randn(4, 2, 8, 8), torch.randn(4, 2, 8, 8, requires_grad=True)
     assert d.distill_loss(teacher, teacher, x_t, t)['mse'].max() == 0
     losses = d.distill_loss(student, teacher, x_t, t, lam=0.001)
-    mse = ((student - teacher)[:, :1] ** 2).mean((1, 2, 3))
-    assert torch.allclose(losses['mse'], mse)
+    assert torch.allclose(losses['mse'], ((student - teacher)[:, :1] ** 2).mean((1, 2, 3)))
     losses['vb'].sum().backward()
     assert student.grad[:, :1].abs().max() == 0 and student.grad[:, 1:].abs().max() > 0
-    assert torch.allclose(losses['loss'], losses['mse'] + losses['vb'])
-    d, x, t = M.Diffusion('cosine'), torch.full((1, 1, 1, 1), 0.3), torch.tensor([500])
+    perfect = torch.cat([noise, torch.zeros_like(noise)], 1)
+    assert d.training_loss(perfect, x0, x_t, t, noise, 0.)['loss'].max() == 0
+    d, t = M.Diffusion('cosine'), torch.tensor([500])
+    x = torch.full((1, 1, 1, 1), 0.3)
     student = torch.tensor([0.2, 0.5]).view(1, 2, 1, 1)
     teacher = torch.tensor([0.1, -0.5]).view(1, 2, 1, 1)
-    moments = d.mean_logvar(teacher, x, t), d.mean_logvar(student, x, t, clip=False)
-    p, q = (Normal(mean, (logvar / 2).exp()) for mean, logvar in moments)
-    kl = kl_divergence(p, q).item() / np.log(2)
-    assert abs(d.distill_loss(student, teacher, x, t, lam=0.001)['vb'].item() / kl - 1) < 1e-4
+    mean_T, logvar_T = d.mean_logvar(teacher, x, t)
+    mean_S, logvar_S = d.mean_logvar(student, x, t, clip=False)
+    p_T, p_S = Normal(mean_T, (logvar_T / 2).exp()), Normal(mean_S, (logvar_S / 2).exp())
+    vb = d.distill_loss(student, teacher, x, t, lam=0.001)['vb'].item()
+    assert vb == pytest.approx(kl_divergence(p_T, p_S).item() / np.log(2), rel=1e-4)
 
 
 @torch.no_grad()
 def test_frozen_weights_are_cast_once():
-    for net in (M.UNet(16, 1, 2, 16, 1, (1, 2), (8,), num_classes=3),
-                M.DiT(16, 2, 1, 32, 2, 2, num_classes=3)):
-        net = fill(net)
+    unet = M.UNet(16, 1, 2, 16, 1, (1, 2), (8,), num_classes=3)
+    dit = M.DiT(16, 2, 1, 32, 2, 2, num_classes=3)
+    for net, first in ((unet, 'input_blocks.0.0.weight'), (dit, 'x_embedder.proj.weight')):
+        fill(net)
         args = torch.randn(2, 1, 16, 16), torch.tensor([3, 70]), torch.tensor([1, -1])
         with torch.autocast('cpu', torch.bfloat16):
             want = net(*args)
             M.cast_frozen(net, torch.bfloat16)
             assert torch.equal(net(*args), want)
-        assert next(net.first_layer.parameters()).dtype == torch.float32
-        assert torch.bfloat16 in {v.dtype for v in net.state_dict().values()}
-    plain = torch.nn.Linear(2, 2)
-    assert M.cast_frozen(plain, torch.bfloat16).weight.dtype == torch.float32  # not castable
+        kinds = {k: v.dtype for k, v in net.state_dict().items()}
+        assert kinds[first] == torch.float32 and torch.bfloat16 in kinds.values()
 
 
 class Oracle(torch.nn.Linear):
-    """Knows the answer: the data is one image."""
+    """A denoiser that knows the answer: answer(x_t, t)."""
 
-    def __init__(self, x0, diffusion):
+    def __init__(self, answer):
         super().__init__(1, 1)
-        self.x0, self.diffusion = x0, diffusion
+        self.answer = answer
 
     def forward(self, x, t, y=None):
-        return self.diffusion.target(self.x0.expand_as(x), x, t, self.diffusion.prediction)
+        return self.answer(x, t)
 
 
 @pytest.mark.parametrize('sampler', ['ddpm', 'ddim', 'dpm++'])
 @pytest.mark.parametrize('schedule', ['cosine', 'flow'])
 def test_samplers_reach_the_data(sampler, schedule):
     x0, d = wave(1, 1, 8, 8), M.Diffusion(schedule, prediction='v')
+    net = Oracle(lambda x, t: d.target(x0.expand_as(x), x, t, 'v'))
     g = torch.Generator().manual_seed(0)
-    out = M.sample(Oracle(x0, d), d, (2, 1, 8, 8), 20, sampler, generator=g)
+    out = M.sample(net, d, (2, 1, 8, 8), 20, sampler, generator=g)
     assert torch.allclose(out, x0.expand_as(out), atol=1e-2)
+
+
+def expected_x0(x, a, b, mean, std):
+    """E[x_0 | x = a x_0 + b noise] of pixels that are N(mean, std^2); with std 0 of one image."""
+    return mean + std ** 2 * a / (a ** 2 * std ** 2 + b ** 2) * (x - a * mean)
+
+
+@pytest.mark.parametrize('std', [0., 0.5])
+def test_processes_of_other_kinds(std):
+    """Exact networks of other processes, wrapped as docs/reference.md does, sample their data."""
+    mean = 0.5 * wave(1, 1, 8, 8)
+    times = 1 - torch.arange(1, 1001, dtype=torch.float64) / 1001  # from the image to the noise
+    sigmas = torch.logspace(-2.5, 2, 1000, dtype=torch.float64)
+
+    def reversed_flow(x, t):  # of u = t image + (1 - t) noise, images in [0, 1]; predicts the image
+        time = times[t].float().view(-1, 1, 1, 1)
+        u = x * (time ** 2 / 4 + (1 - time) ** 2).sqrt() + time / 2
+        return 2 * expected_x0(u, time, 1 - time, (mean + 1) / 2, std / 2) - 1
+
+    def edm(x, t):  # D(image + sigma noise; sigma) = image
+        sigma = sigmas[t].float().view(-1, 1, 1, 1)
+        return expected_x0(x * (1 + sigma ** 2).sqrt(), 1, sigma, mean, std)
+    signal_share = (times / 2) ** 2 / (times ** 2 / 4 + (1 - times) ** 2)
+    for net, alpha_bar in ((reversed_flow, signal_share), (edm, 1 / (1 + sigmas ** 2))):
+        betas = M.betas_from_alpha_bar(alpha_bar).tolist()
+        d = M.Diffusion(betas, prediction='x0', learn_sigma=False, clip=False)
+        noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        out = M.sample(Oracle(net), d, noise, 200, 'ddim')
+        assert torch.allclose(out, mean + std * noise, atol=2e-3 if std == 0 else 4e-2)
 
 
 @torch.no_grad()
 def test_guidance():
-    net = fill(M.DiT(8, hidden_size=64, depth=2, num_heads=4, num_classes=10))
-    x, t, y = wave(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 3, 9])
-    cond, null, got = net(x, t, y), net(x, t), M.guided(net, x, t, y, 3.)
-    assert torch.allclose(got[:, :4], null[:, :4] + 3 * (cond - null)[:, :4], atol=1e-4)
-    assert torch.allclose(got[:, 4:], cond[:, 4:], atol=1e-5)
+    net = fill(M.DiT(**SMALL_DIT))
+    x, y = wave(3, 4, 8, 8), torch.tensor([0, 3, 9])
+    t = torch.tensor([0, 500, 999])
+    cond, null = net(x, t, y), net(x, t)
+    found = M.guided(net, x, t, y, 3.)
+    assert torch.allclose(found[:, :4], null[:, :4] + 3 * (cond - null)[:, :4], atol=1e-4)
+    assert torch.allclose(found[:, 4:], cond[:, 4:], atol=1e-5)
 
 
-def test_part_1_stands_alone():
-    text = Path(ROOT, 'models.py').read_text()
-    Path('alone.py').write_text(text[:text.index('# ==== Part 2')])
-    code = ('import sys, alone as a; d = a.Diffusion(); net = a.UNet(8, 1, 1, 32, 1, (1,), ());'
-            'a.sample(net, d, (1, 1, 8, 8), 2, "ddim"); a.DiT(8, 2, 1, 32, 1, 2);'
-            'a.classifier("resnet8"); a.LVAE(8, 1, 4).noise(1);'
-            'assert not {"diffusers", "safetensors"} & set(sys.modules)')
-    subprocess.run([sys.executable, '-c', code], check=True)
+# ==== what can be lifted out ====
+def test_one_step_of_dkdm():
+    """Lines 4-8 of Alg. 1 by hand, with functions that a notebook can import."""
+    torch.manual_seed(0)
+    d = M.Diffusion('cosine', 50, clip=False)
+    net_T, net = (fill(M.UNet(8, 1, 2, 16, 1, (1, 2), (4,))) for _ in range(2))
+    net.out[2].weight.data *= 0.5
+    teacher = dkdm.make_teacher(net_T)
+    pool = dkdm.Pool(6, (1, 8, 8), d)
+    assert pool.fill(teacher, 10, 3, progress=False) > 0 and len(pool.t.unique()) > 3
+    pool.t[0] = 0
+    x_t, t = pool.x.clone(), pool.t.clone()
+    out_T = teacher(x_t, t)
+    wanted = d.distill_loss(net(x_t, t), out_T, x_t, t, 0.01)
+    grad, = torch.autograd.grad(wanted['loss'].mean(), net.out[2].weight)
+    torch.manual_seed(1)
+    terms = dkdm.distill_step(net, teacher, pool, d, 6, lam=0.01, jump=1)
+    assert torch.allclose(sum(terms.values()), wanted['loss'].mean())
+    assert torch.allclose(net.out[2].weight.grad, grad, rtol=1e-4)
+    torch.manual_seed(1)
+    x_s = d.ddpm_step(out_T, x_t, t, t - 1)
+    fresh = torch.where((t == 0).view(-1, 1, 1, 1), torch.randn_like(x_s), x_s)
+    assert torch.equal(pool.x, fresh) and torch.equal(pool.t, torch.where(t == 0, 49, t - 1))
+
+
+def test_part_1_of_models_stands_alone():
+    part1, part2 = (ROOT / 'models.py').read_text().split('# ==== Part 2')
+    used = {node.id for node in ast.walk(ast.parse(part1)) if isinstance(node, ast.Name)}
+    assert not used & set(re.findall(r'^(?:def |class )?(\w+)(?:\(| = )', part2, re.M))
+    assert set(re.findall(r'^(?:import|from) (\w+)', part1, re.M)) == {'math', 'torch'}
+    Path('part1.py').write_text(part1)
+    spec = importlib.util.spec_from_file_location('part1', 'part1.py')
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    for net in (alone.UNet(8, 1, 2, 8, 1, (1, 2), (4,)), alone.DiT(8, 2, 1, 16, 1, 2)):
+        out = alone.sample(net, alone.Diffusion(), (2, 1, 8, 8), steps=3)
+        assert out.shape == (2, 1, 8, 8) and out.isfinite().all()
+
+
+def test_importing_a_script_runs_nothing():
+    code = ('import os, signal, sys, threading\n'
+            'before = sys.argv[:], sys.excepthook, signal.getsignal(signal.SIGTERM)\n'
+            f'import {", ".join(module.__name__ for module in MODULES)}\n'
+            'assert before == (sys.argv, sys.excepthook, signal.getsignal(signal.SIGTERM))\n'
+            'assert threading.active_count() == 1 and not os.listdir()\n')
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    subprocess.run([sys.executable, '-c', code, '--nonsense'], check=True, env=env)
+
+
+# ==== networks in files ====
+BIG = ADM | dict(num_classes=10, attention_resolutions=(8,), num_res_blocks=2,
+                 channel_mult=(1, 2, 3))
+
+
+@pytest.mark.parametrize('config', [ADM, PLAIN, BIG])
+def test_original_unets_load_by_their_shapes(config, capsys):
+    net = fill(M.UNet(**config))
+    size = dict(image_size=config['image_size'])
+    torch.save(net.state_dict(), 'adm.pt')
+    loaded, d = M.load_denoiser('adm.pt', **size)  # strided ones have the old order of qkv
+    assert loaded.config == net.config and d.prediction == 'eps'
+    assert d.learn_sigma == (net.config['out_channels'] == 6)
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 1 and 'num_head_channels=32' in said and 'cosine' in said
+    loaded, d = M.load_denoiser('adm.pt', num_heads=2, use_new_attention_order=False, **size,
+                                rescale_timesteps=True, steps=4000, schedule='linear')
+    assert loaded.middle_block[1].num_heads == 2 and not loaded.middle_block[1].new_order
+    assert loaded.time_scale == 0.25 and d.T == 4000
+
+
+def test_ldm_and_dit_checkpoints():
+    net = fill(M.UNet(**PLAIN))
+    wanted = M.Diffusion('sqrt_linear', beta_range=(0.0015, 0.0195))
+    betas = M.betas_from_alpha_bar(wanted.alpha_bar[:-1])
+    state = {'betas': betas, 'first_stage_model.x': torch.zeros(1)}
+    for k, v in net.state_dict().items():
+        state['model.diffusion_model.' + k] = torch.zeros_like(v)
+        state['model_ema.diffusion_model' + k.replace('.', '')] = v
+    torch.save({'state_dict': state}, 'ldm.ckpt')
+    loaded, d = M.load_denoiser('ldm.ckpt')
+    assert loaded.config == net.config and np.allclose(d.alpha_bar, wanted.alpha_bar)
+    assert torch.equal(loaded.out[2].weight, net.out[2].weight) and not d.clip
+    dit = fill(M.DiT(**SMALL_DIT))
+    torch.save({'ema': dit.state_dict(), 'model': dit.state_dict()}, 'dit.pt')
+    loaded, d = M.load_denoiser('dit.pt', num_heads=4)
+    assert loaded.config == dit.config and d.learn_sigma
+
+
+def test_own_files_describe_themselves():
+    net = fill(M.UNet(28, 1, 2, 20, 1, (1, 2), (7,), num_head_channels=20, patch_size=2))
+    d = M.Diffusion('linear', 100, 'v')
+    M.save_model(net, 'a.safetensors', d)
+    loaded, d2 = M.load_denoiser('a.safetensors')
+    assert [d2.config, loaded.config] == json.loads(json.dumps([d.config, net.config]))
+    x, t = wave(2, 1, 28, 28), torch.tensor([3, 70])
+    assert torch.equal(loaded(x, t), net(x, t)) and os.listdir() == ['a.safetensors']
+    clf = fill(M.classifier('resnet8', 7, image_size=28, in_channels=1, width=8))
+    M.save_model(clf, 'c.safetensors')
+    assert torch.equal(M.load_classifier('c.safetensors')(x), clf(x))
+    clf.fc.bias.data[0] = float('nan')
+    with pytest.raises(M.UserError, match='fc.bias is not finite'):
+        M.save_model(clf, 'd.safetensors')
+
+
+TIMM = [('.shortcut.', '.downsample.'), ('linear.', 'fc.')]
+PUBLISHED = [('resnet34', {}, TIMM), ('wrn40_2', {}, []), ('vgg16', {}, []), ('resnet50', {}, []),
+             ('resnet18', {'max_pool': True}, []),
+             ('resnet20', {'shortcut': 'pad'}, [('fc.', 'linear.')])]
+
+
+@pytest.mark.parametrize('name, kw, renamed', PUBLISHED)
+def test_published_classifiers_load_by_their_shapes(name, kw, renamed, capsys):
+    net = fill(M.classifier(name, 10, **kw))
+    state = net.state_dict()
+    for change in renamed:
+        state = {k.replace(*change): v for k, v in state.items()}
+    torch.save({'state_dict': state, 'best_prec1': 91.7}, 'c.pth')
+    said = {'max_pool': True} if 'max_pool' in kw else {}
+    loaded = M.load_classifier('c.pth', image_size=64, **said)
+    assert loaded.image_size == 64
+    assert loaded.mean[0] == (0.485 if name == 'resnet20' else 0.4914)
+    assert torch.equal(loaded(wave(2, 3, 32, 32)), net(wave(2, 3, 32, 32)))
+    M.load_classifier('c.pth')
+    assumed = capsys.readouterr().out
+    assert 'image_size=32' in assumed and 'mean=' in assumed
+    assert ('max_pool=False' in assumed) == (name in ('resnet18', 'resnet34', 'resnet50'))
+
+
+def test_torchvision_classifiers():
+    import torchvision
+    net = torchvision.models.resnet18(num_classes=5).eval()
+    torch.save(net.state_dict(), 'r.pth')
+    loaded, x = M.load_classifier('r.pth'), wave(1, 3, 64, 64)
+    logits, maps = loaded.forward_features(x)
+    assert torch.equal(logits, net(x)) and loaded.image_size == 224
+    assert [m.shape[1] for m in maps] == [64, 128, 256, 512]
+
+
+def test_wrappers_of_state_dicts():
+    net = fill(M.classifier('resnet8', 10, width=4))
+    x, t = wave(2, 3, 32, 32), torch.tensor([3, 70])
+    for key in ('net', 'model', 'model_state_dict', 'params_ema', 'state_dict', 'ema', ''):
+        for prefix in ('module.', '_orig_mod.', 'model.', 'module._orig_mod.', ''):
+            state = {prefix + k: v for k, v in net.state_dict().items()}
+            state['n_averaged'] = torch.tensor(3)
+            torch.save({key: state, 'epoch': 3} if key else state, 'c.pt')
+            assert torch.equal(M.load_classifier('c.pt')(x), net(x)), (key, prefix)
+    unet = fill(M.UNet(**ADM))
+    torch.save({'model': {'module.' + k: v for k, v in unet.state_dict().items()}}, 'u.pt')
+    assert torch.equal(M.load_denoiser('u.pt')[0](x, t), unet(x, t))
+    torch.save({'generator': net.state_dict(), 'step': 3}, 'hint.pt')
+    with pytest.raises(M.UserError, match="'generator', 'step'.*checkpoint"):
+        M.load_classifier('hint.pt')
+
+
+SIGMA = pytest.param('sr_sigma.pt', {}, 'super-resolution', marks=pytest.mark.xfail(
+    reason='6 channels to 6: super-resolution with a learned variance'))
+REFUSED = [SIGMA, ('sr.pt', {}, 'super-resolution'),
+           ('encoder.pt', {}, 'no denoiser .*output_blocks'),
+           ('adm.pt', dict(model_channels=64), 'does not fit'),
+           ('adm.pt', dict(num_heads=5), 'heads'), ('adm.pt', dict(colour=5), "no 'colour'")]
+
+
+@pytest.mark.parametrize('spec, kw, message', REFUSED)
+def test_networks_that_are_refused(spec, kw, message):
+    torch.save(M.UNet(**ADM | dict(in_channels=6, out_channels=3)).state_dict(), 'sr.pt')
+    torch.save(M.UNet(**ADM | dict(in_channels=6)).state_dict(), 'sr_sigma.pt')
+    state = M.UNet(**ADM).state_dict()
+    torch.save(state, 'adm.pt')
+    encoder = {k: v for k, v in state.items() if not k.startswith(('output_blocks', 'out.'))}
+    torch.save(encoder, 'encoder.pt')  # of a classifier
+    with pytest.raises(M.UserError, match=message):
+        M.load_denoiser(spec, **kw)
+
+
+# ==== images in files ====
+def save_image(path, pixels, **kw):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **kw)
+
+
+def plain(value, shape=(8, 8), dtype=np.uint8):
+    return np.full(shape, value, dtype)
+
+
+def test_images_of_every_kind():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez('a.npz', arr_0=pixels, arr_1=np.arange(6))
+    os.makedirs('shards')
+    for i, p in enumerate(pixels):
+        save_image(f'classes/{i % 2}/{i}.png', p)
+        save_image(f'flat/{i}.png', p)
+        np.savez(f'shards/images_0000_{i:05d}.npz', arr_0=p[None])
+    images, labels = M.load_images('a.npz')
+    assert torch.equal(images[2].permute(1, 2, 0), torch.tensor(pixels[2]))
+    classes, flat = M.load_images('classes'), M.load_images('flat')
+    assert classes[1].tolist() == [0, 0, 0, 1, 1, 1] and torch.equal(classes[0][1], images[2])
+    assert flat[1] is None and torch.equal(flat[0], images)
+    assert torch.equal(M.load_images('shards')[0], images)
+    chosen, labels = M.load_images('a.npz:2-4')  # classes keep their numbers
+    assert torch.equal(chosen, images[2:5]) and labels.tolist() == [2, 3, 4]
+    assert M.load_images('classes:1-1')[1].tolist() == [1] * 3
+    with pytest.raises(M.UserError, match='no labels'):
+        M.load_images('shards:0-1')
+
+
+def test_images_of_any_size():
+    """DomainNet's lists, and Tiny-ImageNet's val, whose classes are numbered as those of train."""
+    for i, (w, h) in enumerate(((20, 12), (12, 30), (9, 9))):
+        picture = np.zeros((h, w, 3), np.uint8)
+        side = min(w, h)
+        picture[(h - side) // 2:, (w - side) // 2:][:side, :side] = 200  # the middle is kept
+        save_image(f'clipart/arm/{i}.png', picture)
+        save_image(f'val/images/val_{i}.png', plain(i))
+    rows = [f'clipart/arm/{i}.png {9 + i}' for i in range(3)]
+    Path('clipart_train.txt').write_text('\n'.join(rows))
+    rows = [f'val_{i}.png\tn{9 - i // 2}\t0\t0\t7\t7' for i in range(3)]
+    Path('val/val_annotations.txt').write_text('\n'.join(rows))
+    images, labels = M.load_images('clipart_train.txt:0-10', image_size=8)
+    assert images.shape == (2, 3, 8, 8) and (images == 200).all() and labels.tolist() == [9, 10]
+    with pytest.raises(M.UserError, match='differ in size'):
+        M.load_images('clipart_train.txt')
+    images, labels = M.load_images('val')
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2] and labels.tolist() == [1, 1, 0]
+    net = M.classifier('resnet8', width=4, image_size=32)
+    for shape in ((48, 32), (32, 48)):
+        assert M.preprocess(net, torch.zeros(1, 3, *shape)).shape == (1, 3, 32, 32)
+
+
+RED = Image.new('RGB', (8, 8), (255, 0, 0))
+FILES = [  # a file, what is written into it, and the pixel that is to be read
+    ('16_bit.png', plain(30000, dtype=np.uint16), [117]),
+    ('float.tif', plain(0.6, dtype=np.float32), [153]),
+    ('grey.png', plain(77), [77]),
+    ('grey_alpha.png', Image.new('LA', (8, 8), (0, 128)), [127]),
+    ('one_bit.png', plain(True, dtype=bool), [255]),
+    ('rgba.png', Image.new('RGBA', (8, 8), (255, 0, 0, 128)), [255, 127, 127]),
+    ('palette.png', RED.convert('P'), [255, 0, 0]),
+    ('clear.png', Image.new('P', (8, 8)), [255, 255, 255]),
+    ('cmyk.tif', RED.convert('CMYK'), [255, 0, 0]),
+    ('int32.tif', plain(9, dtype=np.int32), "range of mode 'I'"),
+    ('nan.tif', plain(np.nan, dtype=np.float32), 'outside'),
+    ('large.tif', plain(200., dtype=np.float32), 'outside')]
+
+
+@pytest.mark.parametrize('name, pixels, expected', FILES)
+def test_files_of_many_modes(name, pixels, expected):
+    save_image(f'a/{name}', pixels, **{'transparency': 0} if name == 'clear.png' else {})
+    if isinstance(expected, str):
+        with pytest.raises(M.UserError, match=expected):
+            M.load_images('a')
+    else:
+        found = M.load_images('a')[0][0, :, 0, 0].int()
+        assert np.abs(np.subtract(found, expected)).max() <= 1, found
+
+
+def test_folders_as_people_have_them(capsys):
+    save_image('a/dog/1.png', plain(1, (8, 8, 3)))
+    save_image('a/cat/1.png', plain(2))
+    for name in ('.ipynb_checkpoints', '__MACOSX', 'cat/.hidden'):
+        save_image(f'a/{name}/1.png', plain(3))
+    save_image('a/cat/._1.png', plain(3))
+    os.makedirs('a/bird')
+    images, labels = M.load_images('a')
+    assert images.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1]
+    images, labels = M.load_images('a', channels=1)
+    assert images[:, 0, 0, 0].tolist() == [2, 1] and labels.tolist() == [0, 1]
+    said = capsys.readouterr().out
+    assert 'bird' in said and 'converted to grey' in said
+    save_image('a/1.png', plain(1))
+    with pytest.raises(M.UserError, match='which of them'):
+        M.load_images('a')
+    turned = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turn it clockwise by 90 degrees
+    save_image('exif/a.png', turned, exif=exif)
+    assert M.load_images('exif')[0][0, 0, 0].tolist() == list(range(56, -1, -8))
+    M.save_grid('five.png', [torch.zeros(2, 5, 8, 8), torch.zeros(2, 5, 8, 8)], 2)
+
+
+def test_names_with_punctuation():
+    """What exists is taken as it stands, and the check for its teacher sees through every form."""
+    made = dict(arr_0=plain(0, (4, 8, 8, 1)), arr_1=np.arange(4),
+                settings=np.array(json.dumps({'teacher_digest': 'abc', 'teacher': 'x'})))
+    for folder in ('synth_2026-11-25_12:30:05', 'other', 'a:0-1'):
+        os.makedirs(folder)
+        np.savez(f'{folder}/images_0000_00000.npz', **made)
+    assert len(M.load_images('synth_2026-11-25_12:30:05')[0]) == 4
+    assert len(M.load_images('synth_2026-11-25_12:30:05:1-2')[0]) == 2
+    assert len(M.load_images('a:0-1')[0]) == 4 and len(M.load_images('a:0-1:0-1')[0]) == 2
+    file = 'other/images_0000_00000.npz'
+    for spec in ('other', 'other/', 'other:0-9', './other/:0-9', file, file + ':0-9', 'a:0-1'):
+        distill_classifier.check_origin(spec, 'abc', 'x')
+        with pytest.raises(M.UserError, match='was made for the teacher x'):
+            distill_classifier.check_origin(spec, 'def', 'y')
 
 
 # ==== how the scripts are started ====
-# torch, diffusers and transformers take seconds to import: a server imports them once, every run is a
-# child that it forks
+# torch, diffusers and transformers take seconds to import: a server imports them once, and every
+# run is a child that it forks
 SERVER = multiprocessing.get_context('forkserver')
-KINDS = ('deepfloyd_if', 'dit', 'latent_diffusion', 'stable_diffusion_3.pipeline_stable_diffusion_3')
-SERVER.set_forkserver_preload(
-    [__name__, 'scipy.optimize', 'torchvision', *[f'diffusers.pipelines.{name}' for name in KINDS]])
-STARTING = Lock()
+SERVER.set_forkserver_preload([__name__, 'scipy.optimize', 'torchvision', *[
+    f'diffusers.pipelines.{name}' for name in (
+        'dit', 'latent_diffusion', 'stable_diffusion_3.pipeline_stable_diffusion_3')]])
+STARTING = threading.Lock()
 os.environ.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1')
-os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [ROOT, os.getenv('PYTHONPATH')]))
+os.environ['PYTHONPATH'] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # for the server
 # small settings of each script; what stands behind them overrides them
-SIZE = ("--student_config={'model_channels':8,'num_head_channels':8,'attention_resolutions':(4,)}")
-DKDM = (f'dkdm.py --teacher=teacher.safetensors {SIZE} --batch_size=8 --max_steps=6 --save_every=2 '
-        '--log_every=1 --sample_steps=2 --stride=10')
+UNET = ("""--student_config="{'model_channels':8,'num_head_channels':8,'channel_mult':(1,1),"""
+        """'attention_resolutions':(4,)}" """)
+STEPS_6 = ('--batch_size=8 --max_steps=6 --save_every=2 --log_every=1 --sample_steps=2 --stride=10 '
+           '--lr_decay=False')
+DKDM = f'dkdm.py --teacher=teacher.safetensors {UNET} {STEPS_6}'
 QUICK = 'dkdm.py --stride=250 --batch_size=4 --max_steps=2 --sample_steps=2'
-SYNTH = ('synthesize.py --prior=teacher.safetensors --teacher=classifier.safetensors --batch_size=8 '
-         '--steps=4 --lca_every=2 --keep=2 --keep_every=1 --num_images=32')
+JUMPS = '--method=jumps --walks=16 --walk_steps=4 --jumps=2 --walk_evals=3 --sample_steps=0'
+SYNTH = ('synthesize.py --prior=teacher.safetensors --teacher=classifier.safetensors '
+         '--batch_size=8 --steps=4 --lca_every=2 --keep=2 --keep_every=1 --num_images=32')
 CLASSIFIER = ('distill_classifier.py --data=images.npz --teacher=classifier.safetensors '
               '--student=resnet8 --width=4 --batch_size=16 --holdout=8')
-VAE = ("distill_vae.py --teacher=lvae.safetensors --student_config={'width':4} --batch_size=8 "
+VAE = ('distill_vae.py --teacher=lvae.safetensors --student_config.width=4 --batch_size=8 '
        '--max_steps=6 --log_every=1')
 FID = ('eval_fid.py --reference=images.npz --features=classifier.safetensors --num_samples=52 '
        '--steps=3 --batch_size=8 --n_two_sample=32')
 
 
 def script(args, cwd, outputs, env):
-    """A child's work: the script's file run as the main program, stdout and stderr into two files."""
+    """A child's work: the script's file run as the main program, its outputs into two files."""
     os.environ.update(env)
     for fd, path in zip((1, 2), outputs):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(cwd)
-    sys.argv = [os.path.join(ROOT, args[0]), *args[1:]]
+    sys.argv = [str(ROOT / args[0]), *args[1:]]
     try:
         runpy.run_path(sys.argv[0], run_name='__main__')
     except Exception:
-        sys.excepthook(*sys.exc_info())  # a process of multiprocessing would not ask it
-        sys.stderr.flush()
+        sys.excepthook(*sys.exc_info())  # multiprocessing would not ask it
         os._exit(1)
 
 
@@ -364,38 +711,44 @@ def free_port():
 
 
 def start(command, ranks=0):
-    """The processes of a run, one for each rank, and the folder of what they say: out0, err0, ..."""
+    """The processes of a run, one for each rank, and the folder of what they say: out0, err0 ..."""
     args = shlex.split(command) if isinstance(command, str) else command
     folder = tempfile.mkdtemp(dir='..')
     env = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(ranks)}
     processes = []
-    for r in range(max(1, ranks)):
-        outputs = [os.path.abspath(f'{folder}/{name}{r}') for name in ('out', 'err')]
-        mine = env | {'RANK': str(r), 'LOCAL_RANK': str(r)} if ranks else {}
+    for rank in range(max(1, ranks)):
+        outputs = [os.path.abspath(f'{folder}/{name}{rank}') for name in ('out', 'err')]
+        mine = env | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} if ranks else {}
         process = SERVER.Process(target=script, args=(args, os.getcwd(), outputs, mine))
         with STARTING:
             process.start()
-            multiprocessing.process._children.discard(process)  # two threads may not ask for one exit code
+            multiprocessing.process._children.discard(process)  # no two threads ask for its end
         processes.append(process)
     return processes, folder
 
 
 def said(folder, name):
-    return ''.join(open(path).read() for path in sorted(glob.glob(f'{folder}/{name}*')))
+    return ''.join(Path(path).read_text() for path in sorted(glob.glob(f'{folder}/{name}*')))
 
 
 def run(command, ranks=0, ok=True):
-    """What a script prints. A refused run (not `ok`) is one line on stderr, which is returned, and exit code 2."""
+    """What a script prints. One that is refused (ok=False) says one line and exits with 2."""
     processes, folder = start(command, ranks)
     for process in processes:
         process.join()
     err = said(folder, 'err')
     if ok:
-        assert not any(process.exitcode for process in processes), f'{command}: {err[-3000:]}'
+        assert not any(p.exitcode for p in processes), f'{command}: {err[-3000:]}'
         return said(folder, 'out')
     messages = [line for line in err.splitlines() if line.strip() and '%|' not in line]
     assert processes[0].exitcode == 2 and len(messages) == 1, f'{command}: {err[-3000:]}'
     return messages[0]
+
+
+def follow(out, more=''):
+    """Runs the next command that a script has printed, as a shell would read it."""
+    command = re.search(r': python (.*)', out)[1]
+    return run([*shlex.split(command), *shlex.split(more)])
 
 
 def at_once(fn, cases):
@@ -410,45 +763,51 @@ def log(folder):
 
 def rows(folder):
     """log.csv without its times."""
-    table = log(folder)
-    return [[row[k] for k in table.dtype.names if k not in ('seconds', 'images_per_s')] for row in table]
+    with open(f'{folder}/log.csv', newline='') as f:
+        table = list(csv.DictReader(f))
+    for row in table:
+        row.pop('seconds', None)
+        row.pop('images_per_s', None)
+    return table
 
 
 def metrics(folder):
     return [json.loads(line) for line in lines(Path(folder, 'metrics.jsonl').read_text())]
 
 
-def content(path):
-    return Path(path).read_bytes()
-
-
-def same_tensors(a, b):
-    a, b = load_file(a), load_file(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def same_file(a, b):
+    return Path(a).read_bytes() == Path(b).read_bytes()
 
 
 @pytest.fixture(scope='session')
 def tiny_models(tmp_path_factory):
-    """Tiny teachers with and without classes, a classifier, a VAE and images."""
+    """Tiny teachers with and without classes, a classifier, a VAE and images of MNIST's kind."""
     folder = tmp_path_factory.mktemp('tiny')
     torch.manual_seed(0)
     for name, classes in (('teacher', 0), ('classes', 4)):
-        net = M.UNet(16, 1, 2, 16, 1, (1, 2), (4,), num_head_channels=16, patch_size=2, num_classes=classes)
+        net = M.UNet(16, 1, 2, 16, 1, (1, 2), (4,), num_head_channels=16, patch_size=2,
+                     num_classes=classes)
         torch.nn.init.normal_(net.out[2].weight, std=0.02)
         M.save_model(net, f'{folder}/{name}.safetensors', M.Diffusion('cosine', 100, 'v'))
-    net = M.classifier('resnet8', 4, image_size=16, in_channels=1, width=4)
-    M.save_model(net, f'{folder}/classifier.safetensors')
+    classifier = M.classifier('resnet8', 4, image_size=16, in_channels=1, width=4)
+    M.save_model(classifier, f'{folder}/classifier.safetensors')
     M.save_model(M.LVAE(16, 1, 8), f'{folder}/lvae.safetensors')
     labels = np.arange(64) % 4
-    pixels = np.random.default_rng(0).random((64, 16, 16, 1)) * 60 + 60 * labels[:, None, None, None]
+    noise = np.random.default_rng(0).random((64, 16, 16, 1))
+    pixels = 60 * noise + 60 * labels[:, None, None, None]
     np.savez(folder / 'images.npz', arr_0=pixels.astype(np.uint8), arr_1=labels)
     return folder
 
 
+def link(folder):
+    for path in folder.iterdir():
+        os.symlink(path, path.name)
+
+
 @pytest.fixture
 def tiny(tiny_models, own_folder):
-    for path in tiny_models.iterdir():
-        os.symlink(path, path.name)
+    link(tiny_models)
+    os.symlink(ROOT / 'pretrained', 'pretrained')
 
 
 # ==== dkdm.py ====
@@ -457,12 +816,11 @@ METHODS = """
     --method=dynamic --stride=1 --rho=0.02
     --method=shuffled --grad_accum=2
     --method=iterative
-    --method=synthetic --synthetic_images=16 --synthetic_steps=3 --real_fraction=0.25 --data=images.npz
+    --method=synthetic --synthetic_images=16 --synthetic_steps=3 --real_fraction=0.2 --data=images.npz
     --method=synthetic --synthetic=images.npz --student_prediction=teacher
     --method=data --data=images.npz --class_cond=True --uncond_prob=0.2 --flip=True --T=50
-    --student=dit --student_config={'hidden_size':16,'depth':1,'num_heads':2} --student_prediction=eps
-    --teacher=classes.safetensors --guidance=2.0 --uncond_prob=0.1 --student_prediction=flow
-    --method=jumps --jumps=2 --walk_steps=4 --walks=16 --walk_evals=1 --teacher=classes.safetensors"""
+    --student=dit --student_config="{'hidden_size':16,'depth':1}" --student_prediction=eps
+    --teacher=classes.safetensors --guidance=2.0 --uncond_prob=0.1 --student_prediction=flow"""
 
 
 def test_every_method(tiny):
@@ -473,37 +831,15 @@ def test_every_method(tiny):
         assert os.path.getsize(f'o{i}/samples.png') > 0 and not glob.glob(f'o{i}/.tmp*')
         net, _ = M.load_denoiser(f'o{i}/student.safetensors')
         assert net.num_classes == (4 if 'class' in args else 0)
-        command = re.search('evaluate: python (.*)', out)[1]
-        run(f'{command} --num_samples=8 --reference=images.npz --features=classifier.safetensors')
-    at_once(one, enumerate(lines(METHODS)))
-
-
-def test_the_step_of_the_paper():
-    """Alg. 1 by hand: the loss of one batch, its gradient, and the pool's move."""
-    torch.manual_seed(0)
-    d = M.Diffusion('cosine', 100, 'eps', clip=False)
-    nets = [fill(M.UNet(8, 1, 2, 16, 1, (1, 2), (4,), num_head_channels=16)) for _ in range(2)]
-    teacher, student = dkdm.make_teacher(nets[0]), nets[1]
-    with torch.no_grad():
-        student.out[2].weight.mul_(0.9)
-    pool = dkdm.Pool(4, (1, 8, 8), d)
-    pool.t = torch.tensor([99, 50, 7, 0])
-    x, t = pool.x.clone(), pool.t.clone()
-    out_T, out = teacher(x, t), student(x, t)
-    wanted = d.distill_loss(out, out_T, x, t)['loss'].mean()
-    grad, = torch.autograd.grad(wanted, student.out[2].weight)
-    torch.manual_seed(1)
-    terms = dkdm.distill_step(student, teacher, pool, d, 4, stride=1)
-    assert torch.allclose(sum(terms.values()), wanted.detach(), rtol=1e-5)
-    assert torch.allclose(student.out[2].weight.grad, grad, atol=1e-6)
-    torch.manual_seed(1)
-    torch.randint(1, 3, (4,))
-    moved = d.ddpm_step(out_T, x, t, pool.t.where(t > 0, torch.tensor(-1)))
-    assert pool.t[3] == 99 and torch.allclose(pool.x[:3], moved[:3], atol=1e-5)
+        more = '--num_samples=8 --reference=images.npz --features=classifier.safetensors'
+        follow(out, f'{more} --out_dir=e{i}')
+        assert metrics(f'e{i}')[0]['steps'] == 2  # of the file's header, or of the command
+    at_once(one, enumerate([*lines(METHODS), JUMPS + ' --teacher=classes.safetensors']))
 
 
 def test_a_student_learns_and_the_pool_stays_uniform(tiny):
-    run(f'{DKDM} --rho=3.0 --stride=5 --max_steps=150 --batch_size=32 --save_every=150 --lr=5e-3 --out_dir=o')
+    run(f'{DKDM} --rho=3.0 --stride=5 --max_steps=150 --batch_size=32 --save_every=150 --lr=5e-3 '
+        '--out_dir=o')
     assert log('o')['loss'][-10:].mean() < 0.5 * log('o')['loss'][:5].mean()
     pool = M.read_weights('o/ckpt_150_rank0.pt')[0]['pool']
     assert len(pool['t']) == round(3 * 100 / 5) * 32
@@ -513,26 +849,26 @@ def test_a_student_learns_and_the_pool_stays_uniform(tiny):
     assert len(fresh) > 50 and abs(fresh.mean()) < 0.05 and abs(fresh.std() - 1) < 0.05
 
 
-RESUMED = [f'{DKDM} --max_steps=12 --save_every=3 --init_from=resume --out_dir=dkdm',
-           f'{DKDM} --method=jumps --walks=16 --walk_steps=4 --walk_evals=3 --max_steps=12 --save_every=3 '
-           '--init_from=resume --out_dir=jumps',
-           f'{CLASSIFIER} --epochs=4 --batch_size=8 --augment_flip=True --init_from=resume --out_dir=clf',
-           f'{VAE} --method=synthetic --data=images.npz --flip=True --max_steps=12 --save_every=3 '
-           '--init_from=resume --out_dir=vae',
-           f'{SYNTH} --batch_size=4 --num_images=48 --out_dir=synth']
+RESUMED = {
+    'dkdm': f"{DKDM} --student_config.dropout=0.1 --max_steps=12 --log_every=2 --save_every=3",
+    'jumps': f'{DKDM} {JUMPS} --max_steps=12 --save_every=3',
+    'classifier': f'{CLASSIFIER} --epochs=4 --batch_size=8 --augment_flip=True',
+    'vae': f'{VAE} --method=synthetic --data=images.npz --flip=True --max_steps=12 --save_every=3',
+    'synth': f'{SYNTH} --batch_size=4 --num_images=48'}
 
 
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_killed_and_resumed_is_the_same_run(ranks, tiny):
-    """By SIGKILL and SIGTERM, at several moments; the files become what they are without."""
-    def one(command):
-        name = command.split('=')[-1]
+    """By SIGKILL and SIGTERM; the files become what they are without, bit for bit."""
+    def one(name):
+        resume = '' if name == 'synth' else '--init_from=resume'
+        command = f'{RESUMED[name]} {resume} --out_dir={name}'
         begin = time.time()
         run(f'{command}_whole', ranks)
         seconds = time.time() - begin
-        for i, number in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
-            processes, folder = start(command, ranks)
-            processes[0].join(seconds * (0.45 + 0.15 * i))
+        for share, number in ((0.5, signal.SIGKILL), (0.6, signal.SIGTERM)):
+            processes, _ = start(command, ranks)
+            processes[0].join(seconds * share)
             for process in processes:
                 if process.is_alive():
                     os.kill(process.pid, number)
@@ -540,13 +876,11 @@ def test_killed_and_resumed_is_the_same_run(ranks, tiny):
                 process.join(60)
         run(command, ranks)
         assert rows(name) == rows(f'{name}_whole')
-        for path in glob.glob(f'{name}_whole/*'):
-            if path.endswith('.safetensors'):
-                assert same_tensors(path, path.replace('_whole', '')), path
-            elif path.endswith('.npz'):
-                pair = np.load(path)['arr_0'], np.load(path.replace('_whole', ''))['arr_0']
-                assert np.array_equal(*pair), path
-        assert not glob.glob(f'{name}/.tmp*')
+        files = set(os.listdir(f'{name}_whole'))
+        assert files == set(os.listdir(name))
+        for file in files:
+            if file.endswith(('.safetensors', '.npz')):
+                assert same_file(f'{name}/{file}', f'{name}_whole/{file}'), file
     at_once(one, RESUMED)
 
 
@@ -558,89 +892,116 @@ def test_resuming_and_the_lock(tiny):
         name = re.split('[=.]', setting)[0]
         assert f'{name}=' in run(f'{args} --init_from=resume --{setting}', ok=False)
     assert 'would be overwritten' in run(f'{args} --teacher=a/student.safetensors', ok=False)
-    (process,), folder = start(f'{args} --max_steps=100000 --save_every=100000')
-    while not os.path.exists('a/log.csv') or len(open('a/log.csv').read()) < 200:
+    (process,), folder = start(f'{args} --max_steps=100000 --save_every=100000')  # begins anew
+    while not os.path.exists('a/log.csv') or len(Path('a/log.csv').read_text()) < 2000:
         assert process.is_alive(), said(folder, 'err')
         time.sleep(0.02)
     assert f'process {process.pid} on' in run(args, ok=False)  # the folder has one run
     process.terminate()
     process.join(60)
-    assert process.exitcode == 143
-    assert os.path.exists('a/ckpt.pt') and os.path.exists('a/student.safetensors')
+    assert process.exitcode == 143 and os.path.exists('a/ckpt.pt')
 
 
 def test_when_to_stop(tiny):
     run(f'{FID} --reference=teacher.safetensors --save_stats=stats.npz --steps=2 --num_samples=40')
-    args = (f'{DKDM} --eval_every=2 --eval_reference=stats.npz --eval_features=classifier.safetensors '
-            '--lr_decay=False --out_dir=')
-    run(f'{args}whole')
-    found = log('whole')['frechet']
+    args = '--eval_every=2 --eval_reference=stats.npz --eval_features=classifier.safetensors'
+    out = run(f'{DKDM} {args} --out_dir=a')
+    found = log('a')['frechet']
     assert np.isfinite(found[1::2]).all() and np.isnan(found[::2]).all()
-    same = same_tensors('whole/best.safetensors', 'whole/student.safetensors')
-    assert same == (found[-1] == min(found[1::2]))
+    same = same_file('a/best.safetensors', 'a/student.safetensors')
+    assert same == (found[-1] == min(found[1::2])) and '--reference=stats.npz' in out
+    run(f'{DKDM} --max_steps=1 --lr=0.0 --init_from=a/best.safetensors --out_dir=b')
+    best, on = load_file('a/best.safetensors'), load_file('b/student.safetensors')
+    assert all(torch.allclose(best[k], on[k]) for k in best)  # a student that goes on
 
 
 def test_torchrun_restarts_a_job_that_goes_on(tiny):
     args = f'{DKDM} --max_steps=30 --out_dir='
     run(f'{args}whole', ranks=2)
     launch = '-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1'
-    process = subprocess.Popen([sys.executable, *launch.split(), *shlex.split(f'{ROOT}/{args}cut')])
+    command = [sys.executable, *launch.split(), *shlex.split(f'{ROOT}/{args}cut')]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not (os.path.exists('cut/ckpt.pt') and M.read_weights('cut/ckpt.pt')[0]['step']):
         assert process.poll() is None
         time.sleep(0.01)
-    os.kill(int(open('cut/.lock').read().split()[1]), signal.SIGKILL)  # rank 0 alone
+    os.kill(int(Path('cut/.lock').read_text().split()[1]), signal.SIGKILL)  # rank 0 alone
     assert process.wait(120) == 0 and rows('whole') == rows('cut')
-    assert same_tensors('whole/student.safetensors', 'cut/student.safetensors')
+    assert same_file('whole/student.safetensors', 'cut/student.safetensors')
+    one, two = (M.read_weights(f'cut/ckpt_30_rank{r}.pt')[0]['pool'] for r in range(2))
+    assert len(one['t']) == len(two['t']) and not torch.equal(one['x'], two['x'])
 
 
-# ==== networks of the user's ====
-NET = """
+def test_the_printed_commands_work(tiny):
+    """Each script's next command, pasted: foreign checkpoints and paths with spaces."""
+    adm = M.UNet(16, 3, 6, 16, 1, (1, 2), (8,), num_head_channels=8)
+    torch.save(adm.state_dict(), 'adm.pt')
+    net = M.classifier('resnet8', 4, in_channels=1, image_size=16, width=4)
+    torch.save(net.state_dict(), 'net.pt')
+
+    def denoiser():
+        known = '--teacher_config.image_size=16 --teacher_config.num_head_channels=8 --rho=0.01'
+        follow(run(f"{DKDM} --teacher=adm.pt {known} --out_dir='a b'"), '--num_samples=8')
+        one, two = metrics('out/eval')
+        assert one['model'] == 'a b/student.safetensors' and two['model'] == 'adm.pt'
+        assert one['features'].startswith('cifar10_resnet')
+
+    def classifier():
+        known = '--teacher_config.image_size=16 --teacher_config.mean=(0.4,) '
+        known += '--teacher_config.std=(0.2,)'
+        out = run(f"{SYNTH} --teacher=net.pt {known} --out_dir='c d'")
+        out = follow(out, '--epochs=1 --width=4 --batch_size=8 --holdout=8 --out_dir=e')
+        assert M.load_classifier('e/student.safetensors').mean == [0.4]
+        assert 'student: e/student.safetensors' in out
+    at_once(lambda case: case(), (denoiser, classifier))
+
+
+def test_the_printed_command_of_a_classifier_works(tiny):
+    out = run(f'{CLASSIFIER} --epochs=1 --out_dir=a')
+    follow(out.replace('FOLDER', 'images.npz'))
+
+
+# ==== networks of the user ====
+MY_NET = """
 import torch
-import torch.nn as nn
+from torch import nn
 from models import Diffusion
 
 class Net(nn.Module):
-    def __init__(self, image_size=16, in_channels=1, num_classes=0):
+    def __init__(self, image_size, in_channels, num_classes):
         super().__init__()
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
-        self.net = nn.Sequential(nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(),
-                                 nn.ConvTranspose2d(8, in_channels, 3, padding=1))
-        self.time = nn.Linear(1, 8)
-        self.label = nn.Embedding(num_classes + 1, 8)
+        self.first = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.condition = nn.Embedding(num_classes + 1, 8)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.ConvTranspose2d(8, in_channels, 3, padding=1)
 
     def forward(self, x, t, y=None):
-        if CRASH:
-            raise RuntimeError('my own mistake')
-        h = self.net[0](x) + self.time(t[:, None] / 100)[:, :, None, None]
-        if self.num_classes:
-            y = torch.full_like(t, -1) if y is None else y
-            h = h + self.label(y % (self.num_classes + 1))[:, :, None, None]
-        return self.net[3](self.net[2](self.net[1](h)))
-
-CRASH = False
+        y = torch.full_like(t, -1) if y is None else y
+        h = self.condition(y % (self.num_classes + 1)) + t[:, None] / 100
+        return self.last(self.norm(self.first(x) + h[:, :, None, None]).relu())
 
 def load():
     torch.manual_seed(0)
-    return Net(num_classes=4), Diffusion('linear', 100, 'eps', learn_sigma=False)
+    return Net(16, 1, 4), Diffusion('linear', 100, 'eps', learn_sigma=False)
 
 def build(image_size, in_channels, num_classes):
     open('was_run', 'w')
     return Net(image_size, in_channels, num_classes)
 """
-GAN = """
+MY_GAN = """
 import torch
-import torch.nn as nn
+from torch import nn
 
 class Generator(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 256), nn.Sigmoid())
+        self.net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 256))
 
     def noise(self, n, generator=None):
-        return torch.randn(n, 4, generator=generator, device=self.net[0].weight.device)
+        return torch.randn(n, 4, generator=generator)
 
     def decode(self, noise):
-        return self.net(noise).view(-1, 1, 16, 16)
+        return self.net(noise).sigmoid().view(-1, 1, 16, 16)
 
 def load():
     return Generator(32)
@@ -648,325 +1009,84 @@ def load():
 def build():
     return Generator(8)
 """
-CLASSIFIERS = """
-import torch.nn as nn
+MY_CLASSIFIER = """
+from torch import nn
 
 class Net(nn.Module):
-    def __init__(self, classes=4, channels=1):
+    def __init__(self, num_classes=4, in_channels=1, image_size=16):
         super().__init__()
-        self.in_channels = channels
-        self.a = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.b = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.head = nn.Linear(8, classes)
-        STAGES
+        self.in_channels, self.stages = in_channels, ['one', 'two']
+        self.one = nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8, num_classes)
 
     def forward(self, x):
-        return self.head(self.b(self.a(x)).mean((2, 3)))
+        return self.head(self.two(self.one(x)).mean((2, 3)))
 
-def load():
-    return Net()
-
-def build(num_classes, in_channels, image_size):
-    return Net(num_classes, in_channels)
+load = build = Net
 """
+MINE = f'dkdm.py --teacher=mine.py {STEPS_6}'
 
 
 @pytest.fixture
 def users(tiny):
-    Path('mine.py').write_text(NET)
-    Path('crash.py').write_text(NET.replace('CRASH = False', 'CRASH = True'))
-    Path('gan.py').write_text(GAN)
-    Path('clf.py').write_text(CLASSIFIERS.replace('STAGES', "self.stages = ['a', 'b']"))
-    Path('bare.py').write_text(CLASSIFIERS.replace('STAGES', ''))
+    Path('mine.py').write_text(MY_NET)
+    Path('gan.py').write_text(MY_GAN)
+    Path('clf.py').write_text(MY_CLASSIFIER)
+    Path('bare.py').write_text(MY_CLASSIFIER.replace('self.stages', 'self.other'))
+    Path('raises.py').write_text(MY_NET.replace("h = self", "h = self.typo + self"))
 
 
-FOREIGN = 'dkdm.py --batch_size=8 --max_steps=4 --save_every=2 --log_every=1 --sample_steps=2 --stride=10 '
+def test_networks_of_the_user(users):
+    """A foreign teacher, a foreign student, both, by several methods; the exported weights."""
+    foreign = f'{DKDM} --teacher=classes.safetensors --student=mine.py --student_config={{}}'
+    outs = at_once(run, [
+        f'{MINE} {UNET} --guidance=2.0 --out_dir=a', f'{MINE} {UNET} {JUMPS} --out_dir=b',
+        f'{foreign} --dtype=bfloat16 --out_dir=c', f'{MINE} --student=mine.py --out_dir=d',
+        f'{foreign} --method=synthetic --synthetic_images=8 --synthetic_steps=2 --out_dir=e',
+        f'{foreign} {JUMPS} --max_steps=3 --out_dir=f'])
+    run(f'{foreign} {JUMPS} --init_from=resume --out_dir=f', ranks=0)
+    run(f'{foreign} {JUMPS} --out_dir=g')
+    assert same_file('f/student.safetensors', 'g/student.safetensors') and rows('f') == rows('g')
+    follow(outs[2], f'--num_samples=8 --out_dir=ec')
+    follow(outs[3], f'--num_samples=8 --out_dir=ed')
+    names = [row['model'] for row in metrics('ed')]
+    assert names == ['mine.py:d/student.safetensors', 'mine.py']
+    net = M.run_file('mine.py').build(16, 1, 4)
+    net.load_state_dict(load_file('c/student.safetensors'))  # plain PyTorch
 
-
-def test_a_foreign_network_teaches_and_learns(users):
-    ours = f'{FOREIGN} --teacher=mine.py {SIZE}'
-    theirs = f'{FOREIGN} --teacher=classes.safetensors --student=mine.py --dtype=bfloat16'
-    at_once(run, [f'{ours} --out_dir=ours', f'{theirs} --out_dir=theirs', f'{theirs} --out_dir=cut --max_steps=2',
-                  f'{ours} --method=jumps --walks=8 --walk_steps=4 --out_dir=jumps',
-                  f'{theirs} --method=synthetic --synthetic_images=8 --synthetic_steps=2 --out_dir=synthetic'])
-    run(f'{theirs} --out_dir=cut --init_from=resume')
-    run(f'{theirs} --out_dir=two', ranks=2)
-    at_once(run, [f'{theirs} --out_dir=again --method=shuffled', f'{FOREIGN} --teacher=mine.py --student=mine.py '
-                  '--method=iterative --out_dir=both'])
-    assert 'lr_decay' not in rows('theirs') and len(rows('theirs')) == len(rows('two')) == 4
-    import mine
-    net = mine.build(16, 1, 4)
-    net.load_state_dict(load_file('theirs/student.safetensors'))  # plain PyTorch
-    os.remove('was_run')
-    out = run(f'{FID} --models=theirs/student.safetensors', ok=False)
-    assert 'mine.py:theirs/student.safetensors' in out and not os.path.exists('was_run')
-    run(f'{FID} --models=mine.py:theirs/student.safetensors,mine.py --out_dir=e')
-    assert len(metrics('e')) == 2 and os.path.exists('was_run')
-    run(f'{SYNTH} --prior=mine.py --out_dir=s')
-    run(f'{SYNTH} --prior=mine.py:theirs/student.safetensors --out_dir=t')
-    assert 'diffusers has no Net' in run('export.py --model=mine.py:theirs/student.safetensors', ok=False)
-
-
-def test_a_foreign_network_resumes_bit_for_bit(users):
-    args = f'{FOREIGN} --teacher=mine.py --student=mine.py --lr_decay=False --out_dir='
-    run(f'{args}whole')
-    run(f'{args}cut --max_steps=2')
-    run(f'{args}cut --init_from=resume')
-    assert rows('whole') == rows('cut') and same_tensors('whole/student.safetensors', 'cut/student.safetensors')
-
-
-def test_a_users_mistake_keeps_its_traceback(users):
-    (process,), folder = start(f'{FOREIGN} --teacher=crash.py {SIZE}')
+    os.remove('was_run')  # the file of weights alone never runs it
+    message = run(f'{FID} --models=c/student.safetensors', ok=False)
+    assert 'mine.py:c/student.safetensors' in message and not os.path.exists('was_run')
+    run(f'{SYNTH} --prior=mine.py:c/student.safetensors --num_images=16 --out_dir=s')
+    (process,), folder = start(f'{MINE} {UNET} --teacher=raises.py')
     process.join()
     err = said(folder, 'err')
-    assert process.exitcode == 1 and 'crash.py' in err and 'RuntimeError: my own mistake' in err
-    assert 'no file gone.py' in run(f'{FOREIGN} --teacher=gone.py', ok=False)
+    assert process.exitcode == 1 and 'Traceback' in err and "no attribute 'typo'" in err
 
 
-def test_a_gan_is_distilled(users):
-    args = 'distill_vae.py --teacher=gan.py --student=gan.py --batch_size=16 --lr=1e-2 --log_every=10 --out_dir=o'
-    out = run(f'{args} --max_steps=100')
-    assert log('o')['out'][-1] < 0.5 * log('o')['out'][0] and 'z' not in log('o').dtype.names
-    command = re.search('evaluate: python (.*)', out)[1]
-    run(f'{command} --num_samples=16 --batch_size=8 --reference=images.npz --features=classifier.safetensors')
-    assert len(metrics('out/eval')) == 2 and os.path.exists('o/samples.png')
-
-
-def test_foreign_classifiers(users):
-    args = CLASSIFIER.replace('classifier.safetensors', 'clf.py')
-    run(f'{args} --student=clf.py --out_dir=a --epochs=1 --test=images.npz')
-    run(f'{args} --out_dir=b --epochs=1')
-    assert 'net.stages' in run(f'{args} --teacher=bare.py --out_dir=c', ok=False)
-    run(f'{args} --teacher=bare.py --lam_msarc=0.0 --out_dir=c --epochs=1')
-    run(f'distill_classifier.py --method=test --teacher=clf.py:a/student.safetensors --test=images.npz')
-    run(f'{SYNTH} --teacher=clf.py --out_dir=s')
+def test_generators_and_classifiers_of_the_user(users):
+    out = run('distill_vae.py --teacher=gan.py --student=gan.py --max_steps=100 --out_dir=o')
+    assert log('o')['out'][-1] < 0.5 * log('o')['out'][0] and os.path.exists('o/samples.png')
+    assert 'z' not in log('o').dtype.names
+    follow(out, '--num_samples=16')
+    assert [row['model'] for row in metrics('out/eval')] == ['gan.py:o/student.safetensors', 'gan.py']
+    args = CLASSIFIER.replace('classifier.safetensors', 'clf.py') + ' --epochs=1 '
+    at_once(run, [f'{args} --out_dir=a', f'{args} --student=clf.py --out_dir=b',
+                  f'{SYNTH} --teacher=clf.py --out_dir=s', f'{args} --method=data --student=clf.py'])
+    bare = args + ' --teacher=bare.py --student=clf.py '
+    assert 'net.stages' in run(f'{bare} --out_dir=c', ok=False)
+    run(f'{bare} --lam_msarc=0.0 --out_dir=c')
+    assert 'test accuracy' in run('distill_classifier.py --method=test --test=images.npz '
+                                  '--teacher=clf.py:b/student.safetensors')
+    run(f'{SYNTH} --teacher=clf.py --student=clf.py:b/student.safetensors --out_dir=t')
     run(f'{FID} --models=images.npz --features=clf.py')
 
 
-def test_processes_of_other_kinds():
-    """Wrappers of docs/reference.md, around networks that know the answer: they sample it."""
-    x0 = wave(1, 1, 8, 8) * 0.8
-    sigmas = torch.logspace(-2, 2, 1000, dtype=torch.float64)
-
-    class EDM(torch.nn.Linear):  # D(x + sigma noise, sigma) = x
-        def forward(self, x, t, y=None):
-            sigma = sigmas[t].float().view(-1, 1, 1, 1)
-            noisy = x * (1 + sigma ** 2).sqrt()
-            c_skip, c_out = 1 / (1 + sigma ** 2), sigma / (1 + sigma ** 2).sqrt()
-            inner = (x0 - c_skip * noisy) / c_out  # what F(c_in x) is of an exact network
-            return c_skip * noisy + c_out * inner
-
-    class Flow(torch.nn.Linear):  # u = t image + (1 - t) noise, images in [0, 1], predicts the image
-        def forward(self, x, t, y=None):
-            return 2 * ((x0 + 1) / 2).expand_as(x) - 1
-    t = 1 - torch.arange(1, 1001, dtype=torch.float64) / 1001
-    alpha_bars = {EDM: 1 / (1 + sigmas ** 2), Flow: (t / 2) ** 2 / (t ** 2 / 4 + (1 - t) ** 2)}
-    for kind, alpha_bar in alpha_bars.items():
-        d = M.Diffusion(M.betas_from_alpha_bar(alpha_bar).tolist(), prediction='x0', learn_sigma=False)
-        out = M.sample(kind(1, 1), d, (2, 1, 8, 8), 20, 'ddim')
-        assert torch.allclose(out, x0.expand_as(out), atol=1e-2)
-
-
-# ==== real files ====
-def save_image(path, values, mode=None, **kw):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.fromarray(values, mode).save(path, **kw)
-
-
-def pixel(path):
-    images, _ = M.load_images(os.path.dirname(path))
-    return images.shape[1], images[0, :, 0, 0].tolist()
-
-
-def test_images_are_what_the_files_hold():
-    grey = np.full((8, 8), 100, np.uint8)
-    save_image('sixteen/a.png', np.full((8, 8), 30000, np.uint16))
-    assert pixel('sixteen/a.png') == (1, [117])
-    save_image('float/a.tiff', np.full((8, 8), 0.6, np.float32))
-    assert pixel('float/a.tiff') == (1, [153])
-    for name, values in (('int32', np.full((8, 8), 70000, np.int32)), ('bright', np.full((8, 8), 3.5, np.float32))):
-        save_image(f'{name}/a.tiff', values)
-        with pytest.raises(M.UserError, match='a.tiff'):
-            M.load_images(name)
-    save_image('grey/a.png', grey)
-    assert pixel('grey/a.png') == (1, [100])
-    assert M.load_images('grey', channels=3)[0].shape[1] == 3
-    save_image('alpha/a.png', np.zeros((8, 8, 4), np.uint8))
-    assert pixel('alpha/a.png') == (3, [255, 255, 255])
-    save_image('cmyk/a.jpg', np.zeros((8, 8, 4), np.uint8), 'CMYK')
-    assert pixel('cmyk/a.jpg') == (3, [255, 255, 255])
-    os.makedirs('palette')
-    Image.new('RGB', (8, 8), (200, 0, 0)).quantize(4).save('palette/a.png')
-    assert pixel('palette/a.png') == (3, [200, 0, 0])
-    colour = np.zeros((8, 8, 3), np.uint8) + np.array([200, 0, 0], np.uint8)
-    save_image('mixed/a.png', colour)
-    save_image('mixed/b.png', grey)
-    images, _ = M.load_images('mixed')
-    assert images.shape[1] == 3 and images[1].unique().tolist() == [100]
-    assert M.load_images('mixed', channels=1)[0][:, 0, 0, 0].tolist() == [60, 100]
-    os.makedirs('turned')
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.zeros((8, 4), np.uint8)).save('turned/a.jpg', exif=exif)
-    assert M.load_images('turned')[0].shape[2:] == (4, 8)
-
-
-def test_folders_of_images(capsys):
-    for name, label in (('cat', 1), ('dog', 2)):
-        save_image(f'x/{name}/0.png', np.full((8, 8), label, np.uint8))
-    os.makedirs('x/.ipynb_checkpoints')
-    save_image('x/.hidden/0.png', np.zeros((8, 8), np.uint8))
-    os.makedirs('x/bird')
-    images, labels = M.load_images('x')
-    assert images[:, 0, 0, 0].tolist() == [1, 2] and labels.tolist() == [0, 1]
-    assert 'bird' in capsys.readouterr().out
-    save_image('x/0.png', np.zeros((8, 8), np.uint8))
-    with pytest.raises(M.UserError, match='which of them'):
-        M.load_images('x')
-    for shape in ((48, 32), (32, 48)):
-        x = torch.rand(1, 1, *shape) * 2 - 1
-        assert M.preprocess(M.classifier('resnet8', image_size=32, in_channels=1), x).shape[2:] == (32, 32)
-    for i in range(3):
-        save_image(f'clipart/arm/{i}.png', np.full((9, 7 + i), 200, np.uint8))
-    Path('list.txt').write_text(''.join(f'clipart/arm/{i}.png {9 + i}\n' for i in range(3)))
-    images, labels = M.load_images('list.txt:0-10', image_size=8)
-    assert images.shape == (2, 1, 8, 8) and (images == 200).all() and labels.tolist() == [9, 10]
-
-
-def test_names_are_taken_as_they_stand(tiny):
-    odd = 'synth_2026-11-25_12:30:05'
-    run(f'{SYNTH} --out_dir={odd} --num_images=48')
-    out = run(f'{CLASSIFIER} --data={odd} --epochs=1 --out_dir=o')
-    assert 'test accuracy' not in out
-    shutil.copytree(odd, 'other')
-    shutil.copy('classifier.safetensors', 'copy.safetensors')
-    net = M.classifier('resnet8', 4, image_size=16, in_channels=1, width=4)
-    M.save_model(net, 'stranger.safetensors')
-    for spec in ('other', 'other/', 'other:0-3', 'other/images_0000_00000.npz'):
-        args = f'{CLASSIFIER} --data={spec} --epochs=1'
-        assert 'another' in run(f'{args} --teacher=stranger.safetensors', ok=False) or True
-        run(f'{args} --teacher=copy.safetensors --out_dir=p')
-        message = run(f'{args} --teacher=stranger.safetensors', ok=False)
-        assert 'was made for the teacher' in message
-    assert M.split_classes('mnist:0-4') == ('mnist', range(5)) and M.split_classes(odd) == (odd, None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('HOME', os.getcwd())
-        processes, folder = start(f'{QUICK} --teacher=teacher.safetensors {SIZE} --stride=50 --out_dir=~/runs/a')
-        processes[0].join()
-    assert not os.path.exists('~')
-
-
-# ==== checkpoints of others ====
-@pytest.mark.parametrize('config', [
-    ADM, PLAIN, ADM | dict(num_classes=10, attention_resolutions=(8,), num_res_blocks=2, channel_mult=(1, 2, 3))])
-def test_original_unets_load_by_their_shapes(config, capsys):
-    net = fill(M.UNet(**config))
-    torch.save({'state_dict': net.state_dict(), 'step': 3}, 'adm.pt')
-    state = {f'module.{k}': v for k, v in net.state_dict().items()}
-    torch.save({'model': state | {'n_averaged': torch.tensor(3)}}, 'adm.pt')
-    known = {'image_size': config['image_size']}
-    loaded, diffusion = M.load_denoiser('adm.pt', **known)  # strided ones have the old order of qkv
-    assert loaded.config == net.config and diffusion.prediction == 'eps'
-    assert diffusion.learn_sigma == (net.config['out_channels'] == 6)
-    said = capsys.readouterr().out
-    assert 'num_head_channels=32' in said and 'image_size' not in said
-
-
-def test_what_a_checkpoint_does_not_say():
-    net = fill(M.UNet(**ADM))
-    torch.save(net.state_dict(), 'adm.pt')
-    loaded, _ = M.load_denoiser('adm.pt', num_heads=4)
-    assert loaded.middle_block[1].num_heads == 4
-    loaded, d = M.load_denoiser('adm.pt', rescale_timesteps=True, steps=4000)
-    x, t = wave(1, 3, 32, 32), torch.tensor([2000])
-    assert d.T == 4000 and torch.equal(loaded(x, t), net.eval()(x, t // 4))
-    for wrong in (dict(in_channels=4), dict(depth=3)):
-        with pytest.raises(M.UserError):
-            M.load_denoiser('adm.pt', **wrong)
-    torch.save(M.UNet(**ADM | dict(in_channels=6, out_channels=3)).state_dict(), 'sr.pt')
-    with pytest.raises(M.UserError, match='super-resolution'):
-        M.load_denoiser('sr.pt')
-    classifier = {k: v for k, v in net.state_dict().items() if not k.startswith('output_blocks')}
-    torch.save(classifier, 'noisy.pt')
-    with pytest.raises(M.UserError, match='no denoiser'):
-        M.load_denoiser('noisy.pt')
-    torch.save({'generator': net.state_dict(), 'discriminator': {}}, 'two.pt')
-    with pytest.raises(M.UserError, match='generator'):
-        M.load_denoiser('two.pt')
-
-
-def test_ldm_and_dit_checkpoints():
-    net = fill(M.UNet(**PLAIN))
-    betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, 1000, dtype=torch.float64) ** 2
-    state = {'betas': betas, 'first_stage_model.x': torch.zeros(1)}
-    for k, v in net.state_dict().items():
-        state['model.diffusion_model.' + k] = torch.zeros_like(v)
-        state['model_ema.diffusion_model' + k.replace('.', '')] = v
-    torch.save({'state_dict': state}, 'ldm.ckpt')
-    loaded, d = M.load_denoiser('ldm.ckpt')
-    assert loaded.config == net.config and not d.clip
-    assert torch.equal(loaded.out[2].weight, net.out[2].weight)
-    wanted = M.Diffusion('sqrt_linear', beta_range=(0.0015, 0.0195)).alpha_bar
-    assert np.allclose(d.alpha_bar[:-1], wanted[:-1])
-    dit = fill(M.DiT(8, hidden_size=64, depth=2, num_heads=4, num_classes=10))
-    torch.save({'ema': dit.state_dict(), 'model': dit.state_dict()}, 'dit.pt')
-    loaded, d = M.load_denoiser('dit.pt', num_heads=4)
-    assert loaded.config == dit.config and d.learn_sigma
-
-
-PUBLISHED = [
-    ('resnet34', []), ('wrn40_2', []), ('vgg16', []), ('resnet50', []),
-    ('resnet34', [('.shortcut.', '.downsample.'), ('linear.', 'fc.')]),  # timm's names
-    ('resnet20', [('fc.', 'linear.'), ('', 'module.', 1)])]  # the paper's shortcuts, of CIFAR
-
-
-@pytest.mark.parametrize('name, renamed', PUBLISHED)
-def test_published_classifiers_load_by_their_shapes(name, renamed):
-    net = fill(M.classifier(name, 10, **{'shortcut': 'pad'} if name == 'resnet20' else {}))
-    state = net.state_dict()
-    for change in renamed:
-        state = {k.replace(*change): v for k, v in state.items()}
-    torch.save({'state_dict': state, 'best_prec1': 91.7}, 'c.pth')
-    loaded = M.load_classifier('c.pth', image_size=64)
-    assert loaded.image_size == 64
-    assert loaded.mean[0] == (0.485 if name == 'resnet20' else 0.4914)
-    assert torch.equal(loaded(wave(2, 3, 32, 32)), net(wave(2, 3, 32, 32)))
-    torch.save({'model_state_dict': {f'_orig_mod.{k}': v for k, v in state.items()}}, 'c.pth')
-    assert torch.equal(M.load_classifier('c.pth')(wave(2, 3, 32, 32)), net(wave(2, 3, 32, 32)))
-
-
-def test_a_stem_with_a_max_pool():
-    net = fill(M.classifier('resnet18', max_pool=True))
-    torch.save(net.state_dict(), 'c.pth')
-    x = wave(2, 3, 32, 32)
-    assert torch.equal(M.load_classifier('c.pth', max_pool=True)(x), net(x))
-    assert not torch.equal(M.load_classifier('c.pth')(x), net(x))
-
-
-def test_torchvision_classifiers():
-    import torchvision
-    net = torchvision.models.resnet18(num_classes=5).eval()
-    torch.save(net.state_dict(), 'r.pth')
-    loaded, x = M.load_classifier('r.pth'), wave(1, 3, 64, 64)
-    logits, maps = loaded.forward_features(x)
-    assert torch.equal(logits, net(x)) and [m.shape[1] for m in maps] == [64, 128, 256, 512]
-    assert loaded.image_size == 224
-
-
-def test_own_files_describe_themselves():
-    net = M.UNet(28, 1, 2, 20, 1, (1, 2), (7,), num_head_channels=20, patch_size=2)
-    d = M.Diffusion('linear', 100, 'v')
-    M.save_model(fill(net), 'a.safetensors', d)
-    loaded, d2 = M.load_denoiser('a.safetensors')
-    assert [d2.config, loaded.config] == json.loads(json.dumps([d.config, net.config]))
-    x, t = wave(2, 1, 28, 28), torch.tensor([3, 70])
-    assert torch.equal(loaded(x, t), net(x, t)) and os.listdir() == ['a.safetensors']
-    net.out[2].bias.data[0] = float('nan')
-    with pytest.raises(M.UserError, match='not finite'):
-        M.save_model(net, 'a.safetensors', d)
-
-
 # ==== diffusers ====
+TEACHERS = {'ddpm': 'unet', 'ldm': 'unet', 'dit': 'transformer', 'sd': 'unet', 'sd3': 'transformer'}
+
+
 @pytest.fixture(scope='session')
 def pipeline_models(tmp_path_factory):
     """Every kind of diffusers pipeline, tiny and random, saved as its users save theirs."""
@@ -991,45 +1111,41 @@ def pipeline_models(tmp_path_factory):
     unet = dict(sample_size=8, in_channels=4, out_channels=4, attention_head_dim=8)
     rgb = unet | dict(sample_size=16, in_channels=3, out_channels=3)
     attention = 'DownBlock2D AttnDownBlock2D', 'AttnUpBlock2D UpBlock2D'
-    pixels = net(D.UNet2DModel, *attention, **rgb)
-    upscaler = net(D.UNet2DModel, *attention, **rgb | dict(in_channels=6))
     latents = net(D.UNet2DModel, 'DownBlock2D DownBlock2D', 'UpBlock2D UpBlock2D', **unet)
-    coder = ('DownEncoderBlock2D DownEncoderBlock2D', 'UpDecoderBlock2D UpDecoderBlock2D')
+    coder = 'DownEncoderBlock2D DownEncoderBlock2D', 'UpDecoderBlock2D UpDecoderBlock2D'
     kl = net(D.AutoencoderKL, *coder, latent_channels=4, scaling_factor=0.5)
+    shifted = D.AutoencoderKL(**kl.config | {'shift_factor': 0.1})
     vq = net(D.VQModel, *coder, latent_channels=4, num_vq_embeddings=32, scaling_factor=0.3)
     cross = 'CrossAttnDownBlock2D DownBlock2D', 'UpBlock2D CrossAttnUpBlock2D'
-    conditional = net(D.UNet2DConditionModel, *cross, cross_attention_dim=16, **unet)
-    consistent = net(D.UNet2DConditionModel, *cross, cross_attention_dim=16, time_cond_proj_dim=8, **unet)
-    dit = D.DiTTransformer2DModel(
-        2, 8, 4, 8, 1, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_elementwise_affine=False)
+    unet['cross_attention_dim'] = 16
+    conditional = net(D.UNet2DConditionModel, *cross, **unet)
+    consistent = net(D.UNet2DConditionModel, *cross, **unet, time_cond_proj_dim=8)
+    dit = D.DiTTransformer2DModel(2, 8, 4, 8, 1, sample_size=8, patch_size=2,
+                                  num_embeds_ada_norm=1000, norm_elementwise_affine=False)
     sd3 = D.SD3Transformer2DModel(
-        8, 2, 4, 1, 8, 4, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
-        out_channels=4, pos_embed_max_size=8)
-    linear = dict(clip_sample=False, beta_schedule='scaled_linear')
-    v = D.DDIMScheduler(**linear, prediction_type='v_prediction')
-    linear = D.DDIMScheduler(**linear)
+        8, 2, 4, 1, 8, 4, joint_attention_dim=32, caption_projection_dim=32,
+        pooled_projection_dim=32, out_channels=4, pos_embed_max_size=8)
     cosine = D.DDIMScheduler(beta_schedule='squaredcos_cap_v2')
-    shifted = D.AutoencoderKL(**kl.config | {'shift_factor': 0.1})
+    linear = D.DDIMScheduler(clip_sample=False, beta_schedule='scaled_linear')
+    v = D.DDIMScheduler(**linear.config | {'prediction_type': 'v_prediction'})
     flow = D.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    texts = [H.CLIPTextModelWithProjection(clip), tokenizer] * 2
     encoder = H.CLIPTextModel(clip)
-    unsafe = dict(requires_safety_checker=False)
+    two = [H.CLIPTextModelWithProjection(clip), tokenizer] * 2
+    rest = v, None, None, None, False
     pipelines = {
-        'ddpm': D.DDPMPipeline(pixels, cosine),
-        'upscaler': D.DDPMPipeline(upscaler, cosine),
-        'ldm': D.LDMPipeline(vq, latents, linear),
-        'dit': D.DiTPipeline(dit, kl, linear),
-        'sd': D.StableDiffusionPipeline(kl, encoder, tokenizer, conditional, v, None, None, **unsafe),
-        'lcm': D.StableDiffusionPipeline(kl, encoder, tokenizer, consistent, v, None, None, **unsafe),
-        'sd3': D.StableDiffusion3Pipeline(sd3, flow, shifted, *texts, H.T5EncoderModel(t5), tokenizer),
+        'ddpm': D.DDPMPipeline(net(D.UNet2DModel, *attention, **rgb), cosine),
+        'upscaler': D.DDPMPipeline(net(D.UNet2DModel, *attention, **rgb | {'in_channels': 6}), cosine),
+        'ldm': D.LDMPipeline(vq, latents, linear), 'dit': D.DiTPipeline(dit, kl, linear),
+        'sd': D.StableDiffusionPipeline(kl, encoder, tokenizer, conditional, *rest),
+        'lcm': D.StableDiffusionPipeline(kl, encoder, tokenizer, consistent, *rest),
+        'sd3': D.StableDiffusion3Pipeline(sd3, flow, shifted, *two, H.T5EncoderModel(t5), tokenizer),
         'tiny_vae': D.AutoencoderTiny(
             encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
             num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))}
     for name, pipe in pipelines.items():
         pipe.save_pretrained(folder / name)
-    D.LDMPipeline(vq, latents, linear).to(torch.float16).save_pretrained(folder / 'half', variant='fp16')
-    net = M.classifier('wrn16_1', 4, image_size=16)
-    M.save_model(net, f'{folder}/classifier.safetensors')
+    pipelines['ldm'].to(torch.float16).save_pretrained(folder / 'half', variant='fp16')
+    M.save_model(M.classifier('wrn16_1', 4, image_size=16), f'{folder}/classifier.safetensors')
     (folder / 'names.txt').write_text('one\ntwo\nthree\nfour\n')
     images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
     np.savez(folder / 'images.npz', arr_0=images)
@@ -1038,20 +1154,22 @@ def pipeline_models(tmp_path_factory):
     return folder
 
 
-TEACHERS = {'ddpm': 'unet', 'ldm': 'unet', 'dit': 'transformer', 'sd': 'unet', 'sd3': 'transformer'}
-
-
 @pytest.fixture
 def pipelines(pipeline_models, own_folder):
-    for path in pipeline_models.iterdir():
-        os.symlink(path, path.name)
+    link(pipeline_models)
 
 
-def sampled(folder, steps=2, **call):
-    """Images that diffusers draws from a pipeline."""
-    from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    return pipe(num_inference_steps=steps, output_type='np', **call).images
+def sampled(pipe, noise, steps, **call):
+    """Images (B, C, H, W) in [0, 1] that a pipeline of diffusers makes of our noise."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = sys.modules[type(pipe).__module__]
+        patch.setattr(module, 'randn_tensor', lambda *_, **__: noise.clone(), raising=False)
+        images = pipe(num_inference_steps=steps, output_type='np', **call).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def assert_same_images(theirs, ours):
+    assert (theirs - ((ours + 1) / 2).clamp(0, 1)).abs().max() < 1e-4 and ours.std() > 0
 
 
 @pytest.mark.parametrize('name', TEACHERS)
@@ -1062,39 +1180,33 @@ def test_pipelines_sample_what_diffusers_samples(name, pipelines):
         pipe.scheduler.register_to_config(steps_offset=0, set_alpha_to_one=True)
     net, diffusion = M.load_denoiser(name)
     noise = torch.randn(1, net.in_channels, net.image_size, net.image_size)
-    y, kw = None, {}
+    y, call = None, {}
     if name == 'ddpm':
         pipe = DDIMPipeline(pipe.unet, pipe.scheduler)
-        kw = dict(use_clipped_model_output=True)
+        call = dict(use_clipped_model_output=True)
     elif name == 'dit':
-        y, kw = torch.tensor([7]), dict(class_labels=[7], guidance_scale=3.)
+        y, call = torch.tensor([7]), dict(class_labels=[7], guidance_scale=3.)
     elif name in ('sd', 'sd3'):
         net.set_prompts(['a dog', 'a cat'])
-        y, kw = torch.tensor([1]), dict(prompt=['a cat'], guidance_scale=3., latents=noise)
+        y, call = torch.tensor([1]), dict(prompt=['a cat'], guidance_scale=3., latents=noise)
     if name == 'sd3':
-        kw['sigmas'] = [(t + 1) / 1000 for t in M.sampling_steps(1000, 5, 'leading')]
-    with pytest.MonkeyPatch.context() as patch:  # they draw their noise: give them ours
-        module = sys.modules[type(pipe).__module__]
-        patch.setattr(module, 'randn_tensor', lambda *_, **__: noise.clone(), raising=False)
-        theirs = pipe(num_inference_steps=5, output_type='np', **kw).images
-    ours = M.decode(net, M.sample(net, diffusion, noise, 5, 'ddim', y, 3., spacing='leading'))
-    ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    assert np.abs(ours - theirs).max() < 1e-4 and ours.std() > 0
+        call['sigmas'] = [(t + 1) / 1000 for t in M.sampling_steps(1000, 5, 'leading')]
+    ours = M.sample(net, diffusion, noise, 5, 'ddim', y, 3., spacing='leading')
+    assert_same_images(sampled(pipe, noise, 5, **call), M.decode(net, ours))
 
 
 MORE = {'dit': '--guidance=2.0 --uncond_prob=0.2 --student_prediction=teacher',
         'sd': '--prompts=names.txt --guidance=2.0',
         'sd3': '--prompts=names.txt --guidance=2.0 --student_prediction=teacher'}
+OURS = """--student=dit --student_config="{'hidden_size':16,'depth':1,'num_heads':2}" """
 
 
-def test_students_of_diffusers_go_back_to_diffusers(pipelines):
-    """Each kind of teacher, a student of its class: as a pipeline it is the same network."""
-    def one(name):
-        file = f'o_{name}/student.safetensors'
-        out = run(f'{QUICK} --teacher={name} --student={name}.json {MORE.get(name, "")} --out_dir=o_{name}')
-        run(re.search('for diffusers: python (.*)', out)[1])
-        call = {'dit': dict(class_labels=[3]), 'sd': dict(prompt='one'), 'sd3': dict(prompt='one')}
-        assert np.isfinite(sampled(f'o_{name}/pipeline', **call.get(name, {}))).all()
+def test_students_of_pipelines(pipelines):
+    """Of each kind of teacher one of its class, which goes back to diffusers, and one of ours."""
+    def same_class(name):
+        more, file = MORE.get(name, ''), f'o_{name}/student.safetensors'
+        out = run(f'{QUICK} --teacher={name} --student={name}.json {more} --out_dir=o_{name}')
+        run(shlex.split(re.search('for diffusers: python (.*)', out)[1]))
         made = []
         for spec in (file, f'o_{name}/pipeline'):
             net, diffusion = M.load_denoiser(spec)
@@ -1102,96 +1214,110 @@ def test_students_of_diffusers_go_back_to_diffusers(pipelines):
             assert net.guided == (name in MORE)
             if net.condition == 'text':
                 net.set_prompts(['one', 'two'])
-            x, t = wave(1, net.in_channels, net.image_size, net.image_size), torch.tensor([300])
+            x = wave(1, net.in_channels, net.image_size, net.image_size)
+            t = torch.tensor([300])
             made.append(M.decode(net, diffusion.predict_x0(net(x, t, t * 0), x, t)))
         assert made[0].shape == (1, 3, 16, 16) and torch.allclose(*made, atol=1e-5)
-    at_once(one, TEACHERS)
-    args = f'{FID} --models=o_ddpm/student.safetensors,o_sd/student.safetensors --prompts=names.txt'
-    run(f'{args} --num_samples=8 --steps=2 --out_dir=eval')
-    assert len(metrics('eval')) == 2
-
-
-def test_few_step_students_in_diffusers(pipelines, tiny_models):
-    """The file says how it is sampled; diffusers samples the same images with as many steps."""
-    from diffusers import DiffusionPipeline
-    config = json.load(open('ddpm.json')) | dict(in_channels=1, out_channels=1)
-    json.dump(config, open('grey.json', 'w'))
-    run(f'{QUICK} --method=jumps --jumps=2 --walks=8 --walk_steps=4 --student=grey.json --stride=50 '
-        f'--teacher={tiny_models}/teacher.safetensors --out_dir=o')
-    net, diffusion = M.load_denoiser('o/student.safetensors')
-    assert net.sampling == dict(sampler='ddim', steps=2, spacing='trailing') and not diffusion.clip
-    run('export.py --model=o/student.safetensors --out_dir=p')
-    pipe = DiffusionPipeline.from_pretrained('p')
-    noise = torch.randn(2, 1, 16, 16)
-    with pytest.MonkeyPatch.context() as patch:
-        module = sys.modules[type(pipe).__module__]
-        patch.setattr(module, 'randn_tensor', lambda *_, **__: noise.clone())
-        theirs = pipe(2, num_inference_steps=2, output_type='np').images
-    ours = M.sample(net, diffusion, noise, 2, 'ddim')
-    ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    assert np.abs(ours - theirs).max() < 1e-4 and ours.std() > 0
-    run(f'eval_fid.py --models=o/student.safetensors --num_samples=8 --reference={tiny_models}/images.npz '
-        f'--features={tiny_models}/classifier.safetensors --out_dir=e')
-    assert metrics('e')[0]['steps'] == 2 and metrics('e')[0]['passes'] == 2
-
-
-def test_students_of_latents_keep_their_vae(pipelines):
-    ours = "--student=dit --student_config={'hidden_size':16,'depth':1,'num_heads':2}"
-    half = f'{QUICK} {ours} --teacher=half --out_dir=latent'
-    at_once(run, [half, f'{QUICK} {ours} --teacher=sd3 --prompts=names.txt --out_dir=text --method=jumps '
-                        '--walks=4 --walk_steps=2'])
-    run(f'{QUICK} {ours} --teacher=latent/student.safetensors --out_dir=again')
-    run(f'{FID} --models=latent/student.safetensors --num_samples=4 --steps=2')
-    for name in ('latent', 'text', 'again'):
-        net, _ = M.load_denoiser(f'{name}/student.safetensors')
+    at_once(same_class, TEACHERS)
+    at_once(run, [f'{QUICK} {OURS} --teacher=half --out_dir=half_s',  # which is there in fp16 only
+                  f'{QUICK} {OURS} --teacher=sd3 --prompts=names.txt {JUMPS} --out_dir=text'])
+    run(f'{QUICK} {OURS} --teacher=half_s/student.safetensors --out_dir=again')
+    for name, classes in (('half_s', 0), ('text', 4), ('again', 0)):
+        net, _ = M.load_denoiser(f'{name}/student.safetensors')  # its VAE is its teacher's
         assert M.decode(net, torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
-
-
-def test_what_diffusers_has_and_we_do_not(pipelines):
+        assert net.num_classes == classes
+    models = ','.join(f'{name}/student.safetensors' for name in ('o_ddpm', 'o_sd', 'half_s'))
+    run(f'{FID} --models={models} --num_samples=8 --steps=2 --prompts=names.txt --out_dir=e')
+    assert len(metrics('e')) == 3
     for name, message in (('upscaler', 'super-resolution'), ('lcm', 'time_cond_proj_dim')):
         with pytest.raises(M.UserError, match=message):
             M.load_denoiser(name)
 
 
-UNETS = ['UNet(16, 3, 6, 32, 2, (1, 2, 2), (8,), num_head_channels=16)',
-         'UNet(16, 3, 6, 32, 1, (1, 2), (16, 8), num_classes=4)',
-         'UNet(16, 3, 3, 32, 1, (1, 2), (8,), use_scale_shift_norm=False, resblock_updown=False)',
-         'DiT(8, 2, 4, 32, 1, 2, num_classes=5, learn_sigma=False)']
+@pytest.mark.parametrize('student', ['unet', 'grey.json'])
+def test_few_step_students_in_diffusers(student, tiny, pipeline_models):
+    """The file says how it is sampled; with as many steps diffusers samples the same images."""
+    from diffusers import DiffusionPipeline
+    config = json.loads((pipeline_models / 'ddpm.json').read_text())
+    Path('grey.json').write_text(json.dumps(config | dict(in_channels=1, out_channels=1)))
+    sizes = """--student_config="{'patch_size':1,'model_channels':32,'attention_resolutions':(8,)}" """
+    run(f"{QUICK} --stride=50 {JUMPS} --student={student} --teacher=teacher.safetensors --out_dir=o "
+        f"--lr=3e-3 --sample_steps=2 {sizes if student == 'unet' else ''}")
+    net, diffusion = M.load_denoiser('o/student.safetensors')
+    assert net.sampling == dict(sampler='ddim', steps=2, spacing='trailing') and not diffusion.clip
+    run('export.py --model=o/student.safetensors --out_dir=p')
+    noise = torch.randn(2, 1, 16, 16)
+    theirs = sampled(DiffusionPipeline.from_pretrained('p'), noise, 2, batch_size=2)
+    assert_same_images(theirs, M.sample(net, diffusion, noise, 2, 'ddim'))
+    run(f'{FID} --models=o/student.safetensors --steps=0 --out_dir=e')
+    assert metrics('e')[0]['steps'] == metrics('e')[0]['passes'] == 2
 
 
-@pytest.mark.parametrize('make', UNETS)
+EXPORTED = [
+    lambda: M.UNet(16, 3, 6, 32, 2, (1, 2, 2), (8,), num_head_channels=16),
+    lambda: M.UNet(16, 3, 6, 32, 1, (1, 2), (16, 8), num_classes=4),
+    lambda: M.UNet(16, 3, 3, 32, 1, (1, 2), (8,), use_scale_shift_norm=False, resblock_updown=False),
+    lambda: M.DiT(8, 2, 4, 32, 1, 2, num_classes=5, learn_sigma=False)]
+
+
+@pytest.mark.parametrize('make', EXPORTED)
 @torch.no_grad()
 def test_our_networks_in_diffusers(make):
-    import diffusers
-    net = eval(f'M.{make}')
+    net = make()
     position = {k: v.clone() for k, v in net.state_dict().items() if k == 'pos_embed'}
     fill(net).load_state_dict(position, strict=False)
-    x, t = wave(2, net.in_channels, net.image_size, net.image_size), torch.tensor([3, 40])
-    y = torch.tensor([1, -1]) if net.num_classes else None
-    kw = {} if y is None else {'class_labels': torch.where(y < 0, net.num_classes, y)}
+    x = wave(2, net.in_channels, net.image_size, net.image_size)
+    t, y = torch.tensor([3, 40]), torch.tensor([1, -1])
+    call = {}
+    if net.num_classes:
+        call['class_labels'] = torch.where(y < 0, net.num_classes, y)
     ours = net(x, t, y)
-    learn_sigma = ours.shape[1] > x.shape[1]
-    diffusion = M.Diffusion('linear', prediction='v', learn_sigma=learn_sigma, clip=False)
-    M.save_model(net, 'net.safetensors', diffusion)
-    run('export.py --model=net.safetensors --out_dir=o')
-    kind, part = 'UNet2DModel', 'unet'
-    if isinstance(net, M.DiT):
-        kind, part = 'DiTTransformer2DModel', 'transformer'
-    theirs = getattr(diffusers, kind).from_pretrained('o', subfolder=part)(x, timestep=t, **kw).sample
+    theirs = export.to_diffusers(net)(x, timestep=t, **call).sample
     # diffusers' DiT has slightly other frequencies of t
-    assert (ours - theirs).norm() < (1e-4 if part == 'unet' else 5e-4) * ours.norm()
-    assert os.path.exists('o/model_index.json') == (not net.num_classes)
+    tolerance = 5e-4 if isinstance(net, M.DiT) else 1e-4
+    assert (ours - theirs).norm() < tolerance * ours.norm()
 
 
 # ==== synthesize.py ====
+PRIORS = lines("""
+    --prior=ddpm
+    --prior=ldm --edit=paper --grad_batch=3 --sampler=renoise
+    --prior=dit --guidance=2.0 --lca=mixup
+    --prior=sd --guidance=3.0 --sampler=ddim --ddim_eta=0.5 --lca=traditional --edit=x_t
+    --prior=sd --class_names=names.txt --alpha=0 --beta=0
+    --prior=none --flip=True --tv=0.1 --l2=0.1
+    --prior=sd --teacher=vae:sd --guidance=2.0 --lca=none
+    --prior=ldm --teacher=vae:tiny_vae --alpha=0 --lca=none""")
+
+
 def test_every_kind_of_prior(pipelines):
-    at_once(run, [f'{SYNTH} --num_images=8 --batch_size=4 --keep=1 {args}' for args in (
-        '--prior=sd --prompt=x --class_names=names.txt --guidance=2.0 --edit=paper --grad_batch=2 --out_dir=a',
-        '--prior=dit --guidance=2.0 --edit=x_t --lca=traditional --out_dir=b',
-        '--prior=none --steps=3 --flip=True --out_dir=c',
-        '--prior=sd --teacher=vae:sd --alpha=0.1 --lca=none --out_dir=d',
-        '--prior=ldm --teacher=vae:tiny_vae --alpha=0 --lca=none --sampler=ddim --out_dir=e')])
-    assert M.load_images('a')[1].max() == 3 and M.load_images('d')[1] is None
+    def one(case):
+        i, args = case
+        out = run(f'{SYNTH} --num_images=16 --batch_size=4 {args} --out_dir=o{i}')
+        images, labels = M.load_images(f'o{i}')
+        assert images.shape == (16, 3, 16, 16) and np.isfinite(log(f'o{i}')['loss']).all()
+        if 'vae:' in args:
+            assert labels is None and 'distill_vae.py' in out
+        else:
+            assert torch.bincount(labels).tolist() == [4] * 4 and 'distill_classifier.py' in out
+    at_once(one, enumerate(PRIORS))
+
+
+def test_guidance_lowers_the_losses_of_the_kept_images():
+    """The bundled models, the same noise: guided images are closer to the teacher's training."""
+    os.symlink(ROOT / 'pretrained', 'pretrained')
+    settings = {'none': '--eta=0.0', 'l2': '--alpha=0.3', 'kl': '--bn_loss=kl --alpha=0.01'}
+    command = 'synthesize.py --batch_size=20 --steps=8 --lca_every=4 --keep_every=1 --num_images=80'
+    at_once(lambda name: run(f'{command} {settings[name]} --out_dir={name}'), settings)
+    net = M.load_classifier('pretrained/mnist_resnet.safetensors')
+    noted = synthesize.BatchNormInputs(net)
+    cls, bn = {}, {}
+    for name in settings:
+        images, labels = M.load_images(name)
+        x = M.preprocess(net, M.to_float(images))
+        _, terms = synthesize.inversion_loss(net, x, labels, noted, (1., 1., 0.))
+        cls[name], bn[name] = terms['cls'], terms['bn']
+    assert max(cls['l2'], cls['kl']) < 0.5 * cls['none'] and bn['l2'] < bn['none'], (cls, bn)
 
 
 def test_synthesis_restarts_and_ranks_share(tiny):
@@ -1206,22 +1332,23 @@ def test_synthesis_restarts_and_ranks_share(tiny):
         assert torch.equal(one, two)
 
 
-def test_inversion_step_of_the_paper(tiny):
-    """Eqs. (4)-(10) by hand: every loss that the script logs over three steps, and the images it keeps."""
+def test_the_step_of_the_paper(tiny):
+    """Eqs. (4)-(10) by hand: every loss that the script logs over three steps, and its images."""
     torch.manual_seed(0)
     net = M.UNet(16, 1, 1, 16, 1, (1, 2), (4,), num_head_channels=16).eval()
     torch.nn.init.normal_(net.out[2].weight, std=0.02)
-    M.save_model(net, 'prior.safetensors', M.Diffusion('linear', 100, 'eps', False, clip=False))
+    process = M.Diffusion('linear', 100, 'eps', learn_sigma=False, clip=False)
+    M.save_model(net, 'prior.safetensors', process)
     student = M.classifier('resnet8', 4, image_size=16, in_channels=1, width=4)
     M.save_model(student, 'student.safetensors')
     run(f'{SYNTH} --prior=prior.safetensors --student=student.safetensors --edit=paper --eta=4.0 '
-        '--alpha=0.1 --beta=1.0 --gamma=0.5 --tau=2.0 --sampler=renoise --lca=none --steps=3 --keep=3 '
-        '--grad_batch=3 --num_images=24 --dtype=float32 --out_dir=o')
+        '--alpha=0.1 --beta=1.0 --gamma=0.5 --tau=2.0 --sampler=renoise --lca=none --steps=3 '
+        '--keep=3 --grad_batch=3 --num_images=24 --dtype=float32 --out_dir=o')
     images, labels = M.load_images('o')
-    f_t = M.load_classifier('classifier.safetensors')
-    f_s = M.load_classifier('student.safetensors')
-    noted = synthesize.BatchNormInputs(f_t)
-    g = torch.Generator().manual_seed(0)
+    f_T = M.load_classifier('classifier.safetensors')
+    f_S = M.load_classifier('student.safetensors')
+    noted = synthesize.BatchNormInputs(f_T)
+    g = torch.Generator().manual_seed(0)  # the script's draws, in its order
     z, noise = torch.randn(8, 1, 16, 16, generator=g), torch.randn(3, 8, 1, 16, 16, generator=g)
     for _ in range(3):
         torch.randperm(8, generator=g)
@@ -1234,11 +1361,14 @@ def test_inversion_step_of_the_paper(tiny):
         z = z.detach().requires_grad_()
         a, b = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
         eps = net(z, torch.full((8,), t))
-        x = ((z - b * eps) / a).clamp(-1, 1) / 2  # Eq. (4); mean and deviation 0.5 of [0, 1]
-        p_t, p_s = f_t(2 * x), f_s(2 * x)
-        L_bn = synthesize.bn_distance(noted.inputs)  # Eq. (6)
-        L_cls = -p_t.log_softmax(1)[range(8), y].mean()  # Eq. (7)
-        log_T, log_S = (p_t / 2).log_softmax(1), (p_s / 2).log_softmax(1)
+        x = ((z - b * eps) / a).clamp(-1, 1)  # Eq. (4); the classifiers have mean and std 0.5
+        logits_T, logits_S = f_T(x), f_S(x)
+        L_bn = 0.  # Eq. (6)
+        for layer, seen in noted.inputs.items():
+            var, mean = torch.var_mean(seen, (0, 2, 3), correction=0)
+            L_bn = L_bn + (mean - layer.running_mean).norm() + (var - layer.running_var).norm()
+        L_cls = -logits_T.log_softmax(1)[range(8), y].mean()  # Eq. (7)
+        log_T, log_S = (logits_T / 2).log_softmax(1), (logits_S / 2).log_softmax(1)
         L_adv = -(log_T.exp() * (log_T - log_S)).sum(1).mean()  # Eq. (8)
         L = 0.1 * L_bn + L_cls + 0.5 * L_adv  # Eq. (9)
         for name, value in (('bn', L_bn), ('cls', L_cls), ('adv', L_adv), ('loss', L)):
@@ -1251,156 +1381,175 @@ def test_inversion_step_of_the_paper(tiny):
             z = alpha_bar[s].sqrt() * x0 + (1 - alpha_bar[s]).sqrt() * noise[i]  # Eq. (5)
 
 
-def test_bn_distance_has_the_closed_form():
-    layer = torch.nn.BatchNorm2d(3)
-    layer.running_mean.normal_()
-    layer.running_var.uniform_(0.5, 2)
-    x = torch.randn(8, 3, 4, 4)
-    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    l2 = (mean - layer.running_mean).norm() + (var - layer.running_var).norm()
-    assert torch.allclose(synthesize.bn_distance({layer: x}), l2)
-    q = Normal(mean, (var + layer.eps).sqrt())
-    p = Normal(layer.running_mean, (layer.running_var + layer.eps).sqrt())
-    assert torch.allclose(synthesize.bn_distance({layer: x}, 'kl'), kl_divergence(q, p).sum())
-
-
-# ==== distill_classifier.py ====
+# ==== distill_classifier.py, distill_vae.py ====
 def test_distilled_classifier(tiny):
-    """The student comes to agree with its teacher, and serves the adversarial loss of the next round."""
-    out = run(f'{CLASSIFIER} --method=data --width=8 --holdout=0 --epochs=10 --test=images.npz --out_dir=teacher')
+    """The student comes to agree with its teacher, and serves the next round's adversarial loss."""
+    out = run(f'{CLASSIFIER} --method=data --width=8 --holdout=0 --epochs=10 --test=images.npz '
+              '--out_dir=teacher')
     assert 'test accuracy' in out
-    assert M.load_classifier('teacher/student.safetensors').num_classes == 4
-    args = '--teacher=teacher/student.safetensors --holdout=16 --epochs=20 --test=images.npz'
-    run(f'{CLASSIFIER} {args} --out_dir=student', ranks=2)
-    table = log('student')
+    teacher = '--teacher=teacher/student.safetensors'
+    run(f'{CLASSIFIER} {teacher} --holdout=16 --epochs=20 --test=images.npz --out_dir=s', ranks=2)
+    table = log('s')
     assert table['kl'][-1] < 0.5 * table['kl'][0] and table['msarc'][-1] < table['msarc'][0]
     assert table['agreement'].max() > 0.7
-    assert M.load_classifier('student/best.safetensors').config['width'] == 4
-    run(f'{SYNTH} --teacher=teacher/student.safetensors --student=student/student.safetensors --out_dir=adv')
+    assert M.load_classifier('s/best.safetensors').config['width'] == 4
+    run(f'{SYNTH} {teacher} --student=s/student.safetensors --out_dir=adv')
     assert (log('adv')['adv'] <= 0).all()
+    args = f'{CLASSIFIER} --data=adv --epochs=1'
+    assert 'was made for the teacher' in run(f'{args} --out_dir=b', ok=False)
+    out = run(f'{args} --any_teacher=True --init_from=s/student.safetensors --lr=0.0 --out_dir=b')
+    first, second = load_file('s/student.safetensors'), load_file('b/student.safetensors')
+    assert torch.equal(first['fc.weight'], second['fc.weight']) and 'test accuracy' not in out
 
 
 @pytest.mark.parametrize('teacher, student, last, early', [
-    ('resnet34', 'resnet18', 0.00024125850177370012, [7.138987318e-12, 1.8216648676e-11, 5.8608988773e-09]),
-    ('resnet20', 'resnet8', 0.0036491036880761385, [5.7058896497e-10, 2.0249897759e-08])])
+    ('resnet34', 'resnet18', 2.4125850177e-4, [7.138987318e-12, 1.8216648676e-11, 5.8608988773e-9]),
+    ('resnet20', 'resnet8', 3.6491036880761e-3, [5.7058896497e-10, 2.0249897759e-08])])
 def test_msarc_has_the_numbers_of_its_source(teacher, student, last, early):
-    nets = [fill(M.classifier(name)) for name in (student, teacher)]
-    (logits_S, maps_S), (logits_T, maps_T) = (net.forward_features(wave(4, 3, 32, 32)) for net in nets)
-    heads = [net.get_submodule(net.head_name) for net in nets]
-    found = distill_classifier.msarc_loss(logits_S, maps_S, heads[0], logits_T, maps_T, heads[1])
+    logits, maps, heads = {}, {}, []
+    for role, name in (('S', student), ('T', teacher)):
+        net = fill(M.classifier(name))
+        logits[role], maps[role] = net.forward_features(wave(4, 3, 32, 32))
+        heads.append(net.get_submodule(net.head_name))
+    found = distill_classifier.msarc_loss(
+        logits['S'], maps['S'], heads[0], logits['T'], maps['T'], heads[1])
     assert found.item() == pytest.approx(last + sum(early), rel=1e-4)
-    pairs = distill_classifier.pairs_of_stages(maps_S, maps_T)
-    c = logits_T.argmax(1)
-    cams_S = distill_classifier.grad_cam(logits_S, [maps_S[i] for i, _ in pairs], c)
-    cams_T = distill_classifier.grad_cam(logits_T, [maps_T[j] for _, j in pairs], c)
-    assert [F.mse_loss(a, b).item() for a, b in zip(cams_S, cams_T)] == pytest.approx(early, rel=1e-3)
+    c = logits['T'].argmax(1)
+    pairs = distill_classifier.pairs_of_stages(maps['S'], maps['T'])
+    cams_S = distill_classifier.grad_cam(logits['S'], [maps['S'][i] for i, _ in pairs], c)
+    cams_T = distill_classifier.grad_cam(logits['T'], [maps['T'][j] for _, j in pairs], c)
+    found = [F.mse_loss(a, b).item() for a, b in zip(cams_S, cams_T)]
+    assert found == pytest.approx(early, rel=1e-3)
 
 
-# ==== distill_vae.py ====
-def test_vae_distillation(tiny):
-    cases = ['--max_steps=60', '--method=synthetic --data=images.npz --compile=False',
-             "--method=data --data=images.npz --student_config={'width':4} --kl_warmup=3"]
-    outs = at_once(run, [f'{VAE} {args} --out_dir=o{i}' for i, args in enumerate(cases)])
-    assert log('o0')['out'][-1] < log('o0')['out'][0]
-    for i, out in enumerate(outs):
-        command = re.search('evaluate: python (.*)', out)[1]
-        run(f'{command} --num_samples=8 --reference=images.npz --features=classifier.safetensors')
-        assert os.path.exists(f'o{i}/samples.png') and M.load_vae(f'o{i}/student.safetensors').image_size == 16
-
-
-def test_vaes_of_diffusers(pipelines):
-    sizes = {'sd': "{'block_out_channels':(4,8)}", 'tiny_vae': "{'encoder_block_out_channels':(4,4)}"}
-    for name, size in sizes.items():
-        run(f'distill_vae.py --teacher={name} --method=synthetic --data=images.npz --student_config={size} '
-            f'--batch_size=4 --max_steps=2 --log_every=1 --out_dir=o_{name}')
-        assert os.path.exists(f'o_{name}/reconstructions.png')
-        M.load_vae(f'o_{name}/student')
+def test_distilled_vaes(tiny, pipeline_models):
+    os.symlink(pipeline_models, 'p')
+    diffusers = f'{VAE} --method=synthetic --data=p/images.npz --batch_size=4 --max_steps=2'
+    kl = """--teacher=p/sd --student_config="{'block_out_channels':(4,8)}" """
+    small = """--teacher=p/tiny_vae --student_config="{'encoder_block_out_channels':(4,4)}" """
+    outs = at_once(run, [
+        f'{VAE} --max_steps=100 --lr=3e-3 --lr_decay=False --out_dir=a',
+        f'{VAE} --method=synthetic --data=images.npz --out_dir=b',
+        f'{VAE} --method=data --data=images.npz --kl_warmup=3 --out_dir=c',
+        f'{diffusers} {kl} --out_dir=d', f'{diffusers} {small} --out_dir=e'])
+    assert log('a')['loss'][-10:].mean() < 0.3 * log('a')['loss'][:5].mean()
+    for name, out in zip('abc', outs):
+        more = '--num_samples=8 --reference=images.npz --features=classifier.safetensors'
+        follow(out, f'{more} --out_dir=e{name}')
+        assert os.path.exists(f'{name}/samples.png') and metrics(f'e{name}')[0]['MFLOPs'] > 0
+    assert [type(M.load_vae(f'{name}/student').net).__name__ for name in 'de'] == [
+        'AutoencoderKL', 'AutoencoderTiny']
 
 
 # ==== eval_fid.py, bench.py ====
 def test_a_number_does_not_depend_on_the_ranks(tiny):
-    """Against stored statistics a set has no distance from itself; against images there are more numbers."""
+    """A set has no distance from its own statistics; against images there are more numbers."""
     run(f'{FID} --num_samples=64 --save_stats=stats.npz')
-    run(f'{FID} --num_samples=64 --reference=stats.npz --models=images.npz,teacher.safetensors --out_dir=e')
+    models = '--models=images.npz,teacher.safetensors'
+    run(f'{FID} --num_samples=64 --reference=stats.npz {models} --out_dir=e')
     same, drawn = metrics('e')
     assert abs(same['Frechet']) < 1e-6 < 1e-3 < drawn['Frechet'] and 'KID' not in same
     assert drawn['parameters'] > 0 and drawn['MFLOPs'] > 0 and drawn['sampler'] == 'ddim'
     for folder, ranks in (('one', 0), ('two', 2)):
-        run(f'{FID} --models=images.npz,classes.safetensors --spacing=even --out_dir={folder}', ranks)
+        models = '--models=images.npz,classes.safetensors --spacing=even'
+        run(f'{FID} {models} --out_dir={folder}', ranks)
     for one, two in zip(metrics('one'), metrics('two')):
         for k in ('Frechet', 'score', 'precision', 'recall', 'KID', 'EMD', 'MMD', '1-NN'):
             assert one[k] == pytest.approx(two[k], rel=1e-6, abs=1e-9), k
         assert one.get('agreement') == two.get('agreement')
     same, drawn = metrics('one')
-    assert drawn['spacing'] == 'even' and 'spacing' not in same
-    assert 'agreement' in drawn and same['precision'] == 1
+    assert drawn['spacing'] == 'even' and 'agreement' in drawn and same['precision'] == 1
 
 
 def test_metrics_have_their_definitions():
     g = np.random.default_rng(0)
     a = g.normal(size=(300, 5))
     b = g.normal(size=(200, 5)) * [1, 2, 3, 1, 1] + [0, 0, 0, 2, 0]
-    ta, tb = torch.tensor(a), torch.tensor(b)
-    s1, s2 = torch.diag(torch.tensor([1., 4., 9.])), torch.diag(torch.tensor([4., 1., 1.]))
+    real, fake = torch.tensor(a), torch.tensor(b)
+    s1, s2 = torch.tensor([1., 4., 9.]).diag(), torch.tensor([4., 1., 1.]).diag()
     distance, _ = M.frechet_distance(torch.zeros(3), s1, torch.ones(3), s2)
     assert distance == pytest.approx(3 + 1 + 1 + 4, rel=1e-5)  # (sd1 - sd2)^2 summed
     logits = torch.eye(4).repeat_interleave(5, 0) * 100
     assert eval_fid.inception_score(logits) == pytest.approx(4)
     d = np.linalg.norm(a[:, None] - b[None], axis=2)
-    assert np.allclose(torch.cat(list(eval_fid.distances(ta, tb))), d, rtol=1e-12)
-    balls = [np.sort(np.linalg.norm(x[:, None] - x[None], axis=2), 1)[:, 3] for x in (a, b)]
-    wanted = (d.T <= balls[0]).any(1).mean(), (d <= balls[1]).any(1).mean()
-    assert eval_fid.precision_recall(ta, tb) == wanted
-    ka, kb, kab = ((x @ y.T / 5 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    assert np.allclose(torch.cat(list(eval_fid.distances(real, fake))), d, rtol=1e-12)
+    radii = [np.sort(np.linalg.norm(x[:, None] - x[None], axis=2), 1)[:, 3] for x in (a, b)]
+    wanted = (d.T <= radii[0]).any(1).mean(), (d <= radii[1]).any(1).mean()
+    assert eval_fid.precision_recall(real, fake) == wanted
+    k_a, k_b, k_ab = ((x @ y.T / 5 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     off = ~np.eye(300, dtype=bool)
-    wanted = ka[off].mean() + kb[off[:200, :200]].mean() - 2 * kab.mean()
-    assert eval_fid.kid(ta, tb) == pytest.approx(wanted)
-    far = eval_fid.two_sample(ta[:200], ta[:200] + 100)
+    wanted = k_a[off].mean() + k_b[off[:200, :200]].mean() - 2 * k_ab.mean()
+    assert eval_fid.kid(real, fake) == pytest.approx(wanted)
+    far = eval_fid.two_sample(real[:200], real[:200] + 100)
     assert far['1-NN'] == 1 and far['EMD'] == pytest.approx(100 * 5 ** 0.5)
 
 
 def test_bench():
-    args = ("bench.py --student_config={'model_channels':16,'num_res_blocks':1,'channel_mult':(1,2),"
-            "'num_head_channels':16,'attention_resolutions':(8,)} --batch_size=4 --repeats=1 --image_size=16")
-    out = run(f'{args} --classes=3')
-    assert 'of the peak' in out and 'student forward' in out
-    assert '(50)' in run(f'{args} --what=sample')
+    sizes = ("""--student_config="{'model_channels':16,'num_res_blocks':1,'channel_mult':(1,2),"""
+             """'num_head_channels':16,'attention_resolutions':(8,)}" """)
+    args = f'bench.py {sizes} --batch_size=4 --repeats=1 --image_size=16'
+    step = run(f'{args} --classes=3')
+    assert '% of the peak' in step and 'GFLOP/s' in step
 
 
 # ==== mistakes, and files that would run code ====
-MISTAKES = """
-    dkdm.py --rhoo=0.4 : did you mean 'rho'
+MISTAKES = lines("""
+    dkdm.py --roh=0.4 : did you mean 'rho'
     dkdm.py --rho=many : rho is float
     dkdm.py --method=best : method is one of
+    dkdm.py --compile=1 : compile is bool
+    dkdm.py --rho : --key=value
     dkdm.py config/none.py : no config file
-    dkdm.py max_steps=3 : no config file
+    dkdm.py wrong.py : rho is float
     dkdm.py --teacher=gone.safetensors : no file gone.safetensors
+    dkdm.py --teacher=gone.py : no file
     dkdm.py --teacher=classifier.safetensors : is no denoiser
+    dkdm.py --teacher=other.pt : is no denoiser
+    dkdm.py --teacher=teacher.safetensors --teacher_config.steps=50 : leave out steps
     dkdm.py --teacher=teacher.safetensors --guidance=2.0 : no classes
-    dkdm.py --teacher=teacher.safetensors --student_config.modelchannels=3 : has no 'modelchannels'
+    dkdm.py --teacher=teacher.safetensors --prompts=x.txt : no texts
+    dkdm.py --teacher=teacher.safetensors --stride=200 : T=100
+    dkdm.py --teacher=teacher.safetensors --student_config.channels=3 : has no 'channels'
+    dkdm.py --teacher=teacher.safetensors --student_config.patch_size=3 : patches of 3
     dkdm.py --teacher=teacher.safetensors --student=resnet8 : build()
     dkdm.py --teacher=teacher.safetensors --batch_size=9 --grad_accum=2 : multiple of
     dkdm.py --teacher=teacher.safetensors --method=jumps --jumps=3 : multiple of jumps
-    dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : jumps
+    dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : 'v'
+    dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_features=classifier.safetensors : space
     dkdm.py --method=data : needs images
     dkdm.py --method=data --data=nothing : no images at
-    dkdm.py --method=data --data=images.npz --class_cond=True --max_steps=4 --lr=1e30 --grad_clip=0.0 : not finite
-    synthesize.py --teacher=classifier.safetensors --prior=classes.safetensors --keep=90 : need more than
+    dkdm.py --method=data --data=flat.npz : N x H x W x C
+    dkdm.py --method=data --data=images.npz --lr=1e30 --grad_clip=0.0 --max_steps=40 : not finite
+    synthesize.py --teacher=classifier.safetensors --keep=90 : need more than
     synthesize.py --teacher=teacher.safetensors : is no classifier
-    distill_classifier.py --data=images.npz --teacher=classifier.safetensors --student=resnet9 : no classifier
-    distill_classifier.py --data=images.npz --teacher=classifier.safetensors --holdout=60 : fewer than a batch
-    distill_vae.py --teacher=lvae.safetensors --student_config={'depth':3} : has no 'depth'
+    synthesize.py --teacher=classifier.safetensors --class_names=cifar10 : takes no text
+    distill_classifier.py --data=images.npz --student=resnet9 --holdout=0 --batch_size=8 : resnet8
+    distill_classifier.py --data=images.npz --teacher=classifier.safetensors --holdout=60 : fewer
+    distill_classifier.py --method=test --teacher=classifier.safetensors : needs images
+    distill_classifier.py --method=data --data=images.npz:5-3 : a not above b
+    distill_classifier.py --method=data --data=empty : no images in
+    distill_vae.py --teacher=lvae.safetensors --student_config.depth=3 : has no 'depth'
     distill_vae.py --teacher=classifier.safetensors : is no VAE
+    distill_vae.py --method=data : needs images
     eval_fid.py : nothing to measure
-    eval_fid.py --models=classes.safetensors --features=classifier.safetensors : in the space of
-    export.py --model=classes.safetensors --out_dir=. : holds other things"""
+    eval_fid.py --models=images.npz --features=classifier.safetensors : in the space of
+    eval_fid.py --models=teacher.safetensors --guidance=3.0 : no classes
+    export.py --model=classes.safetensors --out_dir=o : patch_size""")
 
 
 def test_a_mistake_is_one_line(tiny):
+    Path('wrong.py').write_text('rho = "much"')
+    torch.save({'weight': torch.zeros(3)}, 'other.pt')
+    np.savez('flat.npz', arr_0=plain(0))
+    os.makedirs('empty')
+
     def one(line):
         command, _, message = line.partition(' : ')
-        assert message in run(command, ok=False), command
-    at_once(one, lines(MISTAKES))
+        said = run(command, ok=False)
+        return '' if message in said else f'{command}: {message!r} is not in {said}'
+    wrong = list(filter(None, at_once(one, MISTAKES)))
+    assert not wrong, '\n'.join(wrong)
+    assert '~' not in os.listdir()
 
 
 class Marker:
@@ -1417,117 +1566,116 @@ def test_no_file_runs_code(tiny, pipeline_models):
     mark = Marker(os.path.abspath('marker'))
     for name in ('a.pt', 'a.pth', 'a.ckpt', 'a.bin'):
         torch.save({'state_dict': {'weight': mark}}, name)
-    os.makedirs('run')
-    torch.save(mark, 'run/ckpt.pt')
+    for folder in ('run', 'shards'):
+        os.makedirs(folder)
+        torch.save(mark, f'{folder}/ckpt.pt')
+        np.savez(f'{folder}/images_0000_00000.npz', arr_0=plain(0, (99, 16, 16, 1)),
+                 settings=np.array([mark], dtype=object))
     Path('raw.pt').write_bytes(pickle.dumps(mark))
     np.savez('a.npz', arr_0=np.array([mark], dtype=object))
-    os.makedirs('shards')
-    np.savez('shards/images_0000_00000.npz', arr_0=np.zeros((99, 16, 16, 1), np.uint8),
-             settings=np.array([mark], dtype=object))
+    np.savez('mu.npz', mu=np.array([mark], dtype=object))
     index = json.loads((pipeline_models / 'ddpm/model_index.json').read_text())
-    changes = {'component': {'unet': ['net', 'Net']}, 'class': {'_class_name': ['net', 'Net']}, 'none': {},
-               'scheduler': {'scheduler': ['net', 'Net']}, 'weights': {}}
+    changes = {'component': {'unet': ['net', 'Net']}, 'class': {'_class_name': ['net', 'Net']},
+               'none': {}, 'scheduler': {'scheduler': ['net', 'Net']}, 'weights': {}}
     files = {'component': 'unet/net.py', 'none': 'None.py', 'scheduler': 'scheduler/net.py'}
     for name, change in changes.items():
         shutil.copytree(pipeline_models / 'ddpm', name)
-        Path(name, files.get(name, 'net.py')).write_text(f'open({mark.path!r}, "w")\nclass Net: pass\n')
+        code = f'open({mark.path!r}, "w")\nclass Net: pass\n'
+        Path(name, files.get(name, 'net.py')).write_text(code)
         Path(name, 'model_index.json').write_text(json.dumps(index | change))
     os.remove(glob.glob('weights/unet/*.safetensors')[0])
     torch.save(mark, 'weights/unet/diffusion_pytorch_model.bin')
     net = M.load_denoiser(str(pipeline_models / 'ddpm'))[0]
     M.save_model(net, 'vae.safetensors', M.Diffusion(), vae='component')
-    commands = [f'{DKDM} --teacher={name}' for name in [*changes, 'vae.safetensors', 'a.pt', 'a.ckpt', 'raw.pt']]
+    M.save_model(net, 'of.safetensors', M.Diffusion(), pipeline='scheduler')
+    teachers = [*changes, 'vae.safetensors', 'a.pt', 'a.ckpt', 'raw.pt']
+    commands = [f'{DKDM} --teacher={name}' for name in teachers]
     commands += [f'{DKDM} --init_from=resume --out_dir=run', f'{DKDM} --method=data --data=a.npz',
-                 f'{CLASSIFIER} --teacher=a.pth', f'{CLASSIFIER} --data=shards', f'{VAE} --teacher=a.bin',
-                 f'{FID} --models=a.pt', f'{FID} --models=images.npz --features=a.pth']
+                 f'{CLASSIFIER} --teacher=a.pth', f'{CLASSIFIER} --data=shards',
+                 f'{VAE} --teacher=a.bin', f'{FID} --models=a.pt', f'{FID} --reference=mu.npz',
+                 f'{FID} --models=images.npz --features=a.pth', f'{SYNTH} --out_dir=shards',
+                 'export.py --model=of.safetensors']
 
-    def one(command):
-        (process,), folder = start(command)
+    def exit_code(command):
+        (process,), _ = start(command)
         process.join()
-        assert process.exitcode, command
-    at_once(one, commands)
-    assert not os.path.exists('marker')
-
-
-def test_pictures_of_any_channels():
-    for channels in (1, 2, 3, 5):
-        M.save_grid('a.png', [torch.zeros(2, channels, 8, 8)], 2)
-        assert Image.open('a.png').size[0] > 100
+        return process.exitcode
+    assert all(at_once(exit_code, commands)) and not os.path.exists('marker')
 
 
 # ==== what the repository ships ====
-def test_imports_run_nothing():
-    names = 'dkdm, synthesize, distill_classifier, distill_vae, eval_fid, export, bench'
-    code = f'import sys; sys.argv = ["x", "--nothing=1"]; import {names}; assert sys.excepthook is sys.__excepthook__'
-    subprocess.run([sys.executable, '-c', code], check=True, env=os.environ | {'PYTHONPATH': ROOT})
-    assert os.listdir() == []
-
-
-def test_help():
-    for name in ('dkdm', 'synthesize', 'distill_classifier', 'distill_vae', 'eval_fid', 'export', 'bench'):
-        out = run(f'{name}.py --help')
-        assert '--out_dir' in out and len(out.splitlines()) > 10
-
-
 def test_bundled_models():
-    """The teacher draws digits that the bundled classifier is sure of, all ten of them."""
-    net, diffusion = M.load_denoiser(f'{ROOT}/pretrained/mnist_unet.safetensors')
+    """The guided teacher draws the digits that it is asked for, as the bundled classifier sees."""
+    net, diffusion = M.load_denoiser(f'{ROOT}/pretrained/mnist_classes.safetensors')
     classifier = M.load_classifier(f'{ROOT}/pretrained/mnist_resnet.safetensors')
-    g = torch.Generator().manual_seed(0)
-    x = M.sample(net, diffusion, (64, 1, 28, 28), 50, 'ddpm', spacing='even', generator=g)
-    p = classifier(M.preprocess(classifier, x)).softmax(1).max(1)
-    assert (p.values > 0.9).float().mean() > 0.85 and len(p.indices.unique()) == 10
+    g, y = torch.Generator().manual_seed(0), torch.arange(40) % 10
+    x = M.sample(net, diffusion, (40, 1, 28, 28), 8, 'ddim', y, 2., generator=g)
+    assert (classifier(M.preprocess(classifier, x)).argmax(1) == y).float().mean() > 0.9
+
+
+def test_help(tiny):
+    outs = at_once(run, [f'{name} --help' for name in SCRIPTS])
+    assert all('\n--' in out and len(out.splitlines()) > 10 for out in outs)
+
+
+def check_setting(module, key, value, words=None):
+    """What is wrong with a setting, '' for nothing. words: its text on a command line."""
+    default = getattr(module, key, None)
+    if type(default) not in (bool, int, float, str, tuple, dict) or key.isupper() and key != 'T':
+        return f'{module.__name__} has no {key}'
+    kinds = (int, float) if type(default) is float else type(default)
+    if not isinstance(value, kinds):
+        return f'{module.__name__}: {key}={value!r} is no {type(default).__name__}'
+    if value not in getattr(module, '_ranges', {}).get(key, (value,)):
+        return f'{module.__name__}: {key}={value!r} is none of its words'
+    return ''
+
+
+def check_command(script, rest):
+    """What is wrong with the arguments of a script in a document."""
+    module = SCRIPTS[script]
+    for word in shlex.split(re.sub(r' #.*', '', rest).rstrip(' .,)')):
+        key, equals, text = word.removeprefix('--').partition('=')
+        key, _, entry = key.partition('.')
+        if '$' in word or '...' in word:
+            continue
+        if word.endswith('.py') and not equals and not (ROOT / word).exists():
+            yield f'{script}: no {word}'
+        elif equals:
+            value = text if type(getattr(module, key, '')) is str else ast.literal_eval(text)
+            yield check_setting(module, key, {entry: value} if entry else value)
 
 
 def documents():
-    for path in [f'{ROOT}/README.md', *glob.glob(f'{ROOT}/*/*.md'), *glob.glob(f'{ROOT}/config/*.py')]:
-        yield path, Path(path).read_text()
-
-
-def settings_of(name):
-    """The settings of a script, as its source has them before the configurator."""
-    head = Path(ROOT, name).read_text().split('configurator.py')[0]
-    found = set(re.findall('^([a-zA-Z]\\w*) = ', head, re.M))
-    return found | settings_of('dkdm.py') if name == 'bench.py' else found
+    for path in [ROOT / 'README.md', *ROOT.glob('*/*.md'), *ROOT.glob('config/*.py')]:
+        yield path, path.read_text()
+    for module in MODULES:
+        yield Path(module.__file__), module.__doc__
 
 
 def test_documents_name_what_exists():
-    """Scripts, configs, settings and linked files of README, docs and the configs' comments."""
+    """Commands of README, docs, configs and docstrings parse; files and links exist."""
     wrong, commands = [], 0
+    command = r'(?:python|nproc_per_node=\S+|HOST:29500) (\w+\.py)\b([^\n`|;&]*)'
     for path, text in documents():
-        where = os.path.relpath(path, ROOT)
-        for link in re.findall(r'\]\(([^)#]+)[)#]', text):
-            if '://' not in link and not os.path.exists(os.path.join(os.path.dirname(path), link)):
-                wrong.append(f'{where}: no {link}')
-        for name in re.findall(r'(?<![\w/])(?:config|pretrained|assets|docs)/[\w.]+\w', text):
-            if not os.path.exists(os.path.join(ROOT, name)) and '.' in name:
-                wrong.append(f'{where}: no {name}')
-        text = text.replace('\\\n', ' ')
-        for script, rest in re.findall(r'(?:python|=\d|\()\s?(\w+\.py)((?: [^\n`|;&]*)?)', text):
-            if not os.path.exists(os.path.join(ROOT, script)) or 'configurator' not in Path(ROOT, script).read_text():
-                continue
-            commands += 1
-            known = settings_of(script)
-            for key in re.findall(r'\s--(\w+)[.=]', rest):
-                if key not in known:
-                    wrong.append(f'{where}: {script} has no --{key}')
-    assert not wrong and commands > 50, '\n'.join(wrong)
+        found = [f'no {link}' for link in re.findall(r'\]\(([^)#:]+)[)#]', text)
+                 if not (path.parent / link).exists()]
+        files = re.findall(r'(?<![\w/])(?:config|pretrained|assets|docs)/\w+\.\w+', text)
+        found += [f'no {file}' for file in files if not (ROOT / file).exists()]
+        for script, rest in re.findall(command, text.replace('\\\n', ' ')):
+            if script in SCRIPTS:
+                commands += 1
+                found += check_command(script, rest)
+        wrong += [f'{path.name}: {what}' for what in found if what]
+    assert not wrong and commands > 40, '\n'.join(wrong)
 
 
-def test_configs_parse(tiny):
-    """Every config runs up to the teacher or the images that it needs."""
-    scripts = {'dkdm': 'dkdm', 'synth': 'synthesize', 'vae': 'distill_vae', 'distill': 'distill_classifier',
-               'teacher': 'distill_classifier'}
-    names = {'cifar10_resnet': 'distill_classifier', 'mnist_classifier': 'distill_classifier',
-             'mnist_lvae': 'distill_vae'}
-
-    def one(path):
-        name = os.path.basename(path)[:-3]
-        script = names.get(name) or scripts.get(name.split('_')[0], 'dkdm')
-        out = run(f'{script}.py {path} --help')
-        assert '--out_dir' in out
-        values = {}
-        exec(Path(path).read_text(), values)
-        odd = {k for k in values if not k.startswith('_')} - settings_of(f'{script}.py')
-        assert not odd, (name, odd)
-    at_once(one, sorted(glob.glob(f'{ROOT}/config/*.py')))
+def test_configs_parse():
+    """Each config is one of a script that has all its settings."""
+    for path in ROOT.glob('config/*.py'):
+        values = {k: v for k, v in runpy.run_path(str(path)).items() if not k.startswith('_')}
+        wrong = []
+        for module in MODULES[:4]:
+            problems = [check_setting(module, k, v) for k, v in values.items()]
+            wrong.append('; '.join(filter(None, problems)))
+        assert '' in wrong, f'{path.name}: {wrong}'
