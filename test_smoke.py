@@ -288,21 +288,6 @@ def test_losses():
     assert vb == pytest.approx(kl_divergence(p_T, p_S).item() / np.log(2), rel=1e-4)
 
 
-@torch.no_grad()
-def test_frozen_weights_are_cast_once():
-    unet = M.UNet(16, 1, 2, 16, 1, (1, 2), (8,), num_classes=3)
-    dit = M.DiT(16, 2, 1, 32, 2, 2, num_classes=3)
-    for net, first in ((unet, 'input_blocks.0.0.weight'), (dit, 'x_embedder.proj.weight')):
-        fill(net)
-        args = torch.randn(2, 1, 16, 16), torch.tensor([3, 70]), torch.tensor([1, -1])
-        with torch.autocast('cpu', torch.bfloat16):
-            want = net(*args)
-            M.cast_frozen(net, torch.bfloat16)
-            assert torch.equal(net(*args), want)
-        kinds = {k: v.dtype for k, v in net.state_dict().items()}
-        assert kinds[first] == torch.float32 and torch.bfloat16 in kinds.values()
-
-
 class Oracle(torch.nn.Linear):
     """A denoiser that knows the answer: answer(x_t, t)."""
 
@@ -351,17 +336,6 @@ def test_processes_of_other_kinds(std):
         noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         out = M.sample(Oracle(net), d, noise, 200, 'ddim')
         assert torch.allclose(out, mean + std * noise, atol=2e-3 if std == 0 else 4e-2)
-
-
-@torch.no_grad()
-def test_guidance():
-    net = fill(M.DiT(**SMALL_DIT))
-    x, y = wave(3, 4, 8, 8), torch.tensor([0, 3, 9])
-    t = torch.tensor([0, 500, 999])
-    cond, null = net(x, t, y), net(x, t)
-    found = M.guided(net, x, t, y, 3.)
-    assert torch.allclose(found[:, :4], null[:, :4] + 3 * (cond - null)[:, :4], atol=1e-4)
-    assert torch.allclose(found[:, 4:], cond[:, 4:], atol=1e-5)
 
 
 # ==== what can be lifted out ====
@@ -492,16 +466,6 @@ def test_published_classifiers_load_by_their_shapes(name, kw, renamed, capsys):
     assert ('max_pool=False' in assumed) == (name in ('resnet18', 'resnet34', 'resnet50'))
 
 
-def test_torchvision_classifiers():
-    import torchvision
-    net = torchvision.models.resnet18(num_classes=5).eval()
-    torch.save(net.state_dict(), 'r.pth')
-    loaded, x = M.load_classifier('r.pth'), wave(1, 3, 64, 64)
-    logits, maps = loaded.forward_features(x)
-    assert torch.equal(logits, net(x)) and loaded.image_size == 224
-    assert [m.shape[1] for m in maps] == [64, 128, 256, 512]
-
-
 def test_wrappers_of_state_dicts():
     net = fill(M.classifier('resnet8', 10, width=4))
     x, t = wave(2, 3, 32, 32), torch.tensor([3, 70])
@@ -519,9 +483,7 @@ def test_wrappers_of_state_dicts():
         M.load_classifier('hint.pt')
 
 
-SIGMA = pytest.param('sr_sigma.pt', {}, 'super-resolution', marks=pytest.mark.xfail(
-    reason='6 channels to 6: super-resolution with a learned variance'))
-REFUSED = [SIGMA, ('sr.pt', {}, 'super-resolution'),
+REFUSED = [('sr.pt', {}, 'super-resolution'), ('sr_sigma.pt', {}, 'super-resolution'),
            ('encoder.pt', {}, 'no denoiser .*output_blocks'),
            ('adm.pt', dict(model_channels=64), 'does not fit'),
            ('adm.pt', dict(num_heads=5), 'heads'), ('adm.pt', dict(colour=5), "no 'colour'")]
@@ -813,10 +775,10 @@ def tiny(tiny_models, own_folder):
 # ==== dkdm.py ====
 METHODS = """
     --method=dynamic --pool_dtype=float16 --dtype=bfloat16
-    --method=dynamic --stride=1 --rho=0.02
+    --method=dynamic --stride=1 --rho=0.02 --eval_every=6
     --method=shuffled --grad_accum=2
     --method=iterative
-    --method=synthetic --synthetic_images=16 --synthetic_steps=3 --real_fraction=0.2 --data=images.npz
+    --method=synthetic --synthetic_images=9 --synthetic_steps=2 --data=images.npz --real_fraction=.2
     --method=synthetic --synthetic=images.npz --student_prediction=teacher
     --method=data --data=images.npz --class_cond=True --uncond_prob=0.2 --flip=True --T=50
     --student=dit --student_config="{'hidden_size':16,'depth':1}" --student_prediction=eps
@@ -835,18 +797,6 @@ def test_every_method(tiny):
         follow(out, f'{more} --out_dir=e{i}')
         assert metrics(f'e{i}')[0]['steps'] == 2  # of the file's header, or of the command
     at_once(one, enumerate([*lines(METHODS), JUMPS + ' --teacher=classes.safetensors']))
-
-
-def test_a_student_learns_and_the_pool_stays_uniform(tiny):
-    run(f'{DKDM} --rho=3.0 --stride=5 --max_steps=150 --batch_size=32 --save_every=150 --lr=5e-3 '
-        '--out_dir=o')
-    assert log('o')['loss'][-10:].mean() < 0.5 * log('o')['loss'][:5].mean()
-    pool = M.read_weights('o/ckpt_150_rank0.pt')[0]['pool']
-    assert len(pool['t']) == round(3 * 100 / 5) * 32
-    counts = torch.histc(pool['t'].float(), 5, 0, 99.99)
-    assert (counts / len(pool['t']) - 0.2).abs().max() < 0.06, counts
-    fresh = pool['x'][pool['t'] == 99]  # entered since: standard noise
-    assert len(fresh) > 50 and abs(fresh.mean()) < 0.05 and abs(fresh.std() - 1) < 0.05
 
 
 RESUMED = {
@@ -900,35 +850,6 @@ def test_resuming_and_the_lock(tiny):
     process.terminate()
     process.join(60)
     assert process.exitcode == 143 and os.path.exists('a/ckpt.pt')
-
-
-def test_when_to_stop(tiny):
-    run(f'{FID} --reference=teacher.safetensors --save_stats=stats.npz --steps=2 --num_samples=40')
-    args = '--eval_every=2 --eval_reference=stats.npz --eval_features=classifier.safetensors'
-    out = run(f'{DKDM} {args} --out_dir=a')
-    found = log('a')['frechet']
-    assert np.isfinite(found[1::2]).all() and np.isnan(found[::2]).all()
-    same = same_file('a/best.safetensors', 'a/student.safetensors')
-    assert same == (found[-1] == min(found[1::2])) and '--reference=stats.npz' in out
-    run(f'{DKDM} --max_steps=1 --lr=0.0 --init_from=a/best.safetensors --out_dir=b')
-    best, on = load_file('a/best.safetensors'), load_file('b/student.safetensors')
-    assert all(torch.allclose(best[k], on[k]) for k in best)  # a student that goes on
-
-
-def test_torchrun_restarts_a_job_that_goes_on(tiny):
-    args = f'{DKDM} --max_steps=30 --out_dir='
-    run(f'{args}whole', ranks=2)
-    launch = '-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1'
-    command = [sys.executable, *launch.split(), *shlex.split(f'{ROOT}/{args}cut')]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not (os.path.exists('cut/ckpt.pt') and M.read_weights('cut/ckpt.pt')[0]['step']):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(int(Path('cut/.lock').read_text().split()[1]), signal.SIGKILL)  # rank 0 alone
-    assert process.wait(120) == 0 and rows('whole') == rows('cut')
-    assert same_file('whole/student.safetensors', 'cut/student.safetensors')
-    one, two = (M.read_weights(f'cut/ckpt_30_rank{r}.pt')[0]['pool'] for r in range(2))
-    assert len(one['t']) == len(two['t']) and not torch.equal(one['x'], two['x'])
 
 
 def test_the_printed_commands_work(tiny):
@@ -1070,10 +991,11 @@ def test_generators_and_classifiers_of_the_user(users):
     assert log('o')['out'][-1] < 0.5 * log('o')['out'][0] and os.path.exists('o/samples.png')
     assert 'z' not in log('o').dtype.names
     follow(out, '--num_samples=16')
-    assert [row['model'] for row in metrics('out/eval')] == ['gan.py:o/student.safetensors', 'gan.py']
+    names = [row['model'] for row in metrics('out/eval')]
+    assert names == ['gan.py:o/student.safetensors', 'gan.py']
     args = CLASSIFIER.replace('classifier.safetensors', 'clf.py') + ' --epochs=1 '
     at_once(run, [f'{args} --out_dir=a', f'{args} --student=clf.py --out_dir=b',
-                  f'{SYNTH} --teacher=clf.py --out_dir=s', f'{args} --method=data --student=clf.py'])
+                  f'{SYNTH} --teacher=clf.py --out_dir=s'])
     bare = args + ' --teacher=bare.py --student=clf.py '
     assert 'net.stages' in run(f'{bare} --out_dir=c', ok=False)
     run(f'{bare} --lam_msarc=0.0 --out_dir=c')
@@ -1110,6 +1032,7 @@ def pipeline_models(tmp_path_factory):
         return kind(**blocks | more, down_block_types=down.split(), up_block_types=up.split())
     unet = dict(sample_size=8, in_channels=4, out_channels=4, attention_head_dim=8)
     rgb = unet | dict(sample_size=16, in_channels=3, out_channels=3)
+    wide = rgb | {'in_channels': 6}  # an image more, as a condition
     attention = 'DownBlock2D AttnDownBlock2D', 'AttnUpBlock2D UpBlock2D'
     latents = net(D.UNet2DModel, 'DownBlock2D DownBlock2D', 'UpBlock2D UpBlock2D', **unet)
     coder = 'DownEncoderBlock2D DownEncoderBlock2D', 'UpDecoderBlock2D UpDecoderBlock2D'
@@ -1132,13 +1055,14 @@ def pipeline_models(tmp_path_factory):
     encoder = H.CLIPTextModel(clip)
     two = [H.CLIPTextModelWithProjection(clip), tokenizer] * 2
     rest = v, None, None, None, False
+    t5 = H.T5EncoderModel(t5)
     pipelines = {
         'ddpm': D.DDPMPipeline(net(D.UNet2DModel, *attention, **rgb), cosine),
-        'upscaler': D.DDPMPipeline(net(D.UNet2DModel, *attention, **rgb | {'in_channels': 6}), cosine),
+        'upscaler': D.DDPMPipeline(net(D.UNet2DModel, *attention, **wide), cosine),
         'ldm': D.LDMPipeline(vq, latents, linear), 'dit': D.DiTPipeline(dit, kl, linear),
         'sd': D.StableDiffusionPipeline(kl, encoder, tokenizer, conditional, *rest),
         'lcm': D.StableDiffusionPipeline(kl, encoder, tokenizer, consistent, *rest),
-        'sd3': D.StableDiffusion3Pipeline(sd3, flow, shifted, *two, H.T5EncoderModel(t5), tokenizer),
+        'sd3': D.StableDiffusion3Pipeline(sd3, flow, shifted, *two, t5, tokenizer),
         'tiny_vae': D.AutoencoderTiny(
             encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
             num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))}
@@ -1240,9 +1164,9 @@ def test_few_step_students_in_diffusers(student, tiny, pipeline_models):
     from diffusers import DiffusionPipeline
     config = json.loads((pipeline_models / 'ddpm.json').read_text())
     Path('grey.json').write_text(json.dumps(config | dict(in_channels=1, out_channels=1)))
-    sizes = """--student_config="{'patch_size':1,'model_channels':32,'attention_resolutions':(8,)}" """
-    run(f"{QUICK} --stride=50 {JUMPS} --student={student} --teacher=teacher.safetensors --out_dir=o "
-        f"--lr=3e-3 --sample_steps=2 {sizes if student == 'unet' else ''}")
+    sizes = """--student_config="{'patch_size':1,'model_channels':32}" """
+    args = f'{QUICK} --stride=50 {JUMPS} --student={student} --teacher=teacher.safetensors'
+    run(f"{args} --lr=3e-3 --out_dir=o {sizes if student == 'unet' else ''}")
     net, diffusion = M.load_denoiser('o/student.safetensors')
     assert net.sampling == dict(sampler='ddim', steps=2, spacing='trailing') and not diffusion.clip
     run('export.py --model=o/student.safetensors --out_dir=p')
@@ -1251,31 +1175,6 @@ def test_few_step_students_in_diffusers(student, tiny, pipeline_models):
     assert_same_images(theirs, M.sample(net, diffusion, noise, 2, 'ddim'))
     run(f'{FID} --models=o/student.safetensors --steps=0 --out_dir=e')
     assert metrics('e')[0]['steps'] == metrics('e')[0]['passes'] == 2
-
-
-EXPORTED = [
-    lambda: M.UNet(16, 3, 6, 32, 2, (1, 2, 2), (8,), num_head_channels=16),
-    lambda: M.UNet(16, 3, 6, 32, 1, (1, 2), (16, 8), num_classes=4),
-    lambda: M.UNet(16, 3, 3, 32, 1, (1, 2), (8,), use_scale_shift_norm=False, resblock_updown=False),
-    lambda: M.DiT(8, 2, 4, 32, 1, 2, num_classes=5, learn_sigma=False)]
-
-
-@pytest.mark.parametrize('make', EXPORTED)
-@torch.no_grad()
-def test_our_networks_in_diffusers(make):
-    net = make()
-    position = {k: v.clone() for k, v in net.state_dict().items() if k == 'pos_embed'}
-    fill(net).load_state_dict(position, strict=False)
-    x = wave(2, net.in_channels, net.image_size, net.image_size)
-    t, y = torch.tensor([3, 40]), torch.tensor([1, -1])
-    call = {}
-    if net.num_classes:
-        call['class_labels'] = torch.where(y < 0, net.num_classes, y)
-    ours = net(x, t, y)
-    theirs = export.to_diffusers(net)(x, timestep=t, **call).sample
-    # diffusers' DiT has slightly other frequencies of t
-    tolerance = 5e-4 if isinstance(net, M.DiT) else 1e-4
-    assert (ours - theirs).norm() < tolerance * ours.norm()
 
 
 # ==== synthesize.py ====
@@ -1301,23 +1200,6 @@ def test_every_kind_of_prior(pipelines):
         else:
             assert torch.bincount(labels).tolist() == [4] * 4 and 'distill_classifier.py' in out
     at_once(one, enumerate(PRIORS))
-
-
-def test_guidance_lowers_the_losses_of_the_kept_images():
-    """The bundled models, the same noise: guided images are closer to the teacher's training."""
-    os.symlink(ROOT / 'pretrained', 'pretrained')
-    settings = {'none': '--eta=0.0', 'l2': '--alpha=0.3', 'kl': '--bn_loss=kl --alpha=0.01'}
-    command = 'synthesize.py --batch_size=20 --steps=8 --lca_every=4 --keep_every=1 --num_images=80'
-    at_once(lambda name: run(f'{command} {settings[name]} --out_dir={name}'), settings)
-    net = M.load_classifier('pretrained/mnist_resnet.safetensors')
-    noted = synthesize.BatchNormInputs(net)
-    cls, bn = {}, {}
-    for name in settings:
-        images, labels = M.load_images(name)
-        x = M.preprocess(net, M.to_float(images))
-        _, terms = synthesize.inversion_loss(net, x, labels, noted, (1., 1., 0.))
-        cls[name], bn[name] = terms['cls'], terms['bn']
-    assert max(cls['l2'], cls['kl']) < 0.5 * cls['none'] and bn['l2'] < bn['none'], (cls, bn)
 
 
 def test_synthesis_restarts_and_ranks_share(tiny):
@@ -1406,7 +1288,8 @@ def test_distilled_classifier(tiny):
     ('resnet34', 'resnet18', 2.4125850177e-4, [7.138987318e-12, 1.8216648676e-11, 5.8608988773e-9]),
     ('resnet20', 'resnet8', 3.6491036880761e-3, [5.7058896497e-10, 2.0249897759e-08])])
 def test_msarc_has_the_numbers_of_its_source(teacher, student, last, early):
-    logits, maps, heads = {}, {}, []
+    logits, maps = {}, {}
+    heads = []
     for role, name in (('S', student), ('T', teacher)):
         net = fill(M.classifier(name))
         logits[role], maps[role] = net.forward_features(wave(4, 3, 32, 32))
@@ -1497,17 +1380,13 @@ MISTAKES = lines("""
     dkdm.py --roh=0.4 : did you mean 'rho'
     dkdm.py --rho=many : rho is float
     dkdm.py --method=best : method is one of
-    dkdm.py --compile=1 : compile is bool
     dkdm.py --rho : --key=value
     dkdm.py config/none.py : no config file
     dkdm.py wrong.py : rho is float
     dkdm.py --teacher=gone.safetensors : no file gone.safetensors
-    dkdm.py --teacher=gone.py : no file
     dkdm.py --teacher=classifier.safetensors : is no denoiser
-    dkdm.py --teacher=other.pt : is no denoiser
     dkdm.py --teacher=teacher.safetensors --teacher_config.steps=50 : leave out steps
     dkdm.py --teacher=teacher.safetensors --guidance=2.0 : no classes
-    dkdm.py --teacher=teacher.safetensors --prompts=x.txt : no texts
     dkdm.py --teacher=teacher.safetensors --stride=200 : T=100
     dkdm.py --teacher=teacher.safetensors --student_config.channels=3 : has no 'channels'
     dkdm.py --teacher=teacher.safetensors --student_config.patch_size=3 : patches of 3
@@ -1515,33 +1394,26 @@ MISTAKES = lines("""
     dkdm.py --teacher=teacher.safetensors --batch_size=9 --grad_accum=2 : multiple of
     dkdm.py --teacher=teacher.safetensors --method=jumps --jumps=3 : multiple of jumps
     dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : 'v'
-    dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_features=classifier.safetensors : space
+    dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_features=gone.pt : no file gone
     dkdm.py --method=data : needs images
     dkdm.py --method=data --data=nothing : no images at
     dkdm.py --method=data --data=flat.npz : N x H x W x C
     dkdm.py --method=data --data=images.npz --lr=1e30 --grad_clip=0.0 --max_steps=40 : not finite
     synthesize.py --teacher=classifier.safetensors --keep=90 : need more than
-    synthesize.py --teacher=teacher.safetensors : is no classifier
     synthesize.py --teacher=classifier.safetensors --class_names=cifar10 : takes no text
     distill_classifier.py --data=images.npz --student=resnet9 --holdout=0 --batch_size=8 : resnet8
     distill_classifier.py --data=images.npz --teacher=classifier.safetensors --holdout=60 : fewer
-    distill_classifier.py --method=test --teacher=classifier.safetensors : needs images
     distill_classifier.py --method=data --data=images.npz:5-3 : a not above b
-    distill_classifier.py --method=data --data=empty : no images in
     distill_vae.py --teacher=lvae.safetensors --student_config.depth=3 : has no 'depth'
     distill_vae.py --teacher=classifier.safetensors : is no VAE
-    distill_vae.py --method=data : needs images
     eval_fid.py : nothing to measure
     eval_fid.py --models=images.npz --features=classifier.safetensors : in the space of
-    eval_fid.py --models=teacher.safetensors --guidance=3.0 : no classes
     export.py --model=classes.safetensors --out_dir=o : patch_size""")
 
 
 def test_a_mistake_is_one_line(tiny):
     Path('wrong.py').write_text('rho = "much"')
-    torch.save({'weight': torch.zeros(3)}, 'other.pt')
     np.savez('flat.npz', arr_0=plain(0))
-    os.makedirs('empty')
 
     def one(line):
         command, _, message = line.partition(' : ')
@@ -1549,7 +1421,8 @@ def test_a_mistake_is_one_line(tiny):
         return '' if message in said else f'{command}: {message!r} is not in {said}'
     wrong = list(filter(None, at_once(one, MISTAKES)))
     assert not wrong, '\n'.join(wrong)
-    assert '~' not in os.listdir()
+    home = os.path.expanduser('~/gone.pt')
+    assert home in run('dkdm.py --teacher=~/gone.pt', ok=False)
 
 
 class Marker:
@@ -1613,11 +1486,6 @@ def test_bundled_models():
     assert (classifier(M.preprocess(classifier, x)).argmax(1) == y).float().mean() > 0.9
 
 
-def test_help(tiny):
-    outs = at_once(run, [f'{name} --help' for name in SCRIPTS])
-    assert all('\n--' in out and len(out.splitlines()) > 10 for out in outs)
-
-
 def check_setting(module, key, value, words=None):
     """What is wrong with a setting, '' for nothing. words: its text on a command line."""
     default = getattr(module, key, None)
@@ -1634,10 +1502,14 @@ def check_setting(module, key, value, words=None):
 def check_command(script, rest):
     """What is wrong with the arguments of a script in a document."""
     module = SCRIPTS[script]
-    for word in shlex.split(re.sub(r' #.*', '', rest).rstrip(' .,)')):
+    rest = re.sub(r' #.*', '', rest).replace('...', '$').rstrip(' .,')
+    if rest.count(')') > rest.count('('):
+        rest = rest.rstrip(')')
+    for word in shlex.split(rest):
+        word = word.rstrip('.')
         key, equals, text = word.removeprefix('--').partition('=')
         key, _, entry = key.partition('.')
-        if '$' in word or '...' in word:
+        if '$' in word:
             continue
         if word.endswith('.py') and not equals and not (ROOT / word).exists():
             yield f'{script}: no {word}'
@@ -1656,7 +1528,7 @@ def documents():
 def test_documents_name_what_exists():
     """Commands of README, docs, configs and docstrings parse; files and links exist."""
     wrong, commands = [], 0
-    command = r'(?:python|nproc_per_node=\S+|HOST:29500) (\w+\.py)\b([^\n`|;&]*)'
+    command = r'(?:python|nproc_per_node=\S+|HOST:29500) (\w+\.py)((?: [^\n`|;&]*)?)'
     for path, text in documents():
         found = [f'no {link}' for link in re.findall(r'\]\(([^)#:]+)[)#]', text)
                  if not (path.parent / link).exists()]
