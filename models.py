@@ -1304,11 +1304,14 @@ def unwrap(state, path):
 def load_state(net, state, path):
     """load_state_dict(strict=True). Raises UserError for other weights, or not finite ones."""
     ours = net.state_dict()
-    odd = [
-        k
-        for k in ours | state
-        if k not in ours or k not in state or ours[k].shape != state[k].shape
-    ]
+    odd = []
+    for k in ours | state:
+        if k in ours and k in state:
+            fits = ours[k].shape == state[k].shape
+        else:
+            fits = k.endswith('num_batches_tracked')  # which PyTorch once did not have
+        if not fits:
+            odd.append(k)
     if odd:
         raise UserError(f'{path} does not fit: {len(odd)} parameters differ, the first is {odd[0]}')
     for k, v in state.items():

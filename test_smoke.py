@@ -454,6 +454,8 @@ def test_published_classifiers_load_by_their_shapes(name, kw, renamed, capsys):
     state = net.state_dict()
     for change in renamed:
         state = {k.replace(*change): v for k, v in state.items()}
+    if name == 'resnet20':  # saved by a PyTorch before 0.4.1
+        state = {k: v for k, v in state.items() if 'num_batches' not in k}
     torch.save({'state_dict': state, 'best_prec1': 91.7}, 'c.pth')
     said = {'max_pool': True} if 'max_pool' in kw else {}
     loaded = M.load_classifier('c.pth', image_size=64, **said)
