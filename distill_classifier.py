@@ -23,7 +23,7 @@ test = ''                    # labelled images to test on, as above; '' is a tor
 image_size = 0               # side to which images are resized on load; 0 is as they are
 holdout = 400                # images kept out of the training: on them student and teacher are
                              # compared; 0 for none
-augment_crop = 2             # random crops from images padded by so many pixels; 0 for none
+augment_crop = 2             # random crops from images padded by this many pixels; 0 for none
 augment_flip = False         # random horizontal flips
 # teacher
 method = 'distill'           # 'distill': from the teacher; 'data': cross-entropy on the labels, no
@@ -164,7 +164,7 @@ def distill_losses(
 
 
 def augment(x, crop=0, flip=False):
-    """Each uint8 image of a batch (B, C, H, H) is cropped at a place of its own from `crop` black
+    """Each uint8 image of a batch (B, C, H, H) is cropped at a random place from `crop` black
     pixels around it, and flipped or not."""
     B, H, device = len(x), x.shape[-1], x.device
     if crop:
@@ -394,7 +394,7 @@ if __name__ == '__main__':
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     if rank:
-        torch.manual_seed(seed + rank)  # crops of its own for every rank
+        torch.manual_seed(seed + rank)  # each rank draws its own crops
     steps_per_epoch = len(train) // batch_size
     epoch, first, sums, best = 0, 0, {}, -1.0
     if checkpoint:

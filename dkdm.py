@@ -37,7 +37,7 @@ method = 'dynamic'           # 'dynamic' (the paper's), 'shuffled', 'iterative' 
                              # 'synthetic' (train on images the teacher made before), 'data'
                              # (ordinary training, no teacher), 'jumps' (few steps)
 rho = 0.4                    # the pool holds round(rho T / stride) batches of half-finished images
-stride = 40                  # a visit moves an image about so many of the T steps; 1 is the paper
+stride = 40                  # steps of T by which a visit moves an image, on average; the paper: 1
 warmup_steps = 0             # teacher steps of a whole walk while the pool is filled; 0: T /
                              # stride, the paper: T
 pool_dtype = 'float32'       # 'float32', 'float16' or 'bfloat16'
@@ -46,7 +46,7 @@ uncond_prob = 0.0            # students with classes or texts: how often the nul
                              # trained
 # few-step students, 'jumps'
 jumps = 1                    # evaluations of the student per image
-walks = 2048                 # the pool holds so many finished walks of the teacher, over all ranks
+walks = 2048                 # finished walks of the teacher in the pool, over all ranks
 walk_steps = 16              # teacher evaluations of each, a multiple of jumps
 walk_evals = 0               # teacher evaluations per training step: new walks, which replace the
                              # oldest when they arrive; 0: the pool stays as it is
@@ -121,7 +121,7 @@ import models as M
 
 
 # ==== the method ====
-#   pool <- rho T / stride batches, each image walked from noise to a t of its own  Alg. 1, line 1
+#   pool <- rho T / stride batches, each image walked from noise to its own t  Alg. 1, line 1
 #   repeat:
 #       x_t, t <- any batch of the pool                                                            4
 #       out_T = teacher(x_t, t);  out = student(x_t, t)
@@ -154,7 +154,7 @@ def make_labels(num_classes, uncond_prob=0.0, device='cpu'):
 
 
 class Pool:
-    """Half-finished images x (N, C, H, W) of the teacher's walks, each at a time t (N,) of its own:
+    """Half-finished images x (N, C, H, W) of the teacher's walks, each at its own time t (N,):
     Alg. 1's enlarged batch. `shape` is (C, H, W); draw_labels(n) gives the conditions y of new
     images, or None."""
 
@@ -169,14 +169,14 @@ class Pool:
 
     @torch.no_grad()
     def fill(self, teacher, steps, chunk, same_t=False, progress=True):
-        """Line 1, shuffled denoise: every image walks from noise to a t of its own, uniform over 0
+        """Line 1, shuffled denoise: every image walks from noise to its own t, uniform over 0
         ... T-1 (or stays at T-1 if `same_t`), `steps` to a whole walk, `chunk` images at once.
         Returns the number of evaluations."""
         size, T = len(self.x), self.diffusion.T
         if same_t:
             return 0
         goal = torch.randint(T, (size,)).sort().values
-        # goals are sorted: the first so many walk on
+        # goals are sorted, so the first n images still walk at t
         walking_at = [int((goal < t).sum()) for t in range(T)]
         goal = goal.to(self.x.device)
         levels = torch.linspace(T - 1, -1, steps + 1).round().long().tolist()

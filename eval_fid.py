@@ -31,11 +31,11 @@ reference = 'pretrained/mnist_stats.npz'  # as above, or stored statistics, ours
 features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier
 inception_weights = ''       # Inception's weights as a file, where there is no network
 save_stats = ''              # write the reference's statistics to this .npz
-n_two_sample = 1000          # EMD, MMD and 1-NN compare at most so many images of each set; 0
+n_two_sample = 1000          # EMD, MMD and 1-NN compare at most this many images of each set; 0
                              # leaves them out
 # sampling
-num_samples = 5000           # images of each checkpoint; of sets of images: at most so many, 0 for
-                             # all
+num_samples = 5000           # images of each checkpoint; of a set of images at most this many, 0
+                             # for all
 sampler = ''                 # 'ddpm', 'ddim' or 'dpm++'; '' is what the student's file says, or
                              # else 'ddim'
 steps = 0                    # evaluations; 0 is what the student's file says, or else 8. The DKDM
@@ -299,7 +299,7 @@ def image_batches(images, batch_size, rank, world):
 
 
 class Samples:
-    """Samples of a denoiser, or of a VAE (diffusion None). Every batch has a seed of its own, so
+    """Samples of a denoiser, or of a VAE (diffusion None). Every batch has its own seed, so
     the set is the same for any number of ranks; it is another one for another batch_size, and on
     another kind of device."""
 

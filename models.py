@@ -423,7 +423,7 @@ class ResidualBlock(nn.Module):
 
     skip: the shortcut's name, which differs between families. kind: what it is where the shape
     changes: 'conv' (1x1 with BatchNorm), 'pad' (zeros for the new channels) or 'bare' (1x1 without
-    BatchNorm, as in the ladder VAE). side: the image is first resized to so many pixels, if given.
+    BatchNorm, as in the ladder VAE). side: the image is first resized to `side` pixels, if given.
     """
 
     def __init__(self, in_ch, out_ch, stride, skip, kind='conv', bottleneck=False, side=None):
@@ -1103,7 +1103,7 @@ def guided(net, x_t, t, y=None, guidance=1.0):
 def sampling_steps(T, steps, spacing='trailing'):
     """Timesteps, from noise to image. 'trailing': evenly from T-1, the last jump as long as the
     others (Lin et al. 2024); 'even': with both ends, T-1 and 0 (Improved DDPM); 'leading':
-    multiples of T // steps, from below T-1 (DDIM). Raises UserError where there are not so many."""
+    multiples of T // steps, from below T-1 (DDIM). Raises UserError for more steps than T."""
     if not 1 <= steps <= T:
         raise UserError(f'{steps} sampling steps: from 1 to {T}')
     if spacing == 'leading':
@@ -1425,7 +1425,7 @@ class Pipeline(nn.Module):
 
     `condition` is '', 'class' or 'text'. y indexes the classes, the last of which is the null
     condition, or the texts given to `set_prompts`; -1 is the null condition. `source` is where its
-    pipeline is to be had, `pipe` the pipeline itself where it is loaded; `shared` holds the
+    pipeline can be loaded from, `pipe` the pipeline once it is loaded; `shared` holds the
     embedded texts. Raises UserError for a network that is not supported.
     """
 
@@ -1535,7 +1535,7 @@ def attach_vae(net, vae):
 
 def read_pipeline(spec):
     """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises
-    UserError for one with code of its own."""
+    UserError where it contains code."""
     path = os.path.join(spec, 'model_index.json')
     if not os.path.isdir(spec):
         import huggingface_hub
@@ -1552,7 +1552,7 @@ def read_pipeline(spec):
         if not known and name not in UNUSED:
             code.append(part[0])
     if code:
-        raise UserError(f'{spec}: {code[0]} is code of its own, which is not run')
+        raise UserError(f'{spec}: {code[0]} is code, and code in a pipeline is never run')
     return os.path.dirname(path), parts
 
 
@@ -1954,7 +1954,7 @@ def load_classifier(spec, **known):
 
 class Autoencoder(nn.Module):
     """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1],
-    one level, and no noise of its own where the class has no posterior (std 0)."""
+    one level, and no noise (std 0) where the class has no posterior."""
 
     def __init__(self, net):
         super().__init__()
@@ -1984,7 +1984,7 @@ class Autoencoder(nn.Module):
 
 def load_vae(spec):
     """A frozen VAE or generator in eval mode: an LVAE of ours (.safetensors); diffusers'
-    AutoencoderKL or AutoencoderTiny as a folder or hub id, of its own or as a pipeline's; or a
+    AutoencoderKL or AutoencoderTiny as a folder or hub id, alone or in a pipeline; or a
     user's Python file. Raises UserError for all else."""
     file, weights = split_file(spec)
     if file:

@@ -65,13 +65,12 @@ lr = 0.1                     # its step size
 tv = 0.0                     # weight of the total variation: mean squared difference of neighbours,
                              # both ways
 l2 = 0.0                     # weight of the mean square of the pixels, which are in [-1, 1]
-jitter = 2                   # the teacher sees them shifted by up to so many pixels
+jitter = 2                   # the teacher sees them shifted by up to this many pixels
 flip = False                 # ... and flipped half of the time
 # what is kept
 num_images = 6000            # over all ranks
-keep = 4                     # images kept of each walk: its predicted x_0 at the last so many steps
-                             # ...
-keep_every = 2               # ... that are so far apart
+keep = 4                     # images kept of each walk: its predicted x_0 at the last step and before
+keep_every = 2               # steps between two of them
 image_size = 0               # side of the kept images; 0 is what the teacher takes
 # system
 out_dir = 'out/synth'
