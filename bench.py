@@ -31,7 +31,7 @@ student_config = {'patch_size': 1, 'model_channels': 32, 'num_res_blocks': 2,
 teacher_width = 0            # model_channels or hidden_size of the teacher; 0 is twice the
                              # student's
 stride = 1
-_ranges = dkdm._ranges | {'what': ('step', 'sample'), 'student': tuple(M.DENOISERS)}
+_ranges = dkdm._ranges | {'what': ('step', 'sample'), 'student': ('unet', 'dit')}
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 

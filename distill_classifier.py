@@ -258,6 +258,15 @@ def agreement(a, b):
     return (a == b).float().mean().item()
 
 
+def class_names(spec):
+    """The names of the class folders of a folder of images; [] for all else."""
+    path, _ = M.split_classes(spec)
+    if not os.path.isdir(path) or M.shards_of(spec):
+        return []
+    pairs = M.image_files(path)
+    return sorted({os.path.relpath(f, path).split(os.sep)[0] for f, label in pairs if label is not None})
+
+
 # ==== set-up ====
 if __name__ == '__main__':
     settings = {k: globals()[k] for k in _defaults}
@@ -301,7 +310,7 @@ if __name__ == '__main__':
         if len(images) - holdout < batch_size:
             raise M.UserError(
                 f'{data} has {len(images)} images; holdout={holdout} leaves fewer than a batch of '
-                f'{batch_size}'
+                f'{batch_size}: smaller ones, or more images'
             )
         if images.shape[2] != images.shape[3]:
             raise M.UserError(
@@ -321,6 +330,9 @@ if __name__ == '__main__':
                 f'{tuple(wanted)}, '
                 f'they have {tuple(test_images.shape[1:])}'
             )
+    if method != 'test' and test and class_names(data) and class_names(test):
+        if class_names(data) != class_names(test):
+            raise M.UserError(f'{data} has the classes {class_names(data)}, {test} has {class_names(test)}')
     if images is None:
         images = test_images
 

@@ -288,6 +288,8 @@ class Walks:
         dtype=torch.float32,
         device='cpu',
     ):
+        if jumps < 1 or steps % jumps:
+            raise M.UserError(f'walk_steps={steps} must be a multiple of jumps={jumps}')
         size = batch_size * -(-size // batch_size)  # whole batches
         self.diffusion = diffusion
         self.draw_labels = draw_labels
@@ -455,16 +457,21 @@ def build_denoiser(
     does not fit the images or the condition."""
     size = dict(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
     if spec in M.DENOISERS:
-        takes = inspect.signature(M.DENOISERS[spec]).parameters
-        if odd := config.keys() - takes.keys():
+        takes = inspect.signature(M.DENOISERS[spec]).parameters.keys()
+        sizes = takes - size.keys() - {'out_channels', 'learn_sigma'}
+        if odd := config.keys() - sizes:
             raise M.UserError(
-                f"student_config: {spec} has no {min(odd)!r}, but {', '.join(takes.keys() - size.keys())}"
+                f"student_config: {spec} has no {min(odd)!r}, but {', '.join(sorted(sizes))}"
             )
         if 'out_channels' in takes:
             size['out_channels'] = in_channels * (2 if learn_sigma else 1)
         elif 'learn_sigma' in takes:
             size['learn_sigma'] = learn_sigma
-        return M.DENOISERS[spec](**SIZES.get(spec, {}) | config | size)
+        kw = SIZES.get(spec, {}) | config | size
+        net = M.DENOISERS[spec](**kw)
+        if 'class' not in getattr(net, 'config', {}):
+            net.config = kw | {'class': type(net).__name__}
+        return net
     if spec.endswith('.py'):
         net = M.build_from_file(spec, **config | size)
     elif spec.endswith('.json'):
@@ -530,10 +537,6 @@ if __name__ == '__main__':
         (
             class_cond and method != 'data',
             "class_cond is for method='data', all others follow the teacher",
-        ),
-        (
-            method == 'jumps' and (jumps < 1 or walk_steps % jumps),
-            f'walk_steps={walk_steps} must be a multiple of jumps={jumps}',
         ),
         (
             rho <= 0 or stride < 1 or batch_size < 1 or walks < 1,

@@ -8,10 +8,10 @@ Part 1, to copy from. It needs nothing of part 2 and imports only math and torch
 
 Part 2, the plumbing:
     weights      save_model, make, read_weights, unwrap, load_state, digest
-    user files   run_file, FromFile
+    user files   run_file, build_from_file, load_from_file
     diffusers    Pipeline, decode, open_pipeline, load_part
-    loaders      load_denoiser, build_denoiser, load_classifier, load_vae
-    images       load_images, read_image, to_float, to_uint8, save_grid
+    loaders      load_denoiser, load_classifier, load_vae
+    images       load_images, to_tensor, to_float, to_uint8, save_grid
     measuring    features, load_features, read_statistics, frechet_distance
     running      init_distributed, pick_dtype, cast_frozen, all_reduce_max, update_ema
     checkpoints  lock_out_dir, save_checkpoint, resume, restore, Log
@@ -409,7 +409,9 @@ class DiT(nn.Module):
         return torch.einsum('nhwpqc->nchpwq', h).reshape(B, self.out_channels, grid * p, grid * p)
 
 
-DENOISERS = {'unet': UNet, 'dit': DiT}  # --student=NAME; a third one is added here
+# --student=NAME. A third one is added here: a class of (image_size, in_channels, num_classes, ...)
+# with these attributes. It predicts as many channels as its argument out_channels or learn_sigma says.
+DENOISERS = {'unet': UNet, 'dit': DiT}
 
 
 # ==================================================================================================
@@ -853,9 +855,11 @@ class Diffusion:
     learn_sigma: the network has C more channels, the v of DKDM Eq. (12). What a given output holds
         is read off its channels, so a teacher with and a student without a learned variance go
         together.
-    clip: clamp predicted x_0 to [-1, 1] (pixels yes, latents no). A step may jump any distance t ->
-    s, s < t; both are long tensors (B,) or ints, and s = -1 is the clean image. Raises UserError
-    for an unknown schedule or prediction, or betas outside 0 ... 1.
+    clip: clamp predicted x_0 to [-1, 1] (pixels yes, latents no).
+
+    A step may jump any distance t -> s, s < t; both are long tensors (B,) or ints, and s = -1 is
+    the clean image. Raises UserError for an unknown schedule or prediction, or betas outside
+    0 ... 1.
     """
 
     def __init__(
@@ -1061,8 +1065,8 @@ class Diffusion:
         return self.losses(out, target, x_t, mean, logvar, t, lam, x0)
 
     def distill_loss(self, student_out, teacher_out, x_t, t, lam=0.001):
-        """Training on a teacher's output in this process's prediction, DKDM Eqs. (19)-(21): as
-        above."""
+        """Training on a teacher's output in this process's prediction, DKDM Eqs. (19)-(21):
+        {'loss', 'mse', 'vb'}, each (B,)."""
         teacher_out = teacher_out.detach().float()
         mean, logvar = self.mean_logvar(teacher_out, x_t, t)
         return self.losses(student_out, teacher_out[:, : x_t.shape[1]], x_t, mean, logvar, t, lam)
@@ -1373,6 +1377,9 @@ def build_from_file(path, **kw):
     """The network that build(**kw) of a user's file returns; it knows how it was built."""
     net = run_file(path).build(**kw)
     net.built_as = {'class': 'file', 'file': os.path.basename(path)} | kw
+    for name in ('num_classes', 'in_channels', 'image_size'):
+        if name in kw and not hasattr(net, name):
+            setattr(net, name, kw[name])
     return net
 
 

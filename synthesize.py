@@ -632,5 +632,9 @@ if __name__ == '__main__':
             command = ['distill_classifier.py', f'--data={out_dir}', f'--teacher={teacher}']
             if teacher_config:
                 command.append(f'--teacher_config={teacher_config}')
+            if n * keep < 528:  # its defaults: a batch of 128, and 400 images to compare on
+                command += [f'--holdout={n * keep // 4}', f'--batch_size={max(1, n * keep // 4)}']
+            if not hasattr(net_T, 'forward_features') and not hasattr(net_T, 'stages'):
+                command.append('--lam_msarc=0.0')
         print('distil: python ' + shlex.join(command))
     M.finish()
