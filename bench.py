@@ -1,7 +1,6 @@
 """
-How fast one training step of dkdm.py is, and how far that is from what the machine can do: teacher,
-student forward and backward, optimiser with EMA, and the walk, on random images and with random
-weights.
+Times one training step of dkdm.py and compares it with the machine's peak: teacher, student forward
+and backward, optimiser with EMA, and the walk, on random images and with random weights.
 
     python bench.py  # a CIFAR-10 U-Net of 11 M teaches one of 2.8 M
     python bench.py config/dkdm_cifar10.py --compile=True  # the settings of an experiment
@@ -9,10 +8,10 @@ weights.
     torchrun --nproc_per_node=8 bench.py config/dkdm_cifar10.py
     python bench.py --what=sample  # ms per image of each sampler
 
-All settings of dkdm.py are settings here too. The teacher is random, of the student's architecture
-but for its width. The peak is measured in the same run and dtype, before and after: the best of a
-large matrix product and a 3x3 convolution. An operation is a multiplication or an addition, in
-matrix products, convolutions and attention.
+All settings of dkdm.py are settings here too. The teacher has random weights and the student's
+architecture, but another width. The peak is measured in the same run and dtype, before and after:
+it is the faster of a large matrix product and a 3x3 convolution. FLOPs count the multiplications
+and additions in matrix products, convolutions and attention.
 """
 import os
 
@@ -21,11 +20,11 @@ from dkdm import *           # all settings of dkdm.py are settings here too
 
 # what is timed
 what = 'step'                # 'step', or 'sample'
-repeats = 10                 # steps or batches that are timed, after two that are not
-# networks, the default's
+repeats = 10                 # steps or batches to time, after two for warm-up
+# networks
 image_size = 32
 channels = 3                 # of the images
-classes = 0                  # of teacher and student; above 0 the teacher is guided
+classes = 0                  # of teacher and student; the teacher is guided if above 0
 student_config = {'patch_size': 1, 'model_channels': 32, 'num_res_blocks': 2,
                   'channel_mult': (1, 2, 2, 2), 'attention_resolutions': (16, 8)}
 teacher_width = 0            # model_channels or hidden_size of the teacher; 0 is twice the
@@ -55,7 +54,7 @@ def now(device):
 
 
 def seconds(f, device, repeats=10):
-    """The median time of a call, after two that are not counted."""
+    """The median time of a call, after two calls for warm-up."""
     times = []
     for _ in range(repeats + 2):
         begin = now(device)
@@ -65,7 +64,7 @@ def seconds(f, device, repeats=10):
 
 
 def gigaflop(f):
-    """Of one call, in 10^9 operations. Attention is counted as its matrix products."""
+    """GFLOP of one call of f. Attention counts as its matrix products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         f()
     return counter.get_total_flops() / 1e9
@@ -109,7 +108,7 @@ if __name__ == '__main__':
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
     B = M.per_rank(batch_size, world, grad_accum)  # images of one forward pass
     dtype = M.pick_dtype(device, dtype)
-    if dtype == torch.float16:  # which is for frozen pipelines alone
+    if dtype == torch.float16:  # float16 is only for frozen pipelines
         dtype = torch.float32
     layout = M.memory_format(device)
     sizes = SIZES[student] | student_config
@@ -160,7 +159,7 @@ if __name__ == '__main__':
         update(net, net_ema, opt, grad_clip, ema, 1)
 
     def networks():
-        """The two networks alone, without compiling, for counting."""
+        """The two networks alone, not compiled, for counting FLOPs."""
         _, x_t, t, y = pool.draw(B)
         make_teacher(net_T, scale, autocast)(x_t, t, y)
         with autocast:
@@ -201,8 +200,8 @@ if __name__ == '__main__':
                     cells.append(f'{1000 * once / B:.3g} ({k})')
                 lines.append(f'{name} {sampler:6} ms per image: ' + ', '.join(cells))
         lines.append(
-            'in brackets: evaluations of an image'
-            + (', each two passes of the guided teacher' if scale > 1 else '')
+            'in brackets: evaluations per image'
+            + ('; one of the guided teacher is two passes' if scale > 1 else '')
         )
     if device.type == 'cuda':
         lines.append(f'peak memory: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MB')

@@ -22,7 +22,7 @@ def _one_line(kind, error, traceback):
     script = os.path.basename(sys.argv[0])
     print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if os.environ.get('WORLD_SIZE', '1') != '1':
-        os._exit(2)                            # other ranks may wait for this one
+        os._exit(2)                            # a normal exit could hang while other ranks wait
     sys.exit(2)
 
 
@@ -34,7 +34,7 @@ def _die(message):
 
 
 def _assign(key, value, where):
-    """Sets a global of the script, or ends it with what would be right."""
+    """Sets a global of the script, or exits with a message that says what would be right."""
     if key not in _defaults:
         close = difflib.get_close_matches(key, _defaults, n=1)
         hint = f'did you mean {close[0]!r}?' if close else '--help lists them'
@@ -56,7 +56,7 @@ def _assign(key, value, where):
 
 
 def _literal(text):
-    """The value that a text means in Python; the text itself where it means none."""
+    """The value of a Python literal; the text itself if it is not one."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -64,7 +64,7 @@ def _literal(text):
 
 
 def _help():
-    """The docstring and the settings as they stand in the script, with their comments."""
+    """Prints the docstring and the settings of the script, with their comments."""
     print((__doc__ or '').strip() + '\n')
     with open(sys.argv[0], encoding='utf-8') as f:
         lines = f.read().split('configurator.py')[0].splitlines()
@@ -75,7 +75,7 @@ def _help():
             print(f'--{key + "=" + value:<50} {comment.strip()}')
         elif line.startswith('# '):
             print(f'\n{line}')
-        elif line.startswith(' ') and line.strip().startswith('# '):    # the comment goes on
+        elif line.startswith(' ') and line.strip().startswith('# '):    # a continued comment
             print(' ' * 53 + comment.strip())
 
 
@@ -91,7 +91,7 @@ for _arg in sys.argv[1:]:                      # the files first ...
             _die(f'no config file {_arg!r}; overrides look like --key=value')
         _values = {}
         with open(_arg, encoding='utf-8') as _f:
-            # builtins: a setting of the script is called compile
+            # builtins, because `compile` is also a setting
             exec(builtins.compile(_f.read(), _arg, 'exec'), _values)
         for _key, _value in _values.items():
             if not _key.startswith('_'):

@@ -1,7 +1,7 @@
 """
 DiffDFKD, second stage: distils a classifier into a smaller one on synthetic images (Qi et al. 2025,
-arXiv 2504.00870). The student learns the teacher's outputs and where it looks; labels are not
-needed. With `method='data'` it trains a classifier on labelled images instead, which is how
+arXiv 2504.00870). The student learns the teacher's outputs and its class activation maps; labels
+are not needed. With `method='data'` it trains a classifier on labelled images instead, which is how
 teachers are made; `method='test'` prints the accuracy of one.
 
     # the bundled teacher, on a laptop
@@ -16,13 +16,13 @@ import os
 
 # images
 data = 'out/synth'           # an .npz, a folder of shards or of images, a list of files, or a
-                             # torchvision name (downloaded); with classes, mnist:0-4, of these
-                             # alone (models.load_images)
-test = ''                    # labelled images to test on, as above; '' is a torchvision name's test
-                             # split, else none
+                             # torchvision name (downloaded); mnist:0-4 takes only these classes
+                             # (models.load_images)
+test = ''                    # labelled images to test on, as above; '' is the test split if
+                             # `data` is a torchvision name, else none
 image_size = 0               # side to which images are resized on load; 0 is as they are
-holdout = 400                # images kept out of the training: on them student and teacher are
-                             # compared; 0 for none
+holdout = 400                # images held out of the training, to choose the best epoch by the
+                             # agreement with the teacher (or the labels); 0 for none
 augment_crop = 2             # random crops from images padded by this many pixels; 0 for none
 augment_flip = False         # random horizontal flips
 # teacher
@@ -30,16 +30,16 @@ method = 'distill'           # 'distill': from the teacher; 'data': cross-entrop
                              # teacher; 'test'
 teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet,
                              # WRN or VGG, torchvision:NAME, or a Python file with load()
-teacher_config = {}          # what a state dict does not say: image_size, mean, std
+teacher_config = {}          # what a state dict does not record: image_size, mean, std
                              # (models.load_classifier)
-any_teacher = False          # take images that synthesize.py made for another teacher
+any_teacher = False          # accept images that synthesize.py made for another teacher
 # student
 student = 'resnet8'          # resnet8, 14 ... 110, resnet18/34/50, wrn16_1 ... wrn40_2, vgg11 ...
                              # vgg19, torchvision:NAME, or a Python file with build()
 width = 8                    # channels of the first stage of a ResNet; 0 is its usual width
 # losses, Eq. (12)
-lam_kl = 1.0                 # weight of the divergence of the outputs
-temperature = 4.0            # of both outputs in it
+lam_kl = 1.0                 # weight of the KL of the outputs
+temperature = 4.0            # softens both outputs in the KL
 lam_msarc = 0.1              # weight of the distance of the class activation maps, L_mSARC;
                              # SpaceshipNet's is 1
 label_smoothing = 0.0        # 'data'
@@ -52,13 +52,13 @@ warmup_epochs = 1            # linear warm-up; 0 for none
 weight_decay = 5e-4
 # system
 out_dir = 'out/classifier'
-init_from = 'scratch'        # 'scratch', 'resume', or the file of a student that goes on
+init_from = 'scratch'        # 'scratch', 'resume', or a student's file to start from
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 compile = False              # torch.compile, for GPUs
-_ranges = {                  # allowed words that the defaults do not show
+_ranges = {                  # allowed values of string settings
     'method': ('distill', 'data', 'test'), 'optimizer': ('sgd', 'adamw'),
     'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
@@ -84,27 +84,27 @@ import models as M
 #       logits_S, maps_S = student(x);  logits_T, maps_T = teacher(x)
 #       L = lam_kl KL(teacher || student, softened) + lam_msarc L_mSARC(maps_S, maps_T)     Eq. (12)
 #       student <- student - lr grad L
-# L_mSARC asks where the two look: after the last stage for every class, after the earlier ones for
-# the teacher's class.
+# L_mSARC compares class activation maps: of all classes after the last stage, and of the class that
+# the teacher predicts after the earlier stages.
 def kl_loss(logits_S, logits_T, temperature=4.0):
-    """Divergence of the softened outputs (Hinton et al. 2015), times T^2: its gradient does not
-    shrink with T."""
+    """KL(teacher || student) of the softened outputs (Hinton et al. 2015), times temperature^2, so
+    that the gradient does not shrink with the temperature."""
     log_p_S = F.log_softmax(logits_S / temperature, 1)
     log_p_T = F.log_softmax(logits_T / temperature, 1)
     return F.kl_div(log_p_S, log_p_T, log_target=True, reduction='batchmean') * temperature**2
 
 
 def pairs_of_stages(maps_S, maps_T):
-    """The student's stages before its last, each with the teacher's last one of the same
-    resolution, if it has one."""
+    """Pairs (i, j): each stage i of the student before its last, with the teacher's last such stage
+    j of the same resolution, if there is one."""
     by_size = {m.shape[2:]: i for i, m in enumerate(maps_T[:-1])}
     return [(i, by_size[m.shape[2:]]) for i, m in enumerate(maps_S[:-1]) if m.shape[2:] in by_size]
 
 
 def grad_cam(logits, maps, c):
-    """Where a network sees class c (B,): the channels of each map, summed with the mean gradient of
-    the class's logit as weights, which are constants (Selvaraju et al. 2017, without ReLU). A list
-    of (B, h, w)."""
+    """Grad-CAM of class c (B,) for each map: the sum of its channels, weighted by the mean gradient
+    of the class's logit (Selvaraju et al. 2017, without ReLU). The weights are constants. Returns a
+    list of (B, h, w)."""
     grads = torch.autograd.grad(logits.gather(1, c[:, None]).sum(), maps, retain_graph=True)
     return [(grad.mean((2, 3), keepdim=True) * m).sum(1).float() for grad, m in zip(grads, maps)]
 
@@ -116,8 +116,8 @@ def class_maps(last_map, head):
 
 def msarc_loss(logits_S, maps_S, head_S, logits_T, maps_T, head_T):
     """L_mSARC of Eq. (12) (SpaceshipNet, Yu et al. 2023): the class activation maps of all classes
-    after the last stage, and Grad-CAM of the class that the teacher sees after each earlier one.
-    heads: the last linear layers."""
+    after the last stage, and Grad-CAM of the class that the teacher predicts after each earlier
+    one. head_S, head_T: the last linear layers."""
     cam_S = class_maps(maps_S[-1], head_S)
     cam_T = class_maps(maps_T[-1], head_T)
     if cam_T.shape != cam_S.shape:
@@ -147,12 +147,12 @@ def distill_losses(
     """Eq. (12) of a batch of images x (B, C, H, W) in [-1, 1]: {'kl', 'msarc'}, weighted; their sum
     is the loss.
 
-    student and teacher are `WithMaps`; without lam_msarc their maps are not looked at. heads: the
+    student and teacher are `WithMaps`; without lam_msarc their maps are not used. heads: the
     last linear layers of both.
     """
     with autocast:
         logits_S, maps_S = student(x)
-    x.requires_grad_(lam_msarc > 0)  # else a frozen teacher has no gradient
+    x.requires_grad_(lam_msarc > 0)  # else a frozen teacher builds no graph
     with torch.set_grad_enabled(lam_msarc > 0), autocast:
         logits_T, maps_T = teacher(x)
     terms = {'kl': lam_kl * kl_loss(logits_S.float(), logits_T.detach().float(), temperature)}
@@ -164,8 +164,8 @@ def distill_losses(
 
 
 def augment(x, crop=0, flip=False):
-    """Each uint8 image of a batch (B, C, H, H) is cropped at a random place from `crop` black
-    pixels around it, and flipped or not."""
+    """Random crops of uint8 images (B, C, H, H) padded by `crop` black pixels, and random
+    horizontal flips."""
     B, H, device = len(x), x.shape[-1], x.device
     if crop:
         padded = F.pad(x, [crop] * 4)
@@ -180,8 +180,8 @@ def augment(x, crop=0, flip=False):
 
 
 class WithMaps(torch.nn.Module):
-    """A classifier as the losses want it: images (B, C, H, W) in [-1, 1] -> (logits, maps); maps is
-    None unless wanted."""
+    """A classifier with its preprocessing: images (B, C, H, W) in [-1, 1] -> (logits, maps). `maps`
+    is None if they are not needed."""
 
     def __init__(self, net, maps=True):
         super().__init__()
@@ -193,7 +193,7 @@ class WithMaps(torch.nn.Module):
         return M.forward_features(self.net, x) if self.maps else (self.net(x), None)
 
 
-# ==== what is checked of images and networks ====
+# ==== building and checking ====
 def build_classifier(spec, num_classes, in_channels, image_size, **kw):
     """A classifier with random weights: a name (`models.classifier`) or a Python file, whose
     build() is called."""
@@ -204,22 +204,21 @@ def build_classifier(spec, num_classes, in_channels, image_size, **kw):
 
 
 def check_origin(data, digest, teacher):
-    """Raises UserError if one of the shards that `data` names says that synthesize.py made it for
-    another teacher."""
+    """Raises UserError if synthesize.py made one of the shards in `data` for another teacher."""
     for f in M.shards_of(data):
         with np.load(f, allow_pickle=False) as z:
             made = json.loads(str(z['settings'])) if 'settings' in z else {}
         if made.get('teacher_digest', digest) != digest:
             raise M.UserError(
-                f"{f} was made for the teacher {made['teacher']}, which is not {teacher}: its own "
-                "images, or "
+                f"{f} was made for the teacher {made['teacher']}, which is not {teacher}: use its "
+                "own images, or "
                 '--any_teacher=True'
             )
 
 
 def linear_head(net, name):
     """The last linear layer of a classifier, whose weights make the class activation maps. Raises
-    UserError where it sees more than the mean of the last map."""
+    UserError if its input is more than the spatial mean of the last map."""
     side = net.image_size or 32
     x = torch.randn(2, net.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -232,17 +231,17 @@ def linear_head(net, name):
             fits = (seen - logits).abs().max() <= 1e-3 * (1 + logits.abs().max())
     if not fits:
         raise M.UserError(
-            f'{name} has no class activation maps, its last layer sees more than the mean of the '
-            'last map: '
-            '--lam_msarc=0'
+            f'{name} has no class activation maps, because its last layer takes more than the '
+            'mean of the last map: '
+            'use --lam_msarc=0'
         )
     return layer
 
 
 @torch.no_grad()
 def predictions(net, images, device, autocast, rank=0, world=1):
-    """The class that a network sees in each of the uint8 images; every rank does its share, all get
-    the sum."""
+    """The predicted class of each uint8 image, on the CPU. The ranks share the work, and each gets
+    the whole result."""
     net.eval()
     found = torch.zeros(len(images), device=device)
     for i in range(rank * 500, len(images), world * 500):
@@ -274,7 +273,7 @@ if __name__ == '__main__':
     for wrong, message in [
         (
             distilling and lam_kl == lam_msarc == 0,
-            'lam_kl=0 and lam_msarc=0 leave nothing to learn',
+            'lam_kl=0 and lam_msarc=0 leave no loss to train with',
         ),
         (
             method == 'test' and not test,
@@ -282,7 +281,7 @@ if __name__ == '__main__':
         ),
         (
             temperature <= 0 or holdout < 0 or batch_size < 1,
-            'temperature and batch_size are above 0',
+            'temperature and batch_size must be above 0, holdout 0 or above',
         ),
     ]:
         if wrong:
@@ -292,7 +291,7 @@ if __name__ == '__main__':
 
     # ---- teacher ----
     net_T = None
-    channels = 0  # of images: as they are
+    channels = 0  # keep the images' own
     if method != 'data':
         net_T = M.load_classifier(teacher, **teacher_config)
         channels = net_T.in_channels
@@ -341,7 +340,7 @@ if __name__ == '__main__':
     if net_T is not None:  # the teacher's size and normalisation
         size = dict(num_classes=net_T.num_classes, image_size=net_T.image_size or images.shape[-1])
         size |= {k: getattr(net_T, k, (0.5,)) for k in ('mean', 'std')}
-    else:  # the network sees mean 0 and deviation 1
+    else:  # normalise the images to mean 0 and deviation 1
         pixels = images[:10000].float() / 255
         size = dict(
             num_classes=int(labels.max()) + 1,
@@ -371,8 +370,8 @@ if __name__ == '__main__':
     if method == 'test':
         M.finish()
 
-    # the same images on all ranks, whatever their number: kept out, so that the best epoch is not
-    # chosen on test images
+    # held-out images choose the best epoch, so that test images do not; they are the same on all
+    # ranks, for any number of ranks
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held, train = order[:holdout], order[holdout:]
     held_images = images[held]
@@ -381,7 +380,7 @@ if __name__ == '__main__':
     else:
         held_labels = labels[held]
     fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info()[0] / 2
-    home = device if fits else 'cpu'  # where the images live
+    home = device if fits else 'cpu'  # the device that stores the images
     images = images.to(home)
     labels = None if distilling else labels.to(home)
 
@@ -394,8 +393,8 @@ if __name__ == '__main__':
         opt = torch.optim.SGD(groups, lr, momentum=0.9)
     else:
         opt = torch.optim.AdamW(groups, lr)
-    if compile:  # by stages: Grad-CAM needs their maps
-        torch._functorch.config.donated_buffer = False  # ... and goes back through them twice
+    if compile:  # stage by stage: Grad-CAM needs their maps
+        torch._functorch.config.donated_buffer = False  # ... and runs backward through them twice
         torch._dynamo.config.cache_size_limit = 64  # counted over all stages together
         for network in (net, net_T):
             for name, module in network.named_modules() if network is not None else ():
@@ -411,7 +410,7 @@ if __name__ == '__main__':
     epoch, first, sums, best = 0, 0, {}, -1.0
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
-        epoch, first = divmod(shared['step'], steps_per_epoch)  # a signal saves within an epoch
+        epoch, first = divmod(shared['step'], steps_per_epoch)  # may be within an epoch
         sums = {k: v.to(device) for k, v in own['sums'].items()}
         best = shared['best']
     if rank == 0:
@@ -459,16 +458,16 @@ if __name__ == '__main__':
                 with autocast:
                     logits, _ = model(x)
                 terms = {'ce': F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)}
-            sum(terms.values()).backward()  # Eq. (12)
+            sum(terms.values()).backward()  # Eq. (12) if distilling
             opt.step()
             opt.zero_grad(set_to_none=True)
             for key, term in terms.items():
                 sums[key] = sums.get(key, 0.0) + term.detach()
         if (~torch.stack([p.sum() for p in net.parameters()]).isfinite()).any():
             raise M.UserError(
-                f'the weights are not finite in epoch {epoch + 1}: a smaller --lr; the last '
+                f'the weights are not finite in epoch {epoch + 1}: try a smaller --lr; the last '
                 'checkpoint is '
-                'untouched'
+                'intact'
             )
         if leaving:
             M.save_checkpoint(

@@ -1,9 +1,9 @@
 """
 Distils a hierarchical VAE into a smaller one, without the data it was trained on: both decoders are
 fed the same noise at every level, and the student learns the Gaussians and the pixels that the
-teacher makes of it. On synthetic images its encoder learns too. A GAN's generator, or any other
-that makes images of noise, is distilled alike. With `method='data'` it trains a VAE on images,
-which is how teachers are made.
+teacher computes from it. On synthetic images its encoder learns too. A GAN's generator, or any
+other network that turns noise into images, is distilled in the same way. With `method='data'` it
+trains a VAE on images, which is how teachers are made.
 
     python distill_vae.py  # the bundled MNIST teacher, minutes on a laptop
     python distill_vae.py config/mnist_lvae.py  # the bundled teacher itself, by the ELBO
@@ -22,23 +22,23 @@ teacher = 'pretrained/mnist_lvae.safetensors'  # an LVAE of ours; AutoencoderKL 
                              # GAN's too
 # student
 student = ''                 # '' is of the teacher's class; or a Python file with build()
-student_config = {'width': 8}  # what differs from the teacher's config, of the same class; of
-                             # 'data' an LVAE's config
+student_config = {'width': 8}  # changes to the teacher's config, which is of the same class; for
+                             # 'data', the config of an LVAE
 # distillation
-method = 'prior'             # 'prior' (noise only), 'synthetic' (images too, of any origin), 'data'
-                             # (the ELBO, alone)
+method = 'prior'             # 'prior' (noise only), 'synthetic' (also images, of any origin),
+                             # 'data' (the ELBO, without a teacher)
 beta = 0.1                   # the pixels' variance is beta / 2
-lam_z = 0.1                  # weight of the distances between the two networks' Gaussians
+lam_z = 0.1                  # weight of the distance between the Gaussians of both networks
 data = ''                    # 'synthetic' and 'data': an .npz, a folder, or a torchvision name
 flip = False                 # random horizontal flips
 kl_warmup = 500              # 'data': steps in which the weight of the KL grows from 0 to 1; 0 for
                              # none
 # optimisation
 max_steps = 1800
-batch_size = 32              # over all ranks; the slides have 128
-lr = 1e-2                    # the slides have 1e-4, for 50 epochs
+batch_size = 32              # over all ranks; the slides: 128
+lr = 1e-2                    # the slides: 1e-4, for 50 epochs
 lr_decay = True              # cosine decay to 0 at max_steps
-weight_decay = 1e-4          # Adam's, on the gradient
+weight_decay = 1e-4          # Adam's L2 penalty, added to the gradient
 grad_clip = 0.0              # largest norm of the gradient; 0 for none
 # system
 out_dir = 'out/vae'
@@ -50,7 +50,7 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 compile = False              # torch.compile, for GPUs
-_ranges = {                  # allowed words that the defaults do not show
+_ranges = {                  # allowed values of string settings
     'method': ('prior', 'synthetic', 'data'), 'init_from': ('scratch', 'resume'),
     'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
@@ -70,11 +70,11 @@ import models as M
 #   noise ~ N(0, 1) at every level of the ladder
 #   out_T, p_T = teacher.decode(noise);                               out, p = student.decode(noise)
 #   L = KL(N(out_T, beta / 2) || N(out, beta / 2)) + lam_z sum over levels of W2^2(p_T, p)
-# On images x the same once more below the encoders' Gaussians: q_T from teacher.encode(x), q from
-# student.encode(x).
+# On images x, the same losses with the posteriors in place of the priors: q_T from
+# teacher.encode(x), q from student.encode(x).
 def wasserstein(a, b):
-    """Squared 2-Wasserstein distance of diagonal Gaussians (mean, std), averaged over their
-    numbers."""
+    """Squared 2-Wasserstein distance of diagonal Gaussians (mean, std), averaged over all
+    entries."""
     return ((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2).mean()
 
 
@@ -85,16 +85,16 @@ def output_kl(mean_S, mean_T, beta=0.1):
 
 
 def decode(net, noise, seen=None):
-    """(out, q, p) of a VAE's decoder (models.LVAE), and of any other generator's, which may return
-    `out` alone: then there are no Gaussians."""
+    """(out, q, p) of a VAE's decoder (models.LVAE) or of another generator, which may return `out`
+    alone: then q and p are empty."""
     made = net.decode(noise, seen) if seen else net.decode(noise)
     return (made.float(), [], []) if torch.is_tensor(made) else made
 
 
 def below_prior(seen, n):
-    """An encoder's Gaussians with n rows before them that say nothing (an infinite std; at the top,
-    the prior itself): the decoder then takes both in one batch, and its BatchNorm keeps the
-    statistics of both."""
+    """Puts n uninformative rows before an encoder's Gaussians: an infinite std, or at the top the
+    prior itself. One decoder batch then holds samples of the prior and of the posterior, and
+    BatchNorm's statistics cover both."""
     rows = []
     for i, (mean, std) in enumerate(seen):
         blank = torch.zeros_like(mean[:1]).expand(n, -1, -1, -1)
@@ -111,9 +111,9 @@ def split_rows(gaussians, n):
 
 
 def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1):
-    """The loss terms, a dict of numbers, of n images from the prior and of the images x (B, C, H,
-    W) in [0, 1], if any: 'z' and 'out' of the prior, 'z_x' and 'out_x' of the images. channels: how
-    many of `out` are the mean of the pixels.
+    """The loss terms, a dict of scalars, of n images from the prior ('z' and 'out') and of the
+    images x (B, C, H, W) in [0, 1], if given ('z_x' and 'out_x'). channels: the number of channels
+    of `out` that are the mean of the pixels.
     """
     seen = seen_T = None
     if x is None:
@@ -143,8 +143,8 @@ def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1)
 
 
 class Losses(torch.nn.Module):
-    """The student and its losses in one forward pass, as DistributedDataParallel wants it;
-    loss_of(net, x) -> terms."""
+    """The student and its losses as one module, because DistributedDataParallel hooks into
+    forward(); loss_of(net, x) -> terms."""
 
     def __init__(self, net, loss_of):
         super().__init__()
@@ -156,8 +156,8 @@ class Losses(torch.nn.Module):
 
 
 def build_vae(config, teacher):
-    """A VAE of random weights from its config, which is the teacher's with some other values.
-    Raises UserError for another class, or for what the class does not have."""
+    """A VAE with random weights from `config`, which is the teacher's config with changes. Raises
+    UserError for another class or an unknown key."""
     kind = teacher['class']
     odd = (
         config.keys() - teacher.keys() - {'width'}
@@ -166,7 +166,7 @@ def build_vae(config, teacher):
     )
     if odd or config['class'] != kind:
         raise M.UserError(
-            f"student_config: a {kind} has no {min(odd, default='class')!r}, but "
+            f"student_config: a {kind} has no {min(odd, default='class')!r}; it has "
             f"{', '.join(k for k in teacher if k != 'class') or 'width'}"
         )
     if kind == 'LVAE':
@@ -184,14 +184,14 @@ if __name__ == '__main__':
     for wrong, message in [
         (
             method == 'prior' and data != '',
-            f"method='prior' needs no images, --data={data} is for 'synthetic' and 'data'",
+            f"method='prior' reads no images: --data={data} is for 'synthetic' and 'data'",
         ),
         (
             method != 'prior' and not data,
             f"method={method!r} needs images: --data=mnist, an .npz or a folder; "
             'python synthesize.py config/synth_mnist_vae.py makes some',
         ),
-        (beta <= 0 or batch_size < 1, 'beta and batch_size are above 0'),
+        (beta <= 0 or batch_size < 1, 'beta and batch_size must be above 0'),
     ]:
         if wrong:
             raise M.UserError(message)
@@ -202,7 +202,7 @@ if __name__ == '__main__':
     foreign = teacher.partition('.py')[1] or student
     if foreign and method != 'prior':
         raise M.UserError(
-            "a generator from a Python file is distilled from noise: method='prior', not "
+            "a generator from a Python file can only be distilled from noise: method='prior', not "
             f"{method!r}"
         )
 
@@ -216,8 +216,8 @@ if __name__ == '__main__':
         )
         if isinstance(net_T, M.Autoencoder) and method == 'prior':
             raise M.UserError(
-                f'{teacher}: the prior of a {type(net_T.net).__name__} makes no images: '
-                '--method=synthetic'
+                f'{teacher}: a {type(net_T.net).__name__} makes no images from its prior: '
+                'use --method=synthetic'
             )
     if method != 'prior':
         images, _ = M.load_images(data, channels=net_T.in_channels if net_T else 0)
@@ -235,7 +235,7 @@ if __name__ == '__main__':
     if student:
         net = M.build_from_file(student)
     elif foreign:
-        raise M.UserError(f'{teacher}: what is its student? --student=FILE.py with build()')
+        raise M.UserError(f'{teacher} needs a student: --student=FILE.py with build()')
     else:
         base = (
             {'class': 'LVAE', 'image_size': images.shape[-1], 'in_channels': channels}
@@ -245,7 +245,7 @@ if __name__ == '__main__':
         net = build_vae(base | student_config, base)
     net = net.to(device, memory_format=M.memory_format(device))
     both = [n for n in (net_T, net) if n is not None]
-    with autocast, torch.no_grad():  # the levels tell whether the two fit each other
+    with autocast, torch.no_grad():  # check that the levels of both have the same shapes
         if images is not None:
             x = images[:2].to(device).float() / 255
             levels = [[mean.shape[1:] for mean, _ in n.eval().encode(x)] for n in both]
@@ -266,18 +266,18 @@ if __name__ == '__main__':
             'latents must be the same'
         )
     checkpoint = M.resume(settings, rank, net)
-    if method == 'prior' and isinstance(net, M.LVAE):  # the encoder stays as it is
+    if method == 'prior' and isinstance(net, M.LVAE):  # the encoder is not trained
         for name, p in net.named_parameters():
             p.requires_grad_(name.startswith('d'))
     trained = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.Adam(trained, lr, weight_decay=weight_decay, fused=True)
-    torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own numbers
+    torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
 
     def loss_of(net, x):
         if not distilling:  # the negative ELBO, in nats per image
             nll, kl = net.elbo(x, net.noise(len(x)), beta)
             return {'nll': nll.mean(), 'kl': sum(kl).mean()}
-        # rows from the prior, images below them
+        # n rows from the prior, then the images
         n = 0 if isinstance(net_T, M.Autoencoder) else micro_batch
         return distill_losses(net, net_T, channels, n, x, beta, lam_z)
 
@@ -285,8 +285,8 @@ if __name__ == '__main__':
     if compile:
         model = torch.compile(model, dynamic=False)
     if world > 1:
-        # no BatchNorm of a network in training reads the statistics that it keeps, and only those
-        # of rank 0 are saved
+        # BatchNorm's running statistics are not used in training, and only those of rank 0 are
+        # saved
         model = torch.nn.parallel.DistributedDataParallel(
             model, gradient_as_bucket_view=True, broadcast_buffers=False
         )
@@ -305,11 +305,11 @@ if __name__ == '__main__':
     @torch.no_grad()
     @autocast
     def pictures():
-        """Of the student below the teacher's: from the same noise at every level, of the same
-        images."""
+        """Writes samples.png from the same noise, and reconstructions.png of the same images, the
+        teacher's rows above the student's."""
         net.eval()
         g = torch.Generator(device).manual_seed(seed)
-        low, high = getattr(both[0], 'image_range', (0, 1))  # of what decode() returns
+        low, high = getattr(both[0], 'image_range', (0, 1))  # the range of decode()'s images
 
         def shown(out):
             return (out[:, :channels] - low) / (high - low) * 2 - 1
@@ -327,7 +327,7 @@ if __name__ == '__main__':
             M.save_grid(f'{out_dir}/reconstructions.png', [shown(out) for out in made], 12)
 
     # ==== the loop ====
-    step, sums, count = 0, {}, 0  # on the device: no wait between two rows
+    step, sums, count = 0, {}, 0  # tensors on the device: no wait for the GPU between rows
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
         step, count = shared['step'], own['count']
@@ -362,7 +362,7 @@ if __name__ == '__main__':
             terms['kl'] = terms['kl'] * min(1.0, (step + 1) / kl_warmup)
         sum(terms.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
-        opt.found_inf = (~norm.isfinite()).float()  # the fused step then changes nothing
+        opt.found_inf = (~norm.isfinite()).float()  # if 1, the fused optimiser skips the step
         opt.step()
         opt.zero_grad(set_to_none=True)
         for name, value in (terms | {'grad_norm': norm}).items():
@@ -374,15 +374,15 @@ if __name__ == '__main__':
             leaving = M.all_reduce_max(stop.signal)
         saving = step % save_every == 0 or step == max_steps or leaving
         logging = step % log_every == 0 or step == max_steps
-        if logging or saving:  # also: BatchNorm has no found_inf
+        if logging or saving:  # also before saving: found_inf does not protect BatchNorm
             totals = torch.stack(list(sums.values())).tolist()  # the one wait
             means = {k: v / count for k, v in zip(sums, totals)}
             if not math.isfinite(means['grad_norm']):  # the same on all ranks
                 bar.close()
                 raise M.UserError(
-                    f'step {step}: the loss or its gradient was not finite in the last {count} '
-                    'steps; nothing '
-                    'of that reached the weights. Try a smaller --lr, or --grad_clip'
+                    f'step {step}: the gradient was not finite in one of the last {count} '
+                    'steps; that step '
+                    'changed no weights. Try a smaller --lr, or --grad_clip'
                 )
         if logging:
             if rank == 0:
@@ -403,7 +403,7 @@ if __name__ == '__main__':
             M.save_checkpoint(settings, step, net, opt, {}, {'sums': sums, 'count': count}, rank)
             if rank == 0:
                 save_student()
-                if not leaving:  # last: who stops us may not wait
+                if not leaving:  # last: after SIGTERM there may be little time
                     with stop.interrupts():
                         pictures()
                 net.train()
@@ -411,7 +411,7 @@ if __name__ == '__main__':
             break
     bar.close()
     if rank == 0:
-        if step == first:  # killed between checkpoint and result
+        if step == first:  # killed after the last checkpoint, before the result was saved
             save_student()
         print(
             f'step {step} of {max_steps}, {time.time() - begin:.0f} s; student: {path}, pictures: '

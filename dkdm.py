@@ -1,6 +1,6 @@
 """
-DKDM: trains a small diffusion model of any architecture from a big pretrained one, without the data
-the big one was trained on. The student learns from the teacher's own denoising steps (Xiang et al.,
+DKDM: trains a small diffusion model of any architecture from a large pretrained one, without its
+training data. The student learns from the teacher's own denoising steps (Xiang et al.,
 CVPR 2025, arXiv 2409.03550).
 
     python dkdm.py  # the bundled MNIST teacher, minutes on a laptop
@@ -19,46 +19,47 @@ import os
 teacher = 'pretrained/mnist_classes.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM,
                              # LDM or DiT checkpoint, a diffusers folder or hub id, or a Python file
                              # with load()
-teacher_config = {}          # what an original checkpoint does not say: image_size, ...
+teacher_config = {}          # what an original checkpoint does not record: image_size, ...
                              # (models.load_denoiser)
-guidance = 0.0               # teachers with classes or texts are distilled at this scale; 1 is
-                             # none, 0 is 2 for them
-prompts = ''                 # teachers with texts: a file of them, one per line
+guidance = 0.0               # guidance scale at which a conditional teacher is distilled; 1 is
+                             # no guidance, 0 is 2 for conditional teachers and 1 for others
+prompts = ''                 # text-conditional teachers: a file of texts, one per line
 # student
 student = 'unet'             # 'unet' or 'dit', whatever the teacher is; a Python file with build();
                              # or the config.json of a network of diffusers
-student_config = {}          # its sizes, where SIZES (below) are not wanted:
+student_config = {}          # its sizes, where they differ from SIZES (below):
                              # --student_config.model_channels=64
 student_prediction = 'v'     # 'v', 'eps', 'x0', 'flow', or 'teacher': the same as the teacher's
                              # (the paper)
 learn_sigma = True           # the student predicts its variance too, Eq. (12)
 # distillation
 method = 'dynamic'           # 'dynamic' (the paper's), 'shuffled', 'iterative' (its ablations),
-                             # 'synthetic' (train on images the teacher made before), 'data'
-                             # (ordinary training, no teacher), 'jumps' (few steps)
+                             # 'synthetic' (train on images that the teacher made before),
+                             # 'data' (ordinary training, no teacher), 'jumps' (few-step
+                             # students)
 rho = 0.4                    # the pool holds round(rho T / stride) batches of half-finished images
-stride = 40                  # steps of T by which a visit moves an image, on average; the paper: 1
-warmup_steps = 0             # teacher steps of a whole walk while the pool is filled; 0: T /
-                             # stride, the paper: T
+stride = 40                  # timesteps by which a visit moves an image, on average; the paper: 1
+warmup_steps = 0             # teacher steps of a whole walk from noise to image while the pool
+                             # is filled; 0 is T / stride, the paper: T
 pool_dtype = 'float32'       # 'float32', 'float16' or 'bfloat16'
 lam = 0.001                  # weight of L_vlb, Eq. (19)
-uncond_prob = 0.0            # students with classes or texts: how often the null condition is
-                             # trained
+uncond_prob = 0.0            # conditional students: how often the condition is replaced by the
+                             # null condition in training
 # few-step students, 'jumps'
 jumps = 1                    # evaluations of the student per image
 walks = 2048                 # finished walks of the teacher in the pool, over all ranks
-walk_steps = 16              # teacher evaluations of each, a multiple of jumps
-walk_evals = 0               # teacher evaluations per training step: new walks, which replace the
-                             # oldest when they arrive; 0: the pool stays as it is
-walks_start = 1.0            # part of the pool that is filled before the first step
+walk_steps = 16              # teacher evaluations per walk, a multiple of jumps
+walk_evals = 0               # teacher evaluations per training step, which make new walks to
+                             # replace the oldest; 0: the pool stays as it is
+walks_start = 1.0            # fraction of the pool that is filled before the first step
 # images, for 'data' and 'synthetic'
 data = ''                    # an .npz, a folder, or a torchvision name; with real_fraction: the
                              # real images
 synthetic = ''               # 'synthetic': images made earlier; '' makes them now
 synthetic_images = 2000      # how many to make
 synthetic_steps = 50         # sampling steps of each
-real_fraction = 0.0          # so much of the synthetic set is replaced by real images (Data-Limited
-                             # Training)
+real_fraction = 0.0          # fraction of the synthetic set that is replaced by real images
+                             # (Data-Limited Training)
 flip = False                 # random horizontal flips
 class_cond = False           # 'data': condition on the labels
 schedule = 'cosine'          # 'data': 'cosine', 'linear', 'sqrt_linear', 'flow'; otherwise the
@@ -74,27 +75,27 @@ lr_decay = True              # cosine decay to 0 at max_steps
 adamw = {'beta2': 0.99, 'weight_decay': 0.0}
 grad_clip = 1.0              # largest norm of the gradient; 0 for none
 ema = 0.999                  # decay of the averaged weights, which are the result
-# when to stop: log.csv gets the distance of 1,000 images of the EMA student, best.safetensors the
-# best student. The statistics of a reference are made of data, or of the teacher's own samples
-# (eval_fid.py)
+# choosing a checkpoint: log.csv gets the Frechet distance of 1,000 images of the EMA student, and
+# best.safetensors the student with the smallest. Reference statistics are made from data, or from
+# the teacher's own samples (eval_fid.py)
 eval_every = 0               # steps between distances; 0 is never
-eval_reference = 'pretrained/mnist_stats.npz'    # statistics that eval_fid.py --save_stats has made
+eval_reference = 'pretrained/mnist_stats.npz'    # statistics made by eval_fid.py --save_stats
 eval_features = 'pretrained/mnist_resnet.safetensors'  # in the features of this classifier
 # system
 out_dir = 'out/dkdm'
-init_from = 'scratch'        # 'scratch', 'resume', or the file of a student that goes on
+init_from = 'scratch'        # 'scratch', 'resume', or a student's file to start from
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
 sampler = 'ddim'             # of samples.png: 'ddpm', 'ddim' or 'dpm++'
-sample_steps = 0             # evaluations of each image; 0 is 8, or the student's jumps. The paper
-                             # has 50 of ddpm for pixels, 200 of ddim for latents
+sample_steps = 0             # evaluations per image; 0 is 8, or the student's jumps. The paper
+                             # takes 50 of ddpm for pixels, 200 of ddim for latents
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
-_ranges = {                  # allowed words that the defaults do not show
+_ranges = {                  # allowed values of string settings
     'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data', 'jumps'),
     'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'),
     'sampler': ('ddpm', 'ddim', 'dpm++'),
@@ -154,7 +155,7 @@ def make_labels(num_classes, uncond_prob=0.0, device='cpu'):
 
 
 class Pool:
-    """Half-finished images x (N, C, H, W) of the teacher's walks, each at its own time t (N,):
+    """Partially denoised images x (N, C, H, W) of the teacher's walks, each at its own time t (N,):
     Alg. 1's enlarged batch. `shape` is (C, H, W); draw_labels(n) gives the conditions y of new
     images, or None."""
 
@@ -169,9 +170,9 @@ class Pool:
 
     @torch.no_grad()
     def fill(self, teacher, steps, chunk, same_t=False, progress=True):
-        """Line 1, shuffled denoise: every image walks from noise to its own t, uniform over 0
-        ... T-1 (or stays at T-1 if `same_t`), `steps` to a whole walk, `chunk` images at once.
-        Returns the number of evaluations."""
+        """Line 1, shuffled denoise: every image walks from noise to its own t, drawn uniformly from
+        0 ... T-1; if `same_t`, all stay at T-1. A whole walk would take `steps` steps; `chunk`
+        images are evaluated at once. Returns the number of teacher evaluations."""
         size, T = len(self.x), self.diffusion.T
         if same_t:
             return 0
@@ -183,7 +184,7 @@ class Pool:
         pairs = list(zip(levels, levels[1:]))
         evaluations = 0
         for t, s in tqdm(pairs, desc='filling the pool', disable=not progress, leave=False):
-            for i in range(0, walking_at[t], chunk):  # whole chunks: some images are at their goal
+            for i in range(0, walking_at[t], chunk):  # some of a chunk are at their goal
                 x_t = self.x[i : i + chunk].float()
                 x_goal = goal[i : i + chunk]
                 tt = torch.full_like(x_goal, t)
@@ -199,7 +200,7 @@ class Pool:
         return evaluations
 
     def draw(self, n):
-        """Line 4: any n of the images, (idx, x_t, t, y)."""
+        """Line 4: n images drawn at random without replacement, (idx, x_t, t, y)."""
         device = self.x.device
         idx = torch.arange(n, device=device)
         if n < len(self.x):
@@ -208,8 +209,8 @@ class Pool:
         return idx, self.x[idx].float(), self.t[idx], y
 
     def advance(self, idx, x_s, s):
-        """Line 8: the images idx move on to (x_s, s); where s = -1 they leave, and fresh noise
-        enters."""
+        """Line 8: the images `idx` move on to (x_s, s). Where s = -1 an image is finished and
+        replaced by fresh noise at T-1."""
         done = s < 0
         x_s = torch.where(done.view(-1, 1, 1, 1), torch.randn_like(x_s), x_s)
         self.x[idx] = x_s.to(self.x.dtype)
@@ -245,9 +246,9 @@ def distill_step(
     """Lines 4-8 of Alg. 1: adds the gradient of the student's loss on one batch of the pool, and
     moves the batch on.
 
-    teacher(x_t, t, y) gives an output on pool.diffusion, the student's means what `diffusion` says.
-    jump: how far all images move; None draws about `stride` for each. Returns the loss terms,
-    {name: mean}.
+    The output of teacher(x_t, t, y) is a prediction of pool.diffusion, the student's one of
+    `diffusion`. jump: how far all images move; None draws a distance around `stride` for each.
+    Returns the loss terms, {name: mean}.
     """
     idx, x_t, t, y = pool.draw(batch_size)
     out_T = teacher(x_t, t, y)
@@ -255,7 +256,7 @@ def distill_step(
         out = student(x_t, t, y)
     target = pool.diffusion.convert(out_T, x_t, t, diffusion.prediction)
     losses = diffusion.distill_loss(out, target, x_t, t, lam)  # Eqs. (19)-(21)
-    terms = {'mse': losses['mse'], 'vb': losses['vb']}  # a further loss is one more entry, (B,)
+    terms = {'mse': losses['mse'], 'vb': losses['vb']}  # add a loss of your own here: shape (B,)
     terms = mean_and_backward(terms, scale)
 
     # the same evaluation moves the teacher's walk: x_t -> x_s
@@ -266,15 +267,15 @@ def distill_step(
     return terms
 
 
-# ==== few-step students: the same, but of finished walks ====
-#   pool <- deterministic (DDIM) walks of the teacher, of which jumps + 1 states are kept
+# ==== few-step students: they learn from finished walks ====
+#   pool <- deterministic (DDIM) walks of the teacher; jumps + 1 states of each are kept
 #   repeat:
-#       x_t, x_s <- two neighbouring states of any walks
-#       x_0* = the image whose one DDIM step from x_t lands on x_s                 Diffusion.jump_x0
+#       x_t, x_s <- neighbouring states of randomly drawn walks
+#       x_0* = the x_0 whose DDIM step from x_t to s lands on x_s                  Diffusion.jump_x0
 #       student <- student - lr grad |out - (x_0* as the student's prediction)|^2
 class Walks:
     """Finished walks of the teacher: x (jumps + 1, N, C, H, W), the states at `times`, from noise
-    to image. One batch of walks is always on its way; when it arrives, it replaces the oldest."""
+    to image. One batch of walks is always in progress; once finished, it replaces the oldest."""
 
     def __init__(
         self,
@@ -290,7 +291,7 @@ class Walks:
     ):
         if jumps < 1 or steps % jumps:
             raise M.UserError(f'walk_steps={steps} must be a multiple of jumps={jumps}')
-        size = batch_size * -(-size // batch_size)  # whole batches
+        size = batch_size * -(-size // batch_size)  # rounded up to whole batches
         self.diffusion = diffusion
         self.draw_labels = draw_labels
         self.batch_size = batch_size
@@ -303,7 +304,7 @@ class Walks:
         self.start()
 
     def start(self):
-        """A new batch of walks, of noise."""
+        """Starts a new batch of walks from noise."""
         shape = self.batch_size, *self.x.shape[2:]
         self.now = torch.randn(shape, device=self.x.device)
         self.now_y = self.draw_labels(self.batch_size)
@@ -312,7 +313,7 @@ class Walks:
 
     @torch.no_grad()
     def advance(self, teacher):
-        """One evaluation of the teacher moves the batch that is on its way."""
+        """Moves the batch in progress by one evaluation of the teacher."""
         t, s = self.all_times[self.position : self.position + 2]
         tt = torch.full((self.batch_size,), t, device=self.x.device)
         out = teacher(self.now, tt, self.now_y)
@@ -330,8 +331,8 @@ class Walks:
             self.start()
 
     def fill(self, teacher, part=1.0, progress=True):
-        """Walks until this part of the pool is full, at least a batch. Returns the number of
-        evaluations."""
+        """Walks until the fraction `part` of the pool is full, at least one batch. Returns the
+        number of teacher evaluations."""
         batches = max(1, round(part * self.x.shape[1] / self.batch_size))
         rounds = range(batches * (len(self.all_times) - 1))
         for _ in tqdm(rounds, desc='the teacher walks', disable=not progress, leave=False):
@@ -339,7 +340,7 @@ class Walks:
         return len(rounds) * self.batch_size
 
     def draw(self, n):
-        """Any jumps of any walks: (x_t, t, x_s, s, y)."""
+        """n random jumps of random walks: (x_t, t, x_s, s, y)."""
         device = self.x.device
         idx = torch.randint(min(self.done, self.x.shape[1]), (n,), device=device)
         k = torch.randint(len(self.x) - 1, (n,), device=device)
@@ -385,7 +386,7 @@ class Images:
         self.uncond_prob, self.flip = uncond_prob, flip
 
     def draw(self, n):
-        """Any n images as floats, (x_0, y)."""
+        """n random images as floats in [-1, 1], (x_0, y)."""
         device = self.images.device
         idx = torch.randint(len(self.images), (n,), device=device)
         x0 = M.to_float(self.images[idx])
@@ -416,8 +417,8 @@ def training_step(
 def make_images(
     net, diffusion, n, shape, steps, draw_labels, guidance, chunk, autocast, progress=True
 ):
-    """Data-Free Training: (uint8 images (n, C, H, W), labels or None) of the teacher's own, on the
-    CPU."""
+    """Data-Free Training: samples n images from the teacher. Returns (uint8 images (n, C, H, W),
+    labels or None) on the CPU."""
     images, labels = [], []
     for i in tqdm(range(0, n, chunk), desc='making images', disable=not progress, leave=False):
         size = min(chunk, n - i)
@@ -432,9 +433,9 @@ def make_images(
 
 def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
     """Clips the gradients, updates the student and its average. Returns the norm of the gradients;
-    where it is not finite, nothing changes."""
+    if it is not finite, the weights do not change."""
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
-    opt.found_inf = (~norm.isfinite()).float()  # the fused step then changes nothing
+    opt.found_inf = (~norm.isfinite()).float()  # if 1, the fused optimiser skips the step
     opt.step()
     opt.zero_grad(set_to_none=True)
     M.update_ema(ema_net, net, ema, step)
@@ -442,7 +443,7 @@ def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
 
 
 # ==== the student ====
-SIZES = {  # of small students; what student_config says counts more
+SIZES = {  # default sizes of the student; student_config overrides them
     'unet': dict(patch_size=2, model_channels=28, num_res_blocks=1, channel_mult=(1, 1),
                  attention_resolutions=(7,)),
     'dit': dict(patch_size=2, hidden_size=128, depth=6, num_heads=4)}
@@ -453,8 +454,8 @@ def build_denoiser(
 ):
     """A denoiser with random weights: a name in models.DENOISERS with `config` as its sizes; a
     Python file, whose build(image_size, in_channels, num_classes, **config) is called; or the
-    config.json of a network of diffusers, with the texts of the teacher. Raises UserError where it
-    does not fit the images or the condition."""
+    config.json of a diffusers network, which shares the teacher's embedded texts. Raises UserError
+    if it does not fit the images or the condition."""
     size = dict(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
     if spec in M.DENOISERS:
         takes = inspect.signature(M.DENOISERS[spec]).parameters.keys()
@@ -503,16 +504,16 @@ def build_denoiser(
 
 
 def output_channels(net, diffusion, device):
-    """How many channels a network of the user's or of diffusers predicts. Raises UserError for none
-    that we know."""
+    """The number of channels that a user's or a diffusers network predicts. Raises UserError if it
+    is neither C nor 2C."""
     C, H = net.in_channels, net.image_size
     t = torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad():
         out = net.eval()(torch.zeros(1, C, H, H, device=device), t, t if net.num_classes else None)
     if out.shape not in ((1, C, H, H), (1, 2 * C, H, H)):
         raise M.UserError(
-            f'the student makes {tuple(out.shape[1:])} of {(C, H, H)}: the same channels or twice '
-            'as many'
+            f'the student turns {(C, H, H)} into {tuple(out.shape[1:])}; it must return the same '
+            'number of channels, or twice as many'
         )
     return out.shape[1]
 
@@ -524,7 +525,7 @@ if __name__ == '__main__':
     for wrong, message in [
         (
             method == 'data' and guidance > 1,
-            "guidance: method='data' has no teacher to guide; eval_fid.py guides",
+            "guidance: method='data' has no teacher to guide; set it in eval_fid.py",
         ),
         (
             method == 'data' and not data,
@@ -536,15 +537,15 @@ if __name__ == '__main__':
         ),
         (
             class_cond and method != 'data',
-            "class_cond is for method='data', all others follow the teacher",
+            "class_cond is for method='data'; other students have the classes of the teacher",
         ),
         (
             rho <= 0 or stride < 1 or batch_size < 1 or walks < 1,
-            'rho, stride, batch_size and walks are above 0',
+            'rho, stride, batch_size and walks must be above 0',
         ),
         (
             not 0 <= ema < 1 or not 0 <= uncond_prob <= 1 or not 0 <= real_fraction <= 1,
-            'ema, uncond_prob and real_fraction are from 0 to 1, ema below it',
+            'uncond_prob and real_fraction must be from 0 to 1, and ema from 0 to below 1',
         ),
     ]:
         if wrong:
@@ -590,11 +591,11 @@ if __name__ == '__main__':
         guidance = guidance or (2.0 if num_classes else 1.0)
         if guidance != 1 and not num_classes:
             raise M.UserError(
-                f'guidance={guidance}: {teacher} has no classes or texts to be guided to'
+                f'guidance={guidance} needs classes or texts, which {teacher} does not have'
             )
         if method == 'synthetic' and not diffusion_T.clip:
             raise M.UserError(
-                "method='synthetic' stores images, this teacher makes latents: method='dynamic' can"
+                "method='synthetic' stores pixels, this teacher makes latents: use method='dynamic'"
             )
     run_T = torch.compile(net_T, dynamic=False) if compile and net_T else net_T
     ask_teacher = make_teacher(run_T, guidance, autocast)
@@ -608,11 +609,11 @@ if __name__ == '__main__':
     if method == 'jumps':
         if prediction == 'eps':
             raise M.UserError(
-                "method='jumps' starts where nothing of the image is left, and eps does not tell "
-                "it: 'v'"
+                "method='jumps' starts from pure noise, where eps does not determine x_0: use "
+                "student_prediction='v'"
             )
-        learn_sigma = False  # its steps have no noise
-        # x_0* is a mean of the teacher's clamped x_0s, so nothing is to be clamped
+        learn_sigma = False  # its sampler adds no noise
+        # x_0* averages clamped x_0s of the teacher, so the student's needs no clamping
         process |= dict(learn_sigma=False, clip=False)
         sampler = 'ddim'
     net = build_denoiser(student, H, C, num_classes, learn_sigma, student_config, net_T).to(
@@ -631,7 +632,7 @@ if __name__ == '__main__':
     )
     checkpoint = M.resume(config, rank, net)
     if checkpoint is None:
-        net_ema.load_state_dict(net.state_dict())  # of the file init_from
+        net_ema.load_state_dict(net.state_dict())  # init_from may have changed them
     model = torch.compile(net, dynamic=False) if compile else net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
@@ -647,7 +648,7 @@ if __name__ == '__main__':
                 'statistics, '
                 f'and a classifier, of images with {colours} channels'
             )
-    torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own numbers
+    torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
     begin = time.time()
 
     # ---- where (x_t, t, target) come from ----
@@ -676,7 +677,7 @@ if __name__ == '__main__':
         )
     elif method == 'synthetic':
         path = synthetic or os.path.join(out_dir, f'synthetic_rank{rank}.npz')
-        if not synthetic and not checkpoint:  # a resumed run has them
+        if not synthetic and not checkpoint:  # a resumed run finds them on disk
             n = -(-synthetic_images // world)
             images, labels = make_images(
                 run_T,
@@ -709,7 +710,7 @@ if __name__ == '__main__':
                 labels = None
     if method in ('data', 'synthetic'):
         if images.shape[1:] != (C, H, H):
-            raise M.UserError(f'the images are {tuple(images.shape[1:])}, {(C, H, H)} are wanted')
+            raise M.UserError(f'the images are {tuple(images.shape[1:])}, they must be {(C, H, H)}')
         if num_classes and (labels is None or labels.max() >= num_classes):
             raise M.UserError(
                 f"the images need labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per "
@@ -747,9 +748,9 @@ if __name__ == '__main__':
     last_pictures = time.time()
 
     def pictures(seconds_per_evaluation):
-        """samples.png: each row of the teacher's images above the student's from the same noise.
-        Fewer of them where 36 would take more than a tenth of the training since the last time; a
-        signal ends it."""
+        """Writes samples.png: rows of the teacher's images above the student's, of the same noise.
+        There are fewer than 36 if 36 would take more than a tenth of the training time since the
+        last call, and more than 20 s; a signal ends it."""
         global last_pictures
         steps_T = walk_steps if method == 'jumps' else sample_steps
         passes = sample_steps
@@ -769,7 +770,7 @@ if __name__ == '__main__':
         for network, process, scale, steps in rows:
             noise = torch.Generator(device).manual_seed(seed)  # the same at every step for both
             x = M.random_normal((n, C, H, H), noise, device)
-            at_once = n if x.numel() < 2**18 else 1  # large ones show their progress
+            at_once = n if x.numel() < 2**18 else 1  # large images: one by one, with a progress bar
             images = []
             for k in tqdm(range(0, n, at_once), 'pictures', leave=False, disable=at_once == n):
                 part = slice(k, k + at_once)
@@ -812,7 +813,7 @@ if __name__ == '__main__':
 
     # ==== the loop ====
     step, best = 0, math.inf
-    sums = {}  # on the device: no wait between two rows
+    sums = {}  # tensors on the device: no wait for the GPU between rows
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
         step, evaluations, best = shared['step'], shared['evaluations'], shared['best']
@@ -822,7 +823,7 @@ if __name__ == '__main__':
             source.load(own['pool'])
     elif method == 'jumps':
         evaluations = source.fill(ask_teacher, walks_start, rank == 0)
-        save_checkpoint()  # the walks are not to be lost
+        save_checkpoint()  # so that the walks are not lost
     elif walking:
         evaluations = source.fill(
             ask_teacher,
@@ -840,8 +841,8 @@ if __name__ == '__main__':
             print(f'{evaluations * world:,} teacher evaluations before the first step')
     net.train()
     first, leaving = step, 0
-    start = time.time()  # of the loop; log.csv counts the filling, too
-    paused = 0.0  # seconds of pictures and distances
+    start = time.time()  # of the loop; `seconds` in log.csv includes filling the pool
+    paused = 0.0  # seconds spent on pictures and distances
     bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
     while step < max_steps:
         scale = min(1.0, (step + 1) / max(1, lr_warmup))
@@ -895,9 +896,9 @@ if __name__ == '__main__':
             if not math.isfinite(means['grad_norm']):  # the same on all ranks, as gradients are
                 bar.close()
                 raise M.UserError(
-                    f'step {step}: the loss or its gradient was not finite since the last row; '
-                    'nothing of '
-                    f'that reached the weights. Try a smaller --lr (now {lr * scale:.2g})'
+                    f'step {step}: the gradient was not finite in a step since the last row; '
+                    'that step '
+                    f'changed no weights. Try a smaller --lr (now {lr * scale:.2g})'
                 )
         if logging:
             if rank == 0:
@@ -923,7 +924,7 @@ if __name__ == '__main__':
                     wb.log({k: v for k, v in row.items() if v != ''}, step=step)
             sums = {}
         if saving:
-            save_checkpoint()  # first: who stops us may not wait
+            save_checkpoint()  # first: after SIGTERM there may be little time
             if rank == 0:
                 before = time.time()
                 M.save_model(
@@ -940,7 +941,7 @@ if __name__ == '__main__':
             break
     bar.close()
     if rank == 0:
-        if step == first:  # killed between checkpoint and result
+        if step == first:  # killed after the last checkpoint, before the result was saved
             M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
         path = os.path.join(out_dir, 'student.safetensors')
         if student.endswith('.py'):

@@ -1,24 +1,24 @@
 """
 Measures how far the images of checkpoints, or any sets of images, are from a reference: FID, sFID,
 Inception Score, precision, recall, KID, EMD, MMD and 1-NN accuracy, with each model's parameters,
-size, FLOPs and time per image; and where a denoiser has the classifier's classes, how often the
-classifier agrees with the class asked for.
+size, FLOPs and time per image. If a denoiser has the classifier's classes, it also measures how
+often the classifier predicts the requested class.
 
     python eval_fid.py --models=out/dkdm/student.safetensors,pretrained/mnist_classes.safetensors --guidance=2.0
     python eval_fid.py --models=samples.npz,folder/ --reference=VIRTUAL_imagenet256_labeled.npz --features=inception
     torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 --features=inception \\
         --reference=cifar10
 
-The statistics of a reference are made once with --save_stats; where there are no data, from the
-teacher's own samples:
+--save_stats computes the statistics of a reference once; without data, use the teacher's own
+samples:
     python eval_fid.py --reference=mnist --save_stats=pretrained/mnist_stats.npz
     python eval_fid.py --reference=pretrained/mnist_classes.safetensors --guidance=2.0 --seed=1 \\
         --save_stats=out/stats.npz
 
-Only in the features of Inception is the Frechet distance called FID. Its statistics are accumulated
-as a stream; of the features the first 10,000 of the reference and 50,000 of a model are kept for
-the other metrics. 50,000 images of 32x32 against 10,000, in the features of a ResNet-20: 93 to 100
-s on two CPU cores (AMD EPYC, Zen 4) and 1.2 GB at the peak.
+The Frechet distance is called FID only in the features of Inception. Its statistics are
+accumulated as a stream; for the other metrics, the features of the first 10,000 images of the
+reference and 50,000 of a model are kept. 50,000 images of 32x32 against 10,000, in the features of
+a ResNet-20, take 93 to 100 s on two CPU cores (AMD EPYC, Zen 4), and 1.2 GB of memory at the peak.
 """
 import os
 
@@ -26,35 +26,35 @@ import os
 models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders,
                              # torchvision names; with a network of your own
                              # my_student.py:student.safetensors
-model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
+model_config = {}            # what an original checkpoint does not record (models.load_denoiser)
 reference = 'pretrained/mnist_stats.npz'  # as above, or stored statistics, ours or ADM's
 features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier
-inception_weights = ''       # Inception's weights as a file, where there is no network
+inception_weights = ''       # a file with Inception's weights, for machines that are offline
 save_stats = ''              # write the reference's statistics to this .npz
-n_two_sample = 1000          # EMD, MMD and 1-NN compare at most this many images of each set; 0
-                             # leaves them out
+n_two_sample = 1000          # EMD, MMD and 1-NN compare at most this many images of each set;
+                             # 0 skips these metrics
 # sampling
 num_samples = 5000           # images of each checkpoint; of a set of images at most this many, 0
                              # for all
 sampler = ''                 # 'ddpm', 'ddim' or 'dpm++'; '' is what the student's file says, or
                              # else 'ddim'
 steps = 0                    # evaluations; 0 is what the student's file says, or else 8. The DKDM
-                             # paper has 50 of ddpm, spaced evenly, for pixels, 200 of ddim for
-                             # latents
+                             # paper takes 50 of ddpm, spaced 'even', for pixels and 200 of ddim
+                             # for latents
 spacing = ''                 # of the steps; '' is what the file says, or else 'trailing'.
                              # 'trailing', 'even' (Improved DDPM's) or 'leading' (DDIM's)
-guidance = 1.0               # of checkpoints with classes or texts, but for those distilled with
-                             # guidance
-prompts = ''                 # checkpoints with texts: a file of them, one per line
-batch_size = 100             # per rank; also of the feature network. The samples depend on it: a
-                             # batch has one seed
+guidance = 1.0               # scale for conditional checkpoints; students distilled with guidance
+                             # are sampled without it
+prompts = ''                 # text-conditional checkpoints: a file of texts, one per line
+batch_size = 100             # per rank, for sampling and for the feature network. The samples
+                             # depend on it, because each batch has one seed
 # system
 out_dir = 'out/eval'         # metrics.jsonl, and a grid of images per model
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # of the models: 'auto' (bfloat16 where the device has it), 'bfloat16',
                              # 'float32'
-_ranges = {                  # allowed words that the defaults do not show
+_ranges = {                  # allowed values of string settings
     'sampler': ('', 'ddpm', 'ddim', 'dpm++'), 'spacing': ('', 'trailing', 'even', 'leading'),
     'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
@@ -75,7 +75,7 @@ from tqdm import tqdm
 import models as M
 
 NEIGHBOURS = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
-# features kept of the reference and of a model, for all but FID: ADM's numbers
+# features kept of the reference and of a model, for the metrics other than FID; as in ADM
 KEEP = 10_000, 50_000
 SPLIT = 5000  # images per split of the Inception Score, ADM's
 
@@ -92,11 +92,10 @@ def inception_score(logits):
 
 
 def distances(a, b):
-    """Blocks of rows of the Euclidean distances (len(a), len(b)), which never stand in memory as a
-    whole.
+    """Yields the matrix of Euclidean distances (len(a), len(b)) in blocks of rows, to save memory.
 
-    A block has 64 MB: what is below 32 MB comes from the heap, and there what a block leaves
-    between others adds up to GB. torch.cdist would copy all of b for each of them.
+    A block has 64 MB. Blocks below 32 MB would come from the heap and fragment it, by gigabytes;
+    torch.cdist would copy all of b for each block.
     """
     rows_at_once = max(1, 2**23 // len(b))
     a2 = torch.linalg.vector_norm(a, dim=1) ** 2
@@ -106,19 +105,19 @@ def distances(a, b):
 
 
 def third_neighbour(x):
-    """The distance (N,) of every row to its third neighbour (itself is the first of the sorted
-    distances)."""
+    """The distance (N,) of every row to its third nearest neighbour, where the first of the
+    sorted distances is that to itself."""
     return torch.cat([d.kthvalue(NEIGHBOURS + 1).values for d in distances(x, x)])
 
 
 def covered(x, y, radii):
-    """The share of the rows of x that lie in any of the balls around the rows of y."""
+    """The fraction of rows of x within `radii` of any row of y."""
     return float(torch.cat([(d <= radii).any(1) for d in distances(x, y)]).double().mean())
 
 
 def precision_recall(real, fake):
-    """The share of fakes within the manifold of the reals, and of reals within that of the fakes:
-    balls to the third neighbour (Kynkaanniemi et al. 2019)."""
+    """The fraction of fakes within the manifold of the reals, and vice versa; a manifold is the
+    union of balls that reach to the third neighbour (Kynkaanniemi et al. 2019)."""
     return covered(fake, real, third_neighbour(real)), covered(real, fake, third_neighbour(fake))
 
 
@@ -142,7 +141,8 @@ def kid(real, fake):
 def two_sample(real, fake):
     """EMD: mean distance of the best assignment. MMD: Gaussian kernel exp(-d^2 / (2 m)), m the mean
     squared distance within the reference; the root of the biased estimate. 1-NN: leave-one-out
-    accuracy of telling the two apart, 0.5 is best (Xu et al. 2018). Both sets have the same size.
+    accuracy of a nearest-neighbour classifier of real and fake, 0.5 is best (Xu et al. 2018). Both
+    sets have the same size.
     """
     n = len(real)
     both = torch.cat([real, fake])
@@ -188,8 +188,8 @@ def all_reduce_sum(x):
     return x
 
 
-# ==== feature spaces: fn(uint8 images) -> features (B, D), logits, spatial features (B, 2023) or
-# None ====
+# ==== feature spaces: fn(uint8 images) -> features (B, D), logits, spatial features (B, 2023)
+# ==== (None for classifiers)
 def load_inception(path=''):
     """(net, space) of torch-fidelity's Inception with TensorFlow's resize: its weights from a file,
     or downloaded once."""
@@ -218,7 +218,7 @@ def load_inception(path=''):
         net = fidelity.FeatureExtractorInceptionV3(
             'inception-v3-compat', ['2048', 'logits_unbiased']
         )
-    with open(path, 'rb') as f:  # the genuine file's name has its hash
+    with open(path, 'rb') as f:  # the official file's name ends in its hash
         name = hashlib.sha256(f.read()).hexdigest()[:8]
     return net, 'inception' if name in genuine else f'inception {name}'
 
@@ -239,11 +239,11 @@ def inception_features(net):
 
 @torch.inference_mode()
 def measure_set(batches, total, keep, extract, sizes, device, progress=True):
-    """What is known of a set of images: count, mu and sigma (of the spatial features too), and the
+    """Statistics of a set of images: count, mu and sigma (also of the spatial features), and the
     first `keep` features and logits, in order.
 
-    batches: (places in the set, uint8 (B, C, H, W)) of this rank. extract: as above. sizes: of
-    features, logits and spatial features (0 for none). device: where float64 is computed.
+    batches: (indices in the set, uint8 (B, C, H, W)) of this rank. extract: see above. sizes: the
+    numbers of features, logits and spatial features (0 for none). device: computes in float64.
     """
     D, classes, D_s = sizes
     moments = Moments(D, device)
@@ -300,8 +300,8 @@ def image_batches(images, batch_size, rank, world):
 
 class Samples:
     """Samples of a denoiser, or of a VAE (diffusion None). Every batch has its own seed, so
-    the set is the same for any number of ranks; it is another one for another batch_size, and on
-    another kind of device."""
+    the set does not depend on the number of ranks; it depends on batch_size and on the kind of
+    device."""
 
     def __init__(self, net, diffusion, n, batch_size, seed, device, autocast, guidance=1.0, **how):
         self.net, self.diffusion = net, diffusion
@@ -314,12 +314,12 @@ class Samples:
         self.seconds = []  # per image, of each batch
 
     def generator(self, i):
-        """Of all that is random in the batch that begins with sample i."""
+        """The random generator of the batch that begins with sample i."""
         return torch.Generator(self.device).manual_seed(self.seed * 1_000_000_007 + i)
 
     def labels(self, i, g):
-        """What is asked of the batch that begins with sample i: the first that its generator draws;
-        None for no classes."""
+        """The labels of the batch that begins with sample i, the first draw from its generator g;
+        None for networks without classes."""
         classes = getattr(self.net, 'num_classes', 0)
         size = min(self.batch_size, self.n - i)
         return torch.randint(classes, (size,), generator=g, device=self.device) if classes else None
@@ -344,7 +344,7 @@ class Samples:
             g = self.generator(i)
             places = range(i, min(i + self.batch_size, self.n))
             begin = time.time()
-            # the clock waits for the device
+            # .cpu() waits for the device, so the time is complete
             x = M.to_uint8(self.make(len(places), self.labels(i, g), g)).cpu()
             self.seconds.append((time.time() - begin) / len(places))
             yield places, x
@@ -373,7 +373,7 @@ class Samples:
 
 
 def written(v):
-    """A cell of the table."""
+    """A value formatted as a cell of the table."""
     if v is None:
         return ''
     if isinstance(v, int):
@@ -390,12 +390,12 @@ if __name__ == '__main__':
             'commas'
         )
     if save_stats and not save_stats.endswith('.npz'):
-        raise M.UserError(f'save_stats={save_stats}: a name that ends in .npz')
+        raise M.UserError(f'save_stats={save_stats} must end in .npz')
     if num_samples < 0 or n_two_sample < 0 or steps < 0 or batch_size < 1:
-        raise M.UserError('num_samples, n_two_sample and steps are 0 or above, batch_size above 0')
+        raise M.UserError('num_samples, n_two_sample and steps must be >= 0, batch_size > 0')
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
     compute_dtype = M.pick_dtype(device, dtype)
-    # where float64 is computed: mps has none
+    # the device for float64, which mps does not have
     exact = torch.device('cpu') if device.type == 'mps' else device
     inception = features == 'inception'
     if inception:
@@ -420,14 +420,14 @@ if __name__ == '__main__':
             return M.load_images(spec, channels=channels)[0]
         net, diffusion = load_network(spec, compute_dtype, **model_config)
         if not num_samples:
-            raise M.UserError('num_samples=0 takes all images of a set; a network needs a number')
+            raise M.UserError('num_samples=0 means all images of a set; a network needs a number')
         net = M.cast_frozen(net.to(device, memory_format=M.memory_format(device)), compute_dtype)
         if getattr(net, 'condition', '') == 'text':
             if not prompts:
                 raise M.UserError(f'{spec} takes texts: --prompts=file.txt')
             net.set_prompts(M.read_lines(prompts))
         if guidance != 1 and diffusion and not net.num_classes:
-            raise M.UserError(f'guidance={guidance}: {spec} has no classes to be guided to')
+            raise M.UserError(f'guidance={guidance}: {spec} is unconditional and cannot be guided')
         source = Samples(
             net,
             diffusion,
@@ -448,20 +448,20 @@ if __name__ == '__main__':
         ).shape[1]
         if made != channels and not (inception and made == 1):
             raise M.UserError(
-                f'{spec} makes {made} channels, features={features} takes {channels}: a '
-                'classifier of such '
+                f'{spec} makes images of {made} channels, but features={features} takes '
+                f'{channels}: use a classifier of such '
                 "images, or 'inception'"
             )
         return source
 
     def batches_of(source):
-        """(batches, number of images) of what `open_source` found."""
+        """(batches, number of images) of a source from `open_source`."""
         if torch.is_tensor(source):
             return image_batches(source, batch_size, rank, world), len(source)
         return source.batches(rank, world), source.n
 
     def first(batches, kept):
-        """Passes batches on and keeps the first for the picture."""
+        """Yields all batches and keeps images of the first one for the picture."""
         for places, x in batches:
             if not kept:
                 kept.append(x[:100])
@@ -514,7 +514,7 @@ if __name__ == '__main__':
                 found['mu_s'], found['sigma_s'], moments['mu_s'], moments['sigma_s']
             )
         row['IS' if inception else 'score'] = inception_score(found['logits'])
-        if how and source.net.num_classes == sizes[1]:  # does the classifier agree?
+        if how and source.net.num_classes == sizes[1]:  # both have the same classes
             seen = found['logits'].argmax(1)
             asked = [source.labels(i, source.generator(i)) for i in range(0, len(seen), batch_size)]
             row['agreement'] = float(
@@ -528,9 +528,9 @@ if __name__ == '__main__':
             if n > 1:
                 row |= two_sample(real[:n], fake[:n])
         if total <= sizes[0]:
-            print(f'{spec}: {total:,} images for {sizes[0]:,} features, so the distance is biased')
+            print(f'{spec}: {total:,} images for {sizes[0]:,} features are too few: a biased distance')
         elif singular:
-            print(f'{spec}: the product of the covariances is near singular, its root uncertain')
+            print(f'{spec}: the product of the covariances is near singular, its root inaccurate')
         table.append(row)
         said = dict(
             features=space,

@@ -7,8 +7,9 @@ DiffusionPipeline.from_pretrained('out/pipeline') samples from it.
 
 A student whose class is that of its teacher's network becomes the teacher's pipeline: the student,
 the teacher's scheduler with the student's prediction, and the teacher's other parts (VAE, text
-encoders). Any other UNet2DModel of pixels without condition becomes a DDPMPipeline. No pipeline
-samples from the rest: network and scheduler alone. Networks of ours become diffusers' UNet2DModel
+encoders). Any other unconditional UNet2DModel of pixels becomes a DDPMPipeline. Otherwise the
+folder holds only network and scheduler, for which diffusers has no pipeline.
+Networks of ours become diffusers' UNet2DModel
 (patch_size=1, channels in 32) or DiTTransformer2DModel (with classes). A few-step student gets a
 DDIMScheduler: the pipeline samples it with num_inference_steps set to its number of jumps.
 """
@@ -16,8 +17,8 @@ import os
 
 model = 'out/dkdm/student.safetensors'  # a student of dkdm.py, or another file of a denoiser
                              # (models.load_denoiser)
-model_config = {}            # what an original checkpoint does not say (models.load_denoiser)
-link = True                  # the teacher's other parts are links to where they are; False: copies
+model_config = {}            # what an original checkpoint does not record (models.load_denoiser)
+link = True                  # symbolic links to the teacher's other parts; False: copies
 out_dir = 'out/pipeline'     # a new folder, or an empty one
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
@@ -36,24 +37,24 @@ import models as M
 
 # ==== networks of ours as networks of diffusers ====
 def copy_layer(old, new, source, target, names=('',)):
-    """Copies a layer's weights and bias from one state dict to another; a layer of several outputs
-    is cut into its targets, target + name."""
+    """Copies a layer's weights and bias from one state dict to another; a fused layer is
+    split into the layers `target + name`."""
     for kind in ('weight', 'bias'):
         if f'{source}.{kind}' in old:
             w = old[f'{source}.{kind}']
-            if w.dim() == 3:  # attention's 1-D convolutions are linear there
+            if w.dim() == 3:  # attention's 1-D convolutions are linear layers in diffusers
                 w = w[:, :, 0]
             for name, part in zip(names, w.chunk(len(names))):
                 new[f'{target}{name}.{kind}'] = part.clone()
 
 
 def dit_to_diffusers(net):
-    """A DiT with classes as a DiTTransformer2DModel. Outputs agree within about 0.1 %: diffusers
-    spaces the frequencies of t by 127 steps where DiT's authors have 128. Raises UserError for a
-    DiT without classes."""
+    """A DiT with classes as a DiTTransformer2DModel. Outputs agree within about 0.1 %: for the
+    frequencies of t, diffusers divides by 127, DiT's authors by 128. Raises UserError for a DiT
+    without classes."""
     c = net.config
     if not c['num_classes']:
-        raise M.UserError('a DiTTransformer2DModel of diffusers has classes, this DiT has none')
+        raise M.UserError('a DiTTransformer2DModel needs classes, but this DiT has none')
     other = diffusers.DiTTransformer2DModel(
         c['num_heads'],
         c['hidden_size'] // c['num_heads'],
@@ -86,9 +87,9 @@ def dit_to_diffusers(net):
 
 
 def unet_to_diffusers(net):
-    """A UNet as a UNet2DModel, with the same outputs. Raises UserError where that class does not
-    fit: patch_size, channel_mult[0] != 1, channels that are no multiples of 32, the old order of
-    attention heads."""
+    """A UNet as a UNet2DModel, with the same outputs. Raises UserError if that class cannot
+    represent it: patch_size > 1, channel_mult[0] != 1, channels that are not multiples of 32,
+    time_scale != 1, or the old order of attention heads."""
     c = net.config
     old, new = net.state_dict(), {}
     copy = partial(copy_layer, old, new)
@@ -103,9 +104,9 @@ def unet_to_diffusers(net):
         or c['num_head_channels'] < 1
     ):
         raise M.UserError(
-            'UNet2DModel of diffusers has no patch_size, starts at model_channels, has groups of '
-            'channels in '
-            '32 and the new order of attention heads; this UNet is another'
+            'UNet2DModel of diffusers cannot represent this UNet: it needs patch_size=1, '
+            'channel_mult[0]=1, multiples of '
+            '32 channels, time_scale=1 and the new order of attention heads'
         )
     attends = [c['image_size'] // 2 ** i in c['attention_resolutions'] for i in range(len(widths))]
     if c['resblock_updown']:
@@ -187,7 +188,7 @@ def unet_to_diffusers(net):
 
 
 def to_diffusers(net):
-    """A network of ours as one of diffusers. Raises UserError where diffusers has none such."""
+    """Converts a network of ours to diffusers. Raises UserError if diffusers has no such class."""
     if isinstance(net, M.Pipeline):
         return net.net
     if isinstance(net, M.DiT):
@@ -201,10 +202,9 @@ def to_diffusers(net):
 
 
 def make_scheduler(diffusion, sampling, theirs=None):
-    """The scheduler of diffusers for a process. `theirs`, the teacher's, is kept where it has the
-    same betas, with the student's prediction. `sampling`: what the student's file says of its
-    steps; few-step students need DDIM's. Raises UserError for a process that diffusers does not
-    have."""
+    """The diffusers scheduler for a process. If `theirs`, the teacher's scheduler, has the same
+    betas, it is kept, with the student's prediction type. `sampling`: the sampler settings of a few-step
+    student, which needs DDIM. Raises UserError for a process that diffusers does not support."""
     predictions = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}
     flow = diffusion.config['schedule'] == 'flow'
     if (
@@ -246,11 +246,11 @@ def make_scheduler(diffusion, sampling, theirs=None):
     return own if theirs is None else theirs.from_config(own.config)
 
 
-# ==== the folder, which appears as a whole ====
+# ==== the folder, renamed into place once complete ====
 if __name__ == '__main__':
     if os.path.isdir(out_dir) and os.listdir(out_dir):
         raise M.UserError(
-            f'out_dir={out_dir} holds other things, which are not mixed with a pipeline: a new '
+            f'out_dir={out_dir} is not empty: use a new '
             'folder'
         )
     net, diffusion = M.load_denoiser(model, **model_config)
@@ -259,11 +259,11 @@ if __name__ == '__main__':
     spec = getattr(net, 'source', '')  # the teacher's pipeline, if it has one
     root, parts = M.read_pipeline(spec) if spec else ('', {})
     name = next((k for k in ('unet', 'transformer') if (parts.get(k) or [0, 0])[1] == kind), '')
-    others, lost = {}, []  # the teacher's parts; those that are not there
+    others, lost = {}, []  # the teacher's other parts, and those that are missing
     theirs = None
     if name:
         theirs = M.load_part(spec, 'scheduler')
-        if not os.path.isdir(spec):  # a hub's, not all of which may be here
+        if not os.path.isdir(spec):  # on the hub: download what is missing
             M.open_pipeline(spec, torch.float32, **{name: network})
         for k, v in parts.items():
             if isinstance(v, list) and v[0] and k not in (name, 'scheduler'):
@@ -273,8 +273,8 @@ if __name__ == '__main__':
             raise M.UserError(f"{spec} lacks its {', '.join(lost)}")
     sampling = getattr(net, 'sampling', {})
     scheduler = make_scheduler(diffusion, sampling, theirs)
-    # a pipeline of diffusers samples from the teacher's class, and from any UNet2DModel of pixels
-    # without condition
+    # diffusers has a pipeline for the teacher's class, and for any unconditional UNet2DModel of
+    # pixels
     plain = kind == 'UNet2DModel' and not net.num_classes and not getattr(net, 'vae', None)
     whole = bool(name) or plain
     if not name:
@@ -308,6 +308,6 @@ if __name__ == '__main__':
         )
     else:
         print(
-            f'{out_dir}: {kind} and its scheduler alone, no pipeline of diffusers samples from '
+            f'{out_dir}: only a {kind} and its scheduler; diffusers has no pipeline for '
             'such a network'
         )

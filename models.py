@@ -1,7 +1,7 @@
 """
 Everything that the scripts share, in two parts.
 
-Part 1, to copy from. It needs nothing of part 2 and imports only math and torch:
+Part 1, to copy from. It uses nothing from part 2 and imports only math and torch:
     networks     UNet, DiT, DENOISERS; classifier, preprocess; LVAE, combine, gaussian_kl
     diffusion    Diffusion: the process, its steps and losses; betas_from_alpha_bar
     sampling     guided, sampling_steps, sample
@@ -20,7 +20,7 @@ Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ..
 is what the network sees when it predicts the step to `t-1`; `s = -1` means the clean image. A class
 label of -1 is the null condition of classifier-free guidance. A denoiser has the attributes
 `image_size`, `in_channels` and `num_classes` (0 for none), and `net(x_t, t, y=None)` returns
-(B, C or 2C, H, W). What a user can mend is a UserError.
+(B, C or 2C, H, W). A mistake that the user can correct raises UserError.
 """
 
 import math
@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 def arguments(local_variables):
-    """The arguments of a constructor, from its locals(): what builds the network again."""
+    """The constructor's arguments, from its locals(): enough to rebuild the network."""
     return {k: v for k, v in local_variables.items() if k not in ('self', '__class__')}
 
 
@@ -55,7 +55,7 @@ def timestep_embedding(t, dim, max_period=10000):
 
 
 def zero_init(module):
-    """Sets all parameters to zero: a residual branch that ends in zeros starts as the identity."""
+    """Sets all parameters to zero, so that a residual branch ending in it starts at zero."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -66,8 +66,8 @@ def group_norm(channels):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2. On CPUs two copies are several times faster than
-    F.interpolate."""
+    """Nearest-neighbour upsampling by 2. On CPUs, stacking copies is several times faster
+    than F.interpolate."""
 
     def forward(self, x):
         if not x.is_cpu:
@@ -116,8 +116,8 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels. The two orders differ in how the qkv channels are cut into
-    heads."""
+    """Self-attention over all pixels. The two orders differ in how the qkv channels are split
+    into heads."""
 
     def __init__(self, channels, num_heads, new_order):
         super().__init__()
@@ -129,8 +129,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        # the 1x1 convolutions run as linear layers: channels last in memory is attention's fast
-        # path
+        # the 1x1 convolutions run as linear layers: attention is fastest with channels last
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         qkv = F.linear(h, self.qkv.weight[:, :, 0], self.qkv.bias)
         if self.new_order:
@@ -144,7 +143,7 @@ class AttentionBlock(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """Layers in a row; the residual blocks among them also take the time embedding."""
+    """Layers applied in sequence; the residual blocks among them also take the time embedding."""
 
     def forward(self, x, emb):
         for layer in self:
@@ -157,10 +156,11 @@ class UNet(nn.Module):
 
     x (B, in_channels, H, H), t (B,), y (B,) or None -> (B, out_channels, H, H), H = image_size.
     Parameter names and shapes are ADM's, so ADM, DDPM-IP, DKDM and LDM checkpoints load with
-    strict=True. `patch_size` folds pixels into channels on the way in and out;
-    `attention_resolutions` are the sides of feature maps after that. `num_classes = 0` is
-    unconditional; the label -1 adds no embedding. `time_scale` multiplies t before it is embedded
-    (Improved DDPM's rescale_timesteps: 1000 / T). Raises UserError where the sizes do not fit.
+    strict=True. `patch_size` folds pixels into channels at the input and back
+    at the output; `attention_resolutions` are side lengths of feature maps after folding.
+    `num_classes = 0` is unconditional; the label -1 adds no embedding. `time_scale` multiplies t
+    before it is embedded
+    (Improved DDPM's rescale_timesteps: 1000 / T). Raises UserError if the sizes do not fit.
     """
 
     castable = True  # its weights may be cast once, see cast_frozen
@@ -197,7 +197,7 @@ class UNet(nn.Module):
         if image_size % patch_size or side % 2**halvings:
             raise UserError(
                 f'image_size {image_size} cannot be cut into patches of {patch_size} and then '
-                f'halved {halvings} times: fewer entries in channel_mult or another patch_size'
+                f'halved {halvings} times: use fewer entries in channel_mult or another patch_size'
             )
         emb_ch = 4 * model_channels
         self.time_embed = nn.Sequential(
@@ -348,14 +348,14 @@ class DiT(nn.Module):
         self.patch_size = patch_size
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         grid = image_size // patch_size
-        # fixed 2-D sine-cosine positions: the first half of the channels for the column, the second
-        # for the row
+        # fixed 2-D sine-cosine positions: the first half of the channels encodes the column, the
+        # second half the row
         columns = torch.arange(grid).repeat(grid)
         rows = torch.arange(grid).repeat_interleave(grid)
         tables = []
         for position in (columns, rows):
             table = timestep_embedding(position, hidden_size // 2)
-            tables.append(table.roll(hidden_size // 4, dims=1))  # DiT has the sines first here
+            tables.append(table.roll(hidden_size // 4, dims=1))  # here DiT puts the sines first
         self.pos_embed = nn.Parameter(torch.cat(tables, dim=1)[None], requires_grad=False)
         proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = nn.ModuleDict({'proj': proj})
@@ -423,9 +423,9 @@ class ResidualBlock(nn.Module):
     """Convolutions with BatchNorm and ReLU plus a shortcut: 3x3 twice, or as a bottleneck
     1x1 - 3x3 - 1x1 at a quarter of the width.
 
-    skip: the shortcut's name, which differs between families. kind: what it is where the shape
-    changes: 'conv' (1x1 with BatchNorm), 'pad' (zeros for the new channels) or 'bare' (1x1 without
-    BatchNorm, as in the ladder VAE). side: the image is first resized to `side` pixels, if given.
+    skip: the shortcut's name, which differs between families. kind: 'conv' (1x1 with BatchNorm)
+    or 'pad' (zeros for the new channels) where the shape changes, or 'bare' (always a 1x1 without
+    BatchNorm, as in the ladder VAE). side: if given, x is first resized to this side.
     """
 
     def __init__(self, in_ch, out_ch, stride, skip, kind='conv', bottleneck=False, side=None):
@@ -488,7 +488,7 @@ class WideBlock(nn.Module):
 
 
 def stages(name, block, counts, in_ch, widths, *more):
-    """{name1: blocks, name2: blocks, ...}; each stage but the first halves the resolution."""
+    """{name1: blocks, name2: blocks, ...}; every stage after the first halves the resolution."""
     found = {}
     for i, (count, out_ch) in enumerate(zip(counts, widths), 1):
         blocks = []
@@ -501,8 +501,8 @@ def stages(name, block, counts, in_ch, widths, *more):
 
 
 class Classifier(nn.Module):
-    """Named layers in a row; those in `ends` end a stage. The last layer is linear and sees the
-    mean of the last map over its pixels."""
+    """Named layers applied in sequence; those in `ends` end a stage. The last layer is linear and
+    takes the spatial mean of the last map."""
 
     def __init__(self, layers, ends):
         super().__init__()
@@ -565,8 +565,8 @@ def wide_resnet(depth, widen, num_classes=10, in_channels=3):
 
 
 class PoolLarge(nn.MaxPool2d):
-    """The fourth halving of a VGG, only of maps of 8 pixels and more: 32 and 64 pixels both end at
-    4x4."""
+    """The fourth pooling of a VGG. It acts only on maps of at least 8x8, so that images of 32 and
+    of 64 pixels both end at 4x4."""
 
     def forward(self, x):
         return super().forward(x) if x.shape[-1] >= 8 else x
@@ -592,7 +592,7 @@ def vgg(depth, num_classes=10, in_channels=3):
 
 
 def hooked_features(net, layers, x):
-    """(logits, outputs of `layers`) of one forward pass; the outputs are those of the last call."""
+    """(logits, outputs of `layers`) of one forward pass; of a layer called twice, the last."""
     outputs = {}
 
     def keep(layer, args, output):
@@ -608,14 +608,14 @@ def hooked_features(net, layers, x):
 
 
 class Torchvision(nn.Module):
-    """A classifier of torchvision; its maps are the last one of every resolution, at most four."""
+    """A torchvision classifier; its maps are the last map of each resolution, at most four."""
 
     def __init__(self, name, num_classes=1000, in_channels=3, weights=None):
         super().__init__()
         import torchvision
 
         if in_channels != 3:
-            raise ValueError('colour images only')
+            raise ValueError('torchvision classifiers take colour images only')
         self.net = torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
         linear = [k for k, m in self.net.named_modules() if isinstance(m, nn.Linear)]
         self.head_name = 'net.' + linear[-1]
@@ -661,7 +661,7 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
         )
     for key, values in (('mean', mean), ('std', std)):
         if len(values) not in (1, kw.get('in_channels', 3)):
-            raise UserError(f'{key}={values}: one number, or one per channel')
+            raise UserError(f'{key}={values} must be one number, or one per channel')
     net.config = {
         'class': 'classifier',
         'name': name,
@@ -688,8 +688,8 @@ def resize(images, size):
 
 
 def preprocess(net, images):
-    """What a classifier expects of images (B, C, H, W) in [-1, 1]: resized to its `image_size`, and
-    normalised by its `mean` and `std` (of images in [0, 1]), as far as it has these attributes."""
+    """Images (B, C, H, W) in [-1, 1] as the classifier expects them: resized to its `image_size`
+    and normalised by its `mean` and `std` (of images in [0, 1]), where it has these attributes."""
     if getattr(net, 'image_size', 0):
         images = resize(images, net.image_size)
     if not hasattr(net, 'mean'):
@@ -720,8 +720,8 @@ class LadderLevel(nn.Module):
 
 
 def gaussian(out):
-    """(mean, std) of 2C channels; zeros are the standard normal. The constant is the original's ln
-    2."""
+    """Splits 2C channels into (mean, std); an output of zeros gives the standard normal. 0.6931 is
+    ln 2 as the original code rounds it."""
     mean, s = out.float().chunk(2, dim=1)
     return mean, F.softplus(s) / 0.6931 + 1e-6
 
@@ -756,7 +756,7 @@ class LVAE(nn.Module):
             self.add_module(f'd{i}', LadderLevel(16, width, out_ch, 'upsample', self.sides[i]))
 
     def noise(self, n, generator=None):
-        """Standard normal noise for n images: a list of (n, 16, h, w) on the network's device."""
+        """Standard normal noise for n images: a list of (n, 16, h, w), finest level first."""
         device = self.d0.out.weight.device
         return [
             torch.randn(n, 16, side, side, generator=generator, device=device)
@@ -764,9 +764,9 @@ class LVAE(nn.Module):
         ]
 
     def encode(self, x):
-        """What the image alone says of each level: a list of (mean, std), bottom-up. Raises
+        """The Gaussian (mean, std) of each level from the image alone, finest level first. Raises
         ValueError for images that are not in [0, 1]."""
-        if x.is_cpu and (x.min() < 0 or x.max() > 1):  # on a GPU the host would wait
+        if x.is_cpu and (x.min() < 0 or x.max() > 1):  # not on a GPU: the check would synchronise
             raise ValueError(f'images in [{x.min():.2f}, {x.max():.2f}]: a VAE takes [0, 1]')
         h = self.u1[0](x)
         found = []
@@ -777,11 +777,11 @@ class LVAE(nn.Module):
         return found
 
     def decode(self, noise, seen=None):
-        """(out, q, p) on the way down with z = mean + std noise.
+        """(out, q, p) of the top-down pass, with z = mean + std * noise at every level.
 
-        p: the prior Gaussians, each given the z above it; q: those that z is drawn from. Without
-        `seen` the two are the same; with it, from `encode`, q is the product of both, and the top
-        is what the image says.
+        p: the prior Gaussians, each given the z of the level above; q: the Gaussians that z is
+        drawn from. Without `seen` the two are equal. With `seen`, the output of `encode`, q is the
+        normalised product of `seen` and p; at the top level q is `seen` alone.
         """
         p = [None] * self.levels
         q = [None] * self.levels
@@ -796,7 +796,7 @@ class LVAE(nn.Module):
         return self.d0.out(self.d0.net(z)).float(), q, p
 
     def generate(self, noise):
-        """(out (B, 2C, H, W), p): images from the prior, and its Gaussians (mean, std)."""
+        """(out (B, 2C, H, W), p): images decoded from prior noise, and the prior's Gaussians."""
         out, _, p = self.decode(noise)
         return out, p
 
@@ -833,10 +833,10 @@ def gaussian_kl(q, p):
 
 
 def betas_from_alpha_bar(alpha_bar):
-    """The betas (T,) of a variance-preserving process with this alpha_bar (T,), falling from 1 to
-    0.
+    """The betas (T,) of the variance-preserving process with this alpha_bar (T,), which decreases
+    from near 1 to near 0.
 
-    Any process x_t = a_t x_0 + b_t eps is one after division by sqrt(a_t^2 + b_t^2), with
+    Dividing any process x_t = a_t x_0 + b_t eps by sqrt(a_t^2 + b_t^2) makes it one, with
     alpha_bar = a^2 / (a^2 + b^2): `Diffusion(betas_from_alpha_bar(alpha_bar).tolist())`.
     """
     alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
@@ -845,7 +845,7 @@ def betas_from_alpha_bar(alpha_bar):
 
 
 class Diffusion:
-    """A forward process x_t = a_t x_0 + b_t eps, and what a network's output means on it.
+    """A forward process x_t = a_t x_0 + b_t eps, and how to interpret a network's output on it.
 
     schedule: 'cosine', 'linear', 'sqrt_linear' or a list of betas (a = sqrt(alpha_bar),
         b = sqrt(1 - alpha_bar)), or 'flow' (b = (t+1)/T, a = 1 - b; `shift` moves b towards 1,
@@ -882,8 +882,8 @@ class Diffusion:
         if schedule == 'flow':
             if prediction == 'eps':
                 raise UserError(
-                    "prediction 'eps' on schedule 'flow': at t = T-1 nothing of x_0 is left, "
-                    "so eps does not tell it; use 'flow', 'v' or 'x0'"
+                    "prediction 'eps' does not work on schedule 'flow': at t = T-1 x_t is pure "
+                    "noise, so eps does not determine x_0; use 'flow', 'v' or 'x0'"
                 )
             b = time[1:]
             b = shift * b / (1 + (shift - 1) * b)
@@ -908,13 +908,13 @@ class Diffusion:
             a = alpha_bar.sqrt()
             b = (1 - alpha_bar).sqrt()
         if len(a) < 2 or not (a.isfinite() & (b > 0) & (b <= 1)).all():
-            raise UserError('a process needs two steps or more, and betas between 0 and 1')
+            raise UserError('a process needs at least two steps, and betas between 0 and 1')
         self.T = len(a)
-        # index -1 (the last entry) is the clean image; float64, cast where it meets images
+        # index -1 (the last entry) is the clean image; float64, cast only when applied to images
         self.a = torch.cat([a, torch.ones(1, dtype=torch.float64)])
         self.b = torch.cat([b, torch.zeros(1, dtype=torch.float64)])
         self.alpha_bar = self.a**2 / (self.a**2 + self.b**2)
-        # the smallest variance of which a logarithm is taken
+        # variances are clamped to this value before their logarithm is taken: that of step 1 -> 0
         self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()
 
     def ab(self, t, like):
@@ -931,8 +931,8 @@ class Diffusion:
         return a.to(x0) * x0 + b.to(x0) * noise
 
     def target(self, x0, x_t, t, to):
-        """The prediction `to` that is exact for this (x_0, x_t): any two of x_0, x_t, eps fix the
-        rest."""
+        """The output of kind `to` that a perfect network gives for this (x_0, x_t): any two of x_0,
+        x_t and eps determine the third."""
         if to == 'x0':
             return x0
         a, b = self.ab(t, x_t)
@@ -944,8 +944,8 @@ class Diffusion:
         return eps - x0  # flow
 
     def predict_x0(self, out, x_t, t, clip=None):
-        """The clean image that a network's output means; clamped if `clip` (None: the process's
-        own)."""
+        """The x_0 that a network's output implies, clamped to [-1, 1] if `clip` (None:
+        `self.clip`)."""
         out = out[:, : x_t.shape[1]].float()
         a, b = self.ab(t, x_t)
         if self.prediction == 'eps':
@@ -961,16 +961,17 @@ class Diffusion:
         return x0.clamp(-1, 1) if clip else x0
 
     def convert(self, out, x_t, t, to):
-        """A network's output re-expressed as the prediction `to`, through its (clamped) x_0. The
-        variance channels stay."""
+        """A network's output re-expressed as the prediction `to`, by way of its (clamped) x_0. The
+        variance channels are unchanged."""
         if to == self.prediction:
             return out
         mean = self.target(self.predict_x0(out, x_t, t), x_t, t, to)
         return torch.cat([mean, out[:, x_t.shape[1] :].float()], dim=1)
 
     def posterior(self, x0, x_t, t, s=None):
-        """q(x_s | x_t, x_0), DKDM Eqs. (5)-(7) for any jump: its mean and variance, and the jump's
-        own variance (beta_t where s = t-1). s = None is t-1."""
+        """(mean, var, jump) of q(x_s | x_t, x_0), DKDM Eqs. (5)-(7) generalised to any s < t: its
+        mean and variance, and the variance of q(x_t | x_s), which is beta_t for s = t-1. s = None
+        is t-1."""
         s = t - 1 if s is None else s
         a_t, b_t = self.ab(t, x_t)
         a_s, b_s = self.ab(s, x_t)
@@ -983,13 +984,13 @@ class Diffusion:
         """Mean and log variance (B, C, H, W) of p(x_s | x_t), DKDM Eqs. (8) and (12). s = None is
         t-1.
 
-        At s = -1 the posterior has no variance; its logarithm is taken one step earlier, as in
-        Improved DDPM.
+        At s = -1 the posterior's variance is zero; the log variance of the step before takes its
+        place, as in Improved DDPM.
         """
         C = x_t.shape[1]
         mean, var, jump = self.posterior(self.predict_x0(out, x_t, t, clip), x_t, t, s)
         low = var.clamp(min=self.floor).log()
-        if out.shape[1] == C:  # fixed variance: the posterior's
+        if out.shape[1] == C:  # no learned variance: the posterior's
             return mean, low.to(x_t).expand_as(x_t)
         v = (out[:, C:].float() + 1) / 2
         return mean, (v * jump.log() + (1 - v) * low).to(x_t)  # Eq. (12)
@@ -1002,8 +1003,8 @@ class Diffusion:
         return mean + noisy * (0.5 * logvar).exp() * noise
 
     def ddim_step(self, out, x_t, t, s, eta=0.0, noise=None):
-        """DDIM (Song et al. 2021), Eq. (12) there; eta = 1 has the posterior's variance. On a flow
-        this is Euler's step."""
+        """One step of DDIM (Song et al. 2021, Eq. (12)); eta = 1 gives the posterior's variance. On
+        a flow and without clipping, eta = 0 is an Euler step."""
         x0 = self.predict_x0(out, x_t, t)
         a_s, b_s = self.ab(s, x_t)
         sigma = eta * self.posterior(x0, x_t, t, s)[1].sqrt()
@@ -1016,8 +1017,8 @@ class Diffusion:
     def jump_x0(self, x_t, t, x_s, s):
         """The x_0 whose deterministic DDIM step from x_t lands on x_s (B, C, H, W).
 
-        The step is x_s = a_s x_0 + b_s (x_t - a_t x_0) / b_t, solved for x_0. At s = -1 it is x_s
-        itself (Luhman & Luhman 2021); for a halving of the steps it is the target of progressive
+        It solves x_s = a_s x_0 + b_s (x_t - a_t x_0) / b_t for x_0. At s = -1 that is x_s itself
+        (Luhman & Luhman 2021); where x_s comes from two DDIM steps, it is the target of progressive
         distillation (Salimans & Ho 2022, Appendix G).
         """
         a_t, b_t = self.ab(t, x_t)
@@ -1027,9 +1028,9 @@ class Diffusion:
     def losses(self, out, target, x_t, true_mean, true_logvar, t, lam, x0=None):
         """L_simple + lam T KL, DKDM Eqs. (13) and (19): {'loss', 'mse', 'vb'}, each (B,).
 
-        The KL is in bits and trains the variance only: the mean is detached in it, and not clamped,
-        as in Improved DDPM. Where x0 is known, the likelihood of 8-bit pixels replaces the KL of
-        t = 0.
+        The KL is in bits and trains the variance only: as in Improved DDPM, the student's mean
+        enters it detached, and unclamped. If x0 is given, the negative log-likelihood of its 8-bit
+        pixels replaces the KL at t = 0.
         """
         C = x_t.shape[1]
         mse = F.mse_loss(out[:, :C].float(), target, reduction='none').mean((1, 2, 3))
@@ -1073,8 +1074,8 @@ class Diffusion:
 
 
 def pixel_nll(x, mean, logvar):
-    """-log of the Gaussian's mass in the 8-bit bin of x in [-1, 1] (Ho et al. 2020, Eq. (13)); the
-    outer bins are open."""
+    """-log of the Gaussian's probability of the 8-bit bin of x in [-1, 1] (Ho et al. 2020,
+    Eq. (13)); the outermost bins extend to infinity."""
     inv_std = (-0.5 * logvar).exp()
 
     def cdf(z):
@@ -1092,8 +1093,8 @@ def pixel_nll(x, mean, logvar):
 
 def guided(net, x_t, t, y=None, guidance=1.0):
     """The network's output under classifier-free guidance (Ho & Salimans 2022):
-    null + guidance (cond - null), of two evaluations in one batch; of one where guidance = 1 or
-    y is None. The variance is the conditional one."""
+    null + guidance (cond - null), from two evaluations in one batch. If guidance = 1 or y is None,
+    there is only one evaluation. The variance is that of the conditional evaluation."""
     if y is None or guidance == 1:
         return net(x_t, t, y)
     C = x_t.shape[1]
@@ -1105,11 +1106,12 @@ def guided(net, x_t, t, y=None, guidance=1.0):
 
 
 def sampling_steps(T, steps, spacing='trailing'):
-    """Timesteps, from noise to image. 'trailing': evenly from T-1, the last jump as long as the
-    others (Lin et al. 2024); 'even': with both ends, T-1 and 0 (Improved DDPM); 'leading':
-    multiples of T // steps, from below T-1 (DDIM). Raises UserError for more steps than T."""
+    """Timesteps, from noise to image. 'trailing': evenly spaced from T-1, the last jump as long as
+    the others (Lin et al. 2024); 'even': evenly spaced and including both T-1 and 0 (Improved
+    DDPM); 'leading': multiples of T // steps, down to 0 (DDIM). Raises UserError unless
+    1 <= steps <= T."""
     if not 1 <= steps <= T:
-        raise UserError(f'{steps} sampling steps: from 1 to {T}')
+        raise UserError(f'{steps} sampling steps: must be from 1 to {T}')
     if spacing == 'leading':
         return list(range(0, T, T // steps))[:steps][::-1]
     if spacing == 'even' and steps > 1:
@@ -1124,7 +1126,7 @@ def random_normal(shape, generator, device):
 
 
 def dpm_solver(diffusion, timesteps):
-    """DPM-Solver++ of diffusers, second order, for the variance-preserving version of a process."""
+    """diffusers' second-order DPM-Solver++, for the variance-preserving version of a process."""
     from diffusers import DPMSolverMultistepScheduler
 
     betas = betas_from_alpha_bar(diffusion.alpha_bar[:-1].cpu().clamp(min=1e-9))
@@ -1154,9 +1156,9 @@ def sample(
     """Images (B, C, H, W), float32, from a network and its process.
 
     shape_or_noise: (B, C, H, W), or the noise itself. y: labels (B,), -1 for none. sampler: 'ddpm'
-    (ancestral), 'ddim' (with `eta`) or 'dpm++' (second order, of diffusers). generator: of the
-    noise of the start and of every step. spacing: of the timesteps (`sampling_steps`). Raises
-    UserError for a number of steps that the process does not have.
+    (ancestral), 'ddim' (with `eta`) or 'dpm++' (diffusers' second-order solver). generator:
+    draws the starting noise and the noise of every step. spacing: see `sampling_steps`. Raises
+    UserError for more steps than the process has.
     """
     device = next(net.parameters()).device
     x = shape_or_noise
@@ -1165,7 +1167,7 @@ def sample(
     ts = sampling_steps(diffusion.T, steps, spacing)
     if sampler == 'dpm++':
         solver = dpm_solver(diffusion, ts)
-        norm = (diffusion.a**2 + diffusion.b**2).sqrt().tolist()  # to the variance-preserving x
+        norm = (diffusion.a**2 + diffusion.b**2).sqrt().tolist()  # x / norm is variance-preserving
         x = x / norm[ts[0]]
     for t, s in zip(ts, ts[1:] + [-1]):
         tt = torch.full((len(x),), t, device=device)
@@ -1209,14 +1211,14 @@ WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')  # files, as a
 
 
 def existing(path):
-    """The path of a file. Raises UserError where there is none."""
+    """Returns `path`. Raises UserError if there is no such file."""
     if not os.path.isfile(path):
         raise UserError(f'no file {path}')
     return path
 
 
 def read_lines(path):
-    """The lines of a text file that are not empty. Raises UserError where there are none."""
+    """The non-empty lines of a text file. Raises UserError if there are none."""
     with open(existing(path), encoding='utf-8') as f:
         lines = [line.strip() for line in f if line.strip()]
     if not lines:
@@ -1225,8 +1227,8 @@ def read_lines(path):
 
 
 def write_atomically(path, write):
-    """`write(temporary path)`, then rename: nobody sees half a file, and a failed write leaves
-    nothing."""
+    """Calls write(temporary path) and renames the result: no reader sees a half-written file, and a
+    failed write leaves nothing behind."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     tmp = os.path.join(folder, '.tmp-' + name)
@@ -1239,21 +1241,22 @@ def write_atomically(path, write):
 
 
 def description(net):
-    """What a file says of its network: net.config, or for one of a user's file how it was built."""
+    """The dict that a saved file holds of its network: net.config, or for a network from a user's
+    Python file the arguments of its build()."""
     return getattr(net, 'built_as', None) or net.config
 
 
 def save_model(net, path, diffusion=None, **more):
-    """A self-describing safetensors file: the weights, and as JSON in its header what rebuilds the
-    network, `diffusion.config` and what more there is: `vae`, the pipeline that decodes the
-    latents; `pipeline`, the one with the texts and the scheduler of a network of diffusers;
-    `guided`, that its predictions are guided already; `sampling`, how it is to be sampled. Raises
-    UserError where a weight is not finite.
+    """Writes a self-describing safetensors file: the weights, and in its header, as JSON, the
+    description that rebuilds the network, `diffusion.config`, and `more`: `vae`, the pipeline whose
+    VAE decodes the latents; `pipeline`, the pipeline with the text encoders and the scheduler of a
+    diffusers network; `guided`, whether guidance is already distilled into the predictions;
+    `sampling`, the sampler settings. Raises UserError if a weight is not finite.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     for k, v in state.items():
         if v.is_floating_point() and not v.isfinite().all():
-            raise UserError(f'{path} is not saved, its {k} is not finite: a smaller --lr')
+            raise UserError(f'{path} is not saved: {k} is not finite. Try a smaller --lr')
     header = {'net': description(net)}
     if diffusion:
         header['diffusion'] = diffusion.config
@@ -1272,13 +1275,13 @@ def read_weights(path):
 
 
 def is_plain(spec):
-    """Whether a file of weights does not say what network they belong to."""
+    """Whether `spec` is a file of weights without a description of their network."""
     return os.path.isfile(spec) and not spec.endswith('.py') and not read_weights(spec)[1]
 
 
 def unwrap(state, path):
-    """The tensors of a checkpoint, out of the dicts and prefixes in which trainers, EMAs,
-    DataParallel and torch.compile wrap them. Raises UserError where none are found."""
+    """The tensors of a checkpoint, without the dicts and prefixes in which trainers, EMAs,
+    DataParallel and torch.compile wrap them. Raises UserError if it holds anything else."""
     wrappers = (
         'ema',
         'params_ema',
@@ -1296,8 +1299,8 @@ def unwrap(state, path):
     odd = [k for k, v in state.items() if not torch.is_tensor(v)]
     if odd or not state:
         raise UserError(
-            f'{path} holds more than the tensors of one network: {list(state)[:9]}. Save the '
-            "one that is meant, torch.save(checkpoint['NAME'], ...)"
+            f'{path} holds more than the tensors of one network: {list(state)[:9]}. Save only '
+            "the network you mean: torch.save(checkpoint['NAME'], ...)"
         )
     for prefix in ('module.', '_orig_mod.', 'model.') * 2:
         if all(k.startswith(prefix) for k in state):
@@ -1306,14 +1309,14 @@ def unwrap(state, path):
 
 
 def load_state(net, state, path):
-    """load_state_dict(strict=True). Raises UserError for other weights, or not finite ones."""
+    """load_state_dict(strict=True). Raises UserError for weights that do not fit or not finite."""
     ours = net.state_dict()
     odd = []
     for k in ours | state:
         if k in ours and k in state:
             fits = ours[k].shape == state[k].shape
         else:
-            fits = k.endswith('num_batches_tracked')  # which PyTorch once did not have
+            fits = k.endswith('num_batches_tracked')  # files from old versions of PyTorch lack it
         if not fits:
             odd.append(k)
     if odd:
@@ -1338,7 +1341,7 @@ def digest(net):
 
 
 def make(config):
-    """The network of a `net.config`, or of the header of a file of ours, with random weights."""
+    """Builds the network of a `net.config` or of a file's header, with random weights."""
     config = dict(config)
     kind = config.pop('class')
     ours = {c.__name__: c for c in DENOISERS.values()} | {'LVAE': LVAE, 'classifier': classifier}
@@ -1352,10 +1355,10 @@ def make(config):
     return Pipeline(getattr(diffusers, kind)(**config))
 
 
-# ==== files of the user's: Python that is named on the command line, and run
+# ==== the user's Python files: they are named on the command line, and run
 def split_file(spec):
-    """('my.py', 'weights.pt') of 'my.py:weights.pt', ('my.py', '') of 'my.py', ('', spec) of all
-    else."""
+    """Splits 'my.py:weights.pt' into ('my.py', 'weights.pt') and 'my.py' into ('my.py', '');
+    anything else gives ('', spec)."""
     if spec.endswith('.py'):
         return spec, ''
     head, found, weights = spec.partition('.py:')
@@ -1368,13 +1371,13 @@ def run_file(path):
     if path not in sys.modules:
         spec = importlib.util.spec_from_file_location(path, path)
         sys.modules[path] = importlib.util.module_from_spec(spec)
-        sys.path.append(os.path.dirname(path))  # for what the file imports from beside it
+        sys.path.append(os.path.dirname(path))  # so that it can import its neighbours
         spec.loader.exec_module(sys.modules[path])
     return sys.modules[path]
 
 
 def build_from_file(path, **kw):
-    """The network that build(**kw) of a user's file returns; it knows how it was built."""
+    """The network that build(**kw) in a user's file returns; `built_as` records the call."""
     net = run_file(path).build(**kw)
     net.built_as = {'class': 'file', 'file': os.path.basename(path)} | kw
     for name in ('num_classes', 'in_channels', 'image_size'):
@@ -1384,8 +1387,8 @@ def build_from_file(path, **kw):
 
 
 def load_from_file(path, weights):
-    """(net, header) of a user's file: what its load() returns, or with weights those in what
-    build() returns."""
+    """(net, header) of a user's file: the result of its load(); or, if `weights` are given, the
+    network of its build() with these weights."""
     if not weights:
         return run_file(path).load(), {}
     state, header = read_weights(weights)
@@ -1394,12 +1397,12 @@ def load_from_file(path, weights):
 
 
 def read_model(spec):
-    """(state, header) of a file of weights that names its network itself, or is no file of ours."""
+    """(state, header) of a file of weights whose network is not defined in a user's Python file."""
     state, header = read_weights(spec)
     net = header.get('net', {})
     if net.get('class') == 'file':
         raise UserError(
-            f"{spec}: its network is that of {net['file']}, which is only run where it is named: "
+            f"{spec}: its network is defined in {net['file']}, which runs only if you name it: "
             f"{net['file']}:{spec}"
         )
     return state, header
@@ -1415,12 +1418,12 @@ PIPELINE_NETWORKS = (
     'DiTTransformer2DModel',
     'SD3Transformer2DModel',
 )
-# parts of its pipelines
+# parts of diffusers pipelines that are not loaded
 UNUSED = ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker')
 
 
 class Shared(dict):
-    """Tensors of a network and all its copies: no EMA copies them, no DDP sends them."""
+    """Tensors shared by a network and its copies: not copied by EMA, not sent by DDP."""
 
     def __deepcopy__(self, memo):
         return self
@@ -1430,10 +1433,10 @@ class Pipeline(nn.Module):
     """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t
     (B,), y (B,).
 
-    `condition` is '', 'class' or 'text'. y indexes the classes, the last of which is the null
-    condition, or the texts given to `set_prompts`; -1 is the null condition. `source` is where its
-    pipeline can be loaded from, `pipe` the pipeline once it is loaded; `shared` holds the
-    embedded texts. Raises UserError for a network that is not supported.
+    `condition` is '', 'class' or 'text'. y indexes the classes, or the texts given to
+    `set_prompts`; -1 is the null condition. `source` is the folder or hub id of its pipeline,
+    `pipe` the pipeline while its text encoders are needed; `shared` holds the embedded texts.
+    Raises UserError for a network that is not supported.
     """
 
     def __init__(self, net, pipe=None):
@@ -1464,9 +1467,9 @@ class Pipeline(nn.Module):
         self.pipe = pipe
         self.source = ''
         self.shared = Shared()
-        self.register_buffer('times', None, persistent=False)  # t as the network wants it, or None
+        self.register_buffer('times', None, persistent=False)  # the network's own time for each t
         for m in net.modules():
-            # of DiT: drops labels in train mode, otherwise in each layer
+            # DiT: in train mode it would drop labels, independently in each layer
             if type(m).__name__ == 'LabelEmbedding':
                 m.dropout_prob = 0.0
         classes = max(0, (c.get('num_class_embeds') or 0) - 1)
@@ -1481,8 +1484,8 @@ class Pipeline(nn.Module):
         self.config |= {'class': kind, 'image_size': c.sample_size, 'out_channels': out_channels}
 
     def set_prompts(self, prompts):
-        """Embeds the texts by all text encoders of the pipeline, which are then let go."""
-        if self.pipe is None:  # only the text encoders are wanted
+        """Embeds the texts with all text encoders of the pipeline, and then frees the encoders."""
+        if self.pipe is None:  # load the text encoders only
             self.pipe, _ = open_pipeline(
                 self.source, self.net.dtype, unet=self.net, transformer=self.net, vae=None
             )
@@ -1496,17 +1499,17 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def embed(self, texts):
-        """{'prompts': (N, L, D)} of N texts, with 'pooled' (N, D) where the network takes that too;
-        on the CPU."""
+        """{'prompts': (N, L, D)} of N texts, and 'pooled' (N, D) if the pipeline has it; on the
+        CPU."""
         parts = {}
         encode = self.pipe.encode_prompt
         kw = dict(
             device=self.net.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         for name in {'prompt_2', 'prompt_3'} & inspect.signature(encode).parameters.keys():
-            kw[name] = None  # the same as the first
+            kw[name] = None  # every encoder gets the same text
         for i in range(0, len(texts), 256):
-            outputs = encode(prompt=texts[i : i + 256], **kw)[::2]  # without the negative ones
+            outputs = encode(prompt=texts[i : i + 256], **kw)[::2]  # skip the negative prompts
             for name, out in zip(('prompts', 'pooled'), outputs):
                 parts.setdefault(name, []).append(out.cpu())
         return {name: torch.cat(rows) for name, rows in parts.items()}
@@ -1525,8 +1528,8 @@ class Pipeline(nn.Module):
 
 
 def decode(net, z):
-    """A network's latents (B, C, h, w) as images (B, 3, H, W) in [-1, 1], by the VAE that belongs
-    to it (`net.vae`), four at a time; pixels stay."""
+    """Decodes latents (B, C, h, w) to images (B, 3, H, W) with the network's VAE (`net.vae`), four
+    at a time; without a VAE, z is returned as it is."""
     vae = getattr(net, 'vae', None)
     if vae is None:
         return z
@@ -1536,13 +1539,13 @@ def decode(net, z):
 
 
 def attach_vae(net, vae):
-    """`net.vae`, kept out of the network's parameters and of its files."""
+    """Sets `net.vae` without registering it as a submodule, so that it is not trained or saved."""
     net.__dict__['vae'] = frozen(vae) if vae is not None else None
 
 
 def read_pipeline(spec):
     """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises
-    UserError where it contains code."""
+    UserError if it contains code."""
     path = os.path.join(spec, 'model_index.json')
     if not os.path.isdir(spec):
         import huggingface_hub
@@ -1551,20 +1554,19 @@ def read_pipeline(spec):
             path = huggingface_hub.hf_hub_download(spec, 'model_index.json')
     with open(path) as f:
         parts = json.load(f)
-    # diffusers runs the code in a folder: its newer versions only if asked to, the older ones
-    # always
+    # older versions of diffusers always run the code in a folder; newer ones only if asked to
     code = glob.glob(f'{glob.escape(spec)}/*/*.py') + glob.glob(f'{glob.escape(spec)}/None.py')
     for name, part in parts.items():
         known = part[0] in (None, 'diffusers', 'transformers') if isinstance(part, list) else True
         if not known and name not in UNUSED:
             code.append(part[0])
     if code:
-        raise UserError(f'{spec}: {code[0]} is code, and code in a pipeline is never run')
+        raise UserError(f'{spec} contains code ({code[0]}); pipelines with code are not loaded')
     return os.path.dirname(path), parts
 
 
 def from_pretrained(kind, spec, **kw):
-    """kind.from_pretrained, in half precision where a pipeline exists in nothing else."""
+    """kind.from_pretrained; if there are only half-precision files, it loads those."""
     with local_rank_0_first():
         try:
             return kind.from_pretrained(spec, low_cpu_mem_usage=False, **kw)
@@ -1576,8 +1578,8 @@ def from_pretrained(kind, spec, **kw):
 
 
 def open_pipeline(spec, dtype, **given):
-    """(the pipeline, its model_index.json) of a folder or hub id; parts that are `given` are not
-    loaded."""
+    """(the pipeline, its model_index.json) of a folder or hub id; the parts in `given` replace
+    those on disk, which are not loaded."""
     from diffusers import DiffusionPipeline
 
     _, parts = read_pipeline(spec)
@@ -1586,14 +1588,16 @@ def open_pipeline(spec, dtype, **given):
 
 
 def load_part(spec, *names):
-    """The first of these parts that a pipeline has: a VAE or a scheduler."""
+    """The first of the named parts that a pipeline has; a VAE or a scheduler."""
     import diffusers
 
     root, parts = read_pipeline(spec)
     name = next((n for n in names if parts.get(n, [None])[0]), None)
     kind = parts[name][1] if name else ''
     if not re.fullmatch('Autoencoder.*|VQModel|.*Scheduler', kind):
-        raise UserError(f"{spec} has no {' or '.join(names)} of diffusers, but {kind or 'none'}")
+        raise UserError(
+            f"{spec} has no {' or '.join(names)} of a diffusers class (found: {kind or 'none'})"
+        )
     return from_pretrained(
         getattr(diffusers, kind), root if os.path.isdir(spec) else spec, subfolder=name
     )
@@ -1608,15 +1612,16 @@ def load_denoiser(spec, dtype=torch.float32, **known):
     """(net, diffusion) from one string; the network is in eval mode and frozen.
 
     spec: a file of ours (.safetensors); an original ADM, DDPM-IP, Improved DDPM, DKDM, LDM or DiT
-        checkpoint (.pt, .ckpt, .safetensors), whose architecture is read off its shapes; a
+        checkpoint (.pt, .ckpt, .safetensors), whose architecture follows from its shapes; a
         diffusers folder or hub id; or a user's Python file, whose load() returns both, or
         `my.py:weights.safetensors`, whose build() makes the network.
-    dtype: of a pipeline's weights (`pick_dtype`); ours are float32. `cast_frozen` casts them for a
-    teacher. known: what an original checkpoint does not say, where the defaults (which are printed)
-    are not right: image_size, num_head_channels or num_heads, use_new_attention_order,
-    rescale_timesteps, schedule, steps, beta_range, prediction, clip, and whatever else is an
-    argument of the network.
-    Raises UserError for what is no denoiser, or takes more than x_t, t and a label.
+    dtype: of the weights of a diffusers pipeline (`pick_dtype`); all others are float32, and
+        `cast_frozen` can cast them.
+    known: what an original checkpoint does not record, where the defaults (which are printed) are
+        wrong: image_size, num_head_channels or num_heads, use_new_attention_order,
+        rescale_timesteps, schedule, steps, beta_range, prediction, clip, and any other argument of
+        the network.
+    Raises UserError if it is not a denoiser, or if it needs inputs other than x_t, t and y.
     """
     file, weights = split_file(spec)
     hub_id = spec.count('/') == 1 and not spec.endswith(WEIGHTS) and not os.path.exists(spec)
@@ -1625,8 +1630,8 @@ def load_denoiser(spec, dtype=torch.float32, **known):
         net, header = load_from_file(file, weights)
         if weights and 'diffusion' not in header:
             raise UserError(
-                f'{weights} does not say its process: load() of {file} has to return (net, '
-                'diffusion)'
+                f'{weights} does not record its diffusion process; give {file} a load() that '
+                'returns (net, diffusion)'
             )
         net, diffusion = (net, Diffusion(**header['diffusion'])) if weights else net
     elif os.path.isdir(spec) or hub_id:
@@ -1635,7 +1640,7 @@ def load_denoiser(spec, dtype=torch.float32, **known):
         state, header = read_model(spec)
         if header and 'diffusion' not in header:
             raise UserError(
-                f"{spec} is no denoiser, it holds a {header.get('net', {}).get('class', 'model')}"
+                f"{spec} is not a denoiser but a {header.get('net', {}).get('class', 'model')}"
             )
         if header and known:
             raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
@@ -1645,7 +1650,7 @@ def load_denoiser(spec, dtype=torch.float32, **known):
         else:
             net, diffusion = load_original(spec, state, known)
     if header:
-        net.guided = header.get('guided', False)  # it needs no guidance any more
+        net.guided = header.get('guided', False)  # guidance is distilled into it
         net.sampling = header.get('sampling', {})
         net.source = header.get('pipeline') or header.get('vae', '')
         if header.get('vae'):
@@ -1657,24 +1662,24 @@ def load_denoiser(spec, dtype=torch.float32, **known):
 
 
 def match_times(net, diffusion):
-    """Tells a network of diffusers on a flow what to take for t: b T, as SD3 does."""
+    """On a flow, sets the time that a diffusers network is given for t: b_t T, as in SD3."""
     if isinstance(net, Pipeline) and diffusion.config['schedule'] == 'flow':
         net.times = (diffusion.b[:-1] * diffusion.T).float().to(next(net.parameters()).device)
 
 
 def load_pipeline(spec, dtype):
-    """A diffusers folder or hub id, with the process that its scheduler states."""
+    """(net, diffusion) of a diffusers folder or hub id; the process is that of its scheduler."""
     pipe, parts = open_pipeline(spec, dtype)
     scheduler = pipe.scheduler
     process = scheduler.config
     network = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None)
     net = Pipeline(network, pipe if 'text_encoder' in parts else None)
     if net.config.get('num_class_embeds') is not None:
-        raise UserError(f'{spec}: what the classes of a {type(network).__name__} mean is not known')
+        raise UserError(f'{spec}: class-conditional {type(network).__name__}s are not supported')
     net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
-    net.guided = parts.get('_guided', False)  # a student of ours
+    net.guided = parts.get('_guided', False)  # export.py writes this
     attach_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
-    bent = (
+    unsupported = (
         'use_dynamic_shifting',
         'shift_terminal',
         'invert_sigmas',
@@ -1683,13 +1688,13 @@ def load_pipeline(spec, dtype):
         'use_beta_sigmas',
     )
     if type(scheduler).__name__ == 'FlowMatchEulerDiscreteScheduler' and not any(
-        process.get(k) for k in bent
+        process.get(k) for k in unsupported
     ):
         steps, shift = process.num_train_timesteps, process.shift
         return net, Diffusion('flow', steps, 'flow', learn_sigma=False, clip=False, shift=shift)
     predictions = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}
     prediction = predictions.get(process.get('prediction_type'))
-    scaled = process.get('thresholding')  # DeepFloyd IF's clamp scales x_0 first
+    scaled = process.get('thresholding')  # for DeepFloyd IF, clamping x_0 replaces it
     if (
         prediction is None
         or not hasattr(scheduler, 'betas')
@@ -1697,10 +1702,8 @@ def load_pipeline(spec, dtype):
         and type(pipe).__name__ != 'IFPipeline'
     ):
         raise UserError(
-            f'{spec}: its {type(scheduler).__name__} is not a process x_t = a x_0 + b eps with a '
-            'list of '
-            'betas and a stated prediction_type, without thresholding, nor flow matching of fixed '
-            'shift'
+            f'{spec}: its {type(scheduler).__name__} is not supported: it must have betas and a '
+            'prediction_type, and no thresholding; or be flow matching with a fixed shift'
         )
     learn_sigma = net.config['out_channels'] == 2 * net.in_channels
     clip = bool(process.get('clip_sample') or scaled)
@@ -1710,7 +1713,7 @@ def load_pipeline(spec, dtype):
 
 
 def assume(spec, assumed, known):
-    """Says in one line what a file does not say and was assumed, and how to say otherwise."""
+    """Prints the values that are assumed because a file does not record them."""
     rows = [f'{k}={v!r}' for k, v in assumed.items() if k not in known]
     if rows and rank_and_world()[0] == 0:
         print(
@@ -1724,9 +1727,9 @@ def count_blocks(state, prefix):
 
 
 def load_original(spec, state, known):
-    """An original checkpoint, its architecture read off its shapes: all but the sizes of images and
-    of heads, the order of qkv and the process. LDM keeps the network, its EMA and the autoencoder
-    in one dict."""
+    """(net, diffusion) of an original checkpoint. The shapes give its architecture, except the
+    image size, the number of heads, the order of qkv and the process. LDM keeps the network, its
+    EMA (which is used) and the autoencoder in one dict."""
     betas = state.get('state_dict', state).get('betas')
     inner = state.get('state_dict', state)
     names = [k.removeprefix('model.') for k in inner if k.startswith('model.diffusion_model.')]
@@ -1747,7 +1750,7 @@ def load_original(spec, state, known):
         kind = UNet
     else:
         raise UserError(
-            f'{spec} is no denoiser that this code knows: it has no keys of a U-Net '
+            f'{spec} is not a denoiser of a known kind: it has no keys of a U-Net '
             '(input_blocks..., '
             f"output_blocks...) or a DiT (x_embedder...), but {', '.join(list(state)[:3])}, ...; a Python "
             'file with load() can be a teacher all the same'
@@ -1776,7 +1779,7 @@ def load_original(spec, state, known):
 
 
 def read_dit(state):
-    """(what the shapes of a DiT say, what is assumed, its process)."""
+    """(arguments that the shapes of a DiT give, assumed arguments, arguments of Diffusion)."""
     hidden, channels, patch, _ = state['x_embedder.proj.weight'].shape
     learn_sigma = len(state['final_layer.linear.bias']) == 2 * channels * patch**2
     table = state.get('y_embedder.embedding_table.weight')
@@ -1799,10 +1802,10 @@ def read_dit(state):
 
 
 def read_unet(state, betas, known):
-    """(what the shapes of an ADM, Improved DDPM or LDM U-Net say, what is assumed, its process)."""
+    """The same for a U-Net of ADM, Improved DDPM or LDM."""
     outputs = count_blocks(state, 'output_blocks.')
     width = state['time_embed.0.weight'].shape[1]
-    # the first output block that also upsamples ends a level of `blocks` + 1
+    # the first output block with an upsampling ends a level, which has `blocks` + 1 of them
     ups = []
     for k in state:
         parts = k.split('.')
@@ -1850,8 +1853,8 @@ CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
 def complete_classifier(net):
-    """A user's classifier with the attributes it does not have: in_channels 3, image_size 0 (any),
-    num_classes as many as it gives logits."""
+    """Adds the attributes that a user's classifier lacks: in_channels 3, image_size 0 (any size),
+    num_classes the number of its logits."""
     if not hasattr(net, 'in_channels'):
         net.in_channels = 3
     if not hasattr(net, 'image_size'):
@@ -1864,26 +1867,25 @@ def complete_classifier(net):
 
 
 def forward_features(net, x):
-    """(logits, [last map (B, C, h, w) of each stage]) of a classifier with a method of this name,
-    or whose layers `net.stages` (their names) end its stages. Raises UserError where it has
-    neither."""
+    """(logits, [last map (B, C, h, w) of each stage]) of a classifier that has a method of this
+    name, or a list `net.stages` of the names of the layers that end its stages. Raises UserError if
+    it has neither."""
     if hasattr(net, 'forward_features'):
         return net.forward_features(x)
     if not hasattr(net, 'stages'):
         raise UserError(
-            f'this {type(net).__name__} shows no feature maps: it needs forward_features(x), or '
-            'the names of '
-            'the layers that end its stages as net.stages; --lam_msarc=0 does without'
+            f'this {type(net).__name__} gives no feature maps: add forward_features(x), or '
+            'net.stages, the names of the layers that end its stages; or use --lam_msarc=0'
         )
     return hooked_features(net, [net.get_submodule(name) for name in net.stages], x)
 
 
 def load_classifier(spec, **known):
     """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) of a ResNet,
-    Wide ResNet or VGG as people publish them; torchvision:NAME with its ImageNet weights
-    (downloaded); or a user's Python file.
+    Wide ResNet or VGG from common public repositories; torchvision:NAME with its ImageNet
+    weights (downloaded); or a user's Python file.
 
-    known: what a state dict does not say, where the defaults (which are printed) are not right:
+    known: what a state dict does not record and the defaults (which are printed) get wrong:
     image_size, mean, std (of images in [0, 1]), max_pool. Raises UserError.
     """
     file, weights = split_file(spec)
@@ -1902,7 +1904,7 @@ def load_classifier(spec, **known):
     if header:
         if header.get('net', {}).get('class') != 'classifier':
             raise UserError(
-                f"{spec} is no classifier, it holds a {header.get('net', {}).get('class', 'model')}"
+                f"{spec} is not a classifier but a {header.get('net', {}).get('class', 'model')}"
             )
         if known:
             raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
@@ -1934,7 +1936,7 @@ def load_classifier(spec, **known):
         assumed |= IMAGENET
     else:
         raise UserError(
-            f'{spec} is no classifier that this code knows: it has no keys of a ResNet '
+            f'{spec} is not a classifier of a known kind: it has no keys of a ResNet '
             '(layer1...), Wide ResNet '
             f"(block1.layer...) or VGG (block0...), but {', '.join(list(state)[:3])}, ...; a Python file with "
             'load() can be a teacher all the same'
@@ -1944,7 +1946,7 @@ def load_classifier(spec, **known):
     )
     odd = known.keys() - assumed.keys() - read.keys()
     if odd:
-        raise UserError(f'{spec}: a classifier has no {min(odd)!r}, but ' + ', '.join(assumed))
+        raise UserError(f'{spec}: a classifier has no {min(odd)!r}; it has ' + ', '.join(assumed))
     assume(spec, assumed, known)
     net = classifier(name, **read | assumed | known)
     if isinstance(net, Torchvision):
@@ -1992,7 +1994,7 @@ class Autoencoder(nn.Module):
 def load_vae(spec):
     """A frozen VAE or generator in eval mode: an LVAE of ours (.safetensors); diffusers'
     AutoencoderKL or AutoencoderTiny as a folder or hub id, alone or in a pipeline; or a
-    user's Python file. Raises UserError for all else."""
+    user's Python file. Raises UserError for anything else."""
     file, weights = split_file(spec)
     if file:
         return frozen(load_from_file(file, weights)[0])
@@ -2000,7 +2002,7 @@ def load_vae(spec):
         state, header = read_model(spec)
         if header.get('net', {}).get('class') != 'LVAE':
             raise UserError(
-                f"{spec} is no VAE of ours, it holds a {header.get('net', {}).get('class', 'model')}"
+                f"{spec} is not a VAE but a {header.get('net', {}).get('class', 'model')}"
             )
         return frozen(load_state(make(header['net']), state, spec))
     import diffusers
@@ -2010,7 +2012,7 @@ def load_vae(spec):
     else:
         kind = diffusers.AutoencoderKL.load_config(spec).get('_class_name')
         net = load_part(spec, 'vae') if kind is None else None
-        if kind in ('AutoencoderKL', 'AutoencoderTiny'):  # another class may run what it finds
+        if kind in ('AutoencoderKL', 'AutoencoderTiny'):  # others may run code
             net = from_pretrained(getattr(diffusers, kind), spec)
     if type(net).__name__ not in ('AutoencoderKL', 'AutoencoderTiny'):
         raise UserError(f'{spec} is no AutoencoderKL or AutoencoderTiny of diffusers')
@@ -2031,8 +2033,8 @@ def torchvision_dataset(name):
 
 
 def split_classes(spec):
-    """('mnist', range(0, 5)) of 'mnist:0-4', the classes 0 to 4 of it; (spec, None) of what exists
-    as it stands."""
+    """Splits 'mnist:0-4' into ('mnist', range(0, 5)), the classes 0 to 4; without such an ending,
+    or if `spec` is an existing path, (spec, None)."""
     match = re.fullmatch(r'(.+):(\d+)-(\d+)', spec)
     if os.path.exists(spec) or not match:
         return spec, None
@@ -2041,7 +2043,7 @@ def split_classes(spec):
     if not os.path.exists(path) and not torchvision_dataset(path):
         return spec, None
     if low > high:
-        raise UserError(f'{spec}: the classes from a to b, a not above b')
+        raise UserError(f'{spec}: in NAME:a-b, a must not be greater than b')
     return path, range(low, high + 1)
 
 
@@ -2059,11 +2061,11 @@ def load_images(spec, train=True, image_size=0, channels=0):
     spec: an ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards; a folder
         of images, in one subfolder per class or none, or Tiny-ImageNet's `val`; a .txt of lines
         `file label`, the files relative to its folder (DomainNet's lists); or a torchvision dataset
-        (mnist, cifar10, ...), downloaded to ./data, of which `train` picks the split. With `:a-b`
-        at its end, only the classes a to b.
-    image_size: the middle of every image is resized to it. channels: 1 or 3, to which images are
-    converted. Raises UserError for files that are no images, or of which the range of values is not
-    known.
+        (mnist, cifar10, ...), downloaded to ./data; `train` picks the split. A suffix `:a-b`
+        keeps only the classes a to b.
+    image_size: the central square of every image is resized to it; 0 for neither. channels: 1 or 3
+    converts the images; 0 leaves them. Raises UserError for files that are not images, or whose
+    range of values is not known.
     """
     path, classes = split_classes(spec)
     shards = shards_of(spec)
@@ -2084,11 +2086,10 @@ def load_images(spec, train=True, image_size=0, channels=0):
             raise UserError(f'no images in {spec}')
         if len({i.shape[2:] for i in found}) > 1:
             raise UserError(
-                f'{spec}: its images differ in size ({tuple(found[0].shape[2:])} and others); '
-                'resize them first, '
-                'where there is no key image_size'
+                f'{spec}: its images differ in size ({tuple(found[0].shape[2:])} and others); set '
+                '--image_size, or resize them first if the script has no such key'
             )
-        most = max(i.shape[1] for i in found)  # a folder is grey where all its files are
+        most = max(i.shape[1] for i in found)  # grey only if all images are grey
         images = torch.cat([i.expand(-1, most, -1, -1) for i in found])
         labels = torch.tensor(labels) if isinstance(labels[0], int) else None
     if classes:
@@ -2158,7 +2159,7 @@ def open_images(spec, train):
 
 def image_files(spec):
     """[(file, label or None)] of a .txt of lines `file label`, or of a folder. Hidden files and
-    folders do not count."""
+    folders are skipped."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if spec.endswith('.txt'):
@@ -2185,11 +2186,11 @@ def image_files(spec):
     classes = {name: files for name, files in classes.items() if files}
     if alone and classes:
         raise UserError(
-            f'{spec} holds {len(alone)} images and folders of images ({min(classes)}): which of '
-            'them are meant?'
+            f'{spec} holds both images ({len(alone)}) and folders of images ({min(classes)}, ...): '
+            'keep one kind only'
         )
     if classes and empty:
-        print(f"{spec}: no images in {', '.join(empty)}, no classes")
+        print(f"{spec}: {', '.join(empty)}: no images; not counted as classes")
     pairs = [(file, None) for file in alone]
     for label, files in enumerate(classes.values()):
         pairs += [(file, label) for file in files]
@@ -2197,9 +2198,9 @@ def image_files(spec):
 
 
 def to_tensor(image, name):
-    """A PIL image as uint8 (C, H, W), C 1 or 3: turned as its EXIF says, transparency on white,
-    16-bit grey scaled by 65,535 and float by 1, palettes and CMYK as RGB. Raises UserError for all
-    else, whose range is not known."""
+    """A PIL image as uint8 (C, H, W), C 1 or 3: rotated by its EXIF tag, transparency on white,
+    16-bit grey divided by 65,535, floats taken to be in [0, 1], palettes and CMYK as RGB. Raises
+    UserError for other modes, whose range of values is not known."""
     from PIL import Image, ImageOps
 
     mode, kind = image.mode, image.format
@@ -2208,7 +2209,7 @@ def to_tensor(image, name):
     image = ImageOps.exif_transpose(image)
     if mode.startswith('I;16') or mode == 'I' and kind in ('PNG', 'PPM') or mode == 'F':
         values = np.asarray(image).astype(np.float64) / (1 if mode == 'F' else 65535)
-        if not (values.min() >= 0 and values.max() <= 1):  # nor is nan
+        if not (values.min() >= 0 and values.max() <= 1):  # also false for nan
             raise UserError(f'{name}: its values are floats outside [0, 1]')
         return torch.from_numpy((values * 255).round().astype(np.uint8))[None]
     grey = mode in ('1', 'L', 'LA', 'La')
@@ -2226,7 +2227,7 @@ def to_tensor(image, name):
 
 
 def resize_images(images, size):
-    """uint8 images (N, C, H, W): the square in their middle, `size` a side; as they are where size
+    """uint8 images (N, C, H, W): the central square, resized to `size`; unchanged if size
     is 0."""
     H, W = images.shape[2:]
     if size == 0 or size == H == W:
@@ -2248,9 +2249,9 @@ def to_uint8(images):
 
 
 def save_grid(path, sets, columns):
-    """A PNG of sets of images (B, C, H, W) in [-1, 1], a row of `columns` of each in turn; small
-    ones are enlarged to about 64 pixels. Of other than 1 or 3 channels the first three are shown,
-    or the first."""
+    """Writes a PNG of sets of images (B, C, H, W) in [-1, 1], alternating one row of `columns`
+    images of each set; small images are enlarged to about 64 pixels. Only the first three channels
+    are shown, or the first one if there are two."""
     from torchvision.utils import save_image
 
     rows = []
@@ -2270,15 +2271,15 @@ def save_grid(path, sets, columns):
 
 
 def features(net, images):
-    """(the mean of a classifier's last map (B, D), which its linear layer sees; its logits) of
-    uint8 images."""
+    """(features (B, D), logits) of uint8 images; the features are the spatial mean of the
+    classifier's last map, the input of its linear layer."""
     logits, maps = forward_features(net, preprocess(net, to_float(images)))
     return maps[-1].mean((2, 3)), logits
 
 
 def load_features(spec, device):
-    """(net, space, D): a classifier, the name under which statistics of its features are stored,
-    and how many there are."""
+    """(net, space, D): a classifier, the name of its feature space, which is stored with
+    statistics, and the number of its features."""
     net = load_classifier(spec)
     space = f'{os.path.basename(spec)} {digest(net)}'
     net = net.to(device, memory_format=memory_format(device))
@@ -2289,8 +2290,9 @@ def load_features(spec, device):
 
 
 def read_statistics(path, space):
-    """What eval_fid.py or ADM stored of a set of images: 'mu', 'sigma', perhaps 'mu_s', 'sigma_s',
-    'n'; None of a file of images. Raises UserError for statistics in another space of features."""
+    """The statistics that eval_fid.py or ADM stored for a set of images: 'mu', 'sigma', perhaps
+    'mu_s', 'sigma_s', 'n'; None if the file holds images. Raises UserError for statistics of
+    another feature space."""
     with np.load(existing(path), allow_pickle=False) as z:
         arrays = dict(z)
     if 'mu' not in arrays:
@@ -2298,8 +2300,8 @@ def read_statistics(path, space):
     named = str(arrays.pop('space', 'inception'))  # ADM's files do not name theirs
     if named != space:
         raise UserError(
-            f'{path} holds statistics in the space of {named}, not of {space}: make them '
-            'again by eval_fid.py --save_stats'
+            f'{path} holds statistics in the feature space {named!r}, not {space!r}; make new '
+            'ones with eval_fid.py --save_stats'
         )
     names = ('mu', 'sigma', 'mu_s', 'sigma_s', 'n')
     return {k: torch.from_numpy(arrays[k]).double() for k in names if k in arrays}
@@ -2307,8 +2309,8 @@ def read_statistics(path, space):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)),
-    and whether the product is near singular. It has the eigenvalues of sigma1^(1/2) sigma2
-    sigma1^(1/2), which is symmetric."""
+    and whether sigma1 sigma2 is near singular. Its eigenvalues are computed as those of the
+    symmetric sigma1^(1/2) sigma2 sigma1^(1/2)."""
     values, vectors = torch.linalg.eigh(sigma1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = torch.linalg.eigvalsh(root @ sigma2 @ root)
@@ -2342,10 +2344,9 @@ def init_distributed(device='auto', dtype='auto', seed=0):
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # the first convolution reads x_t in float32
     if world > 1 and not dist.is_initialized():
-        # Tensors of the CPU travel by gloo, so that asking the other ranks does not wait for the
-        # GPU. The timeout is hours,
-        # since one rank may work alone (downloads, pictures). After a restart the store has the
-        # addresses of dead ranks.
+        # CPU tensors go through gloo, so that all_reduce_max does not wait for the GPU. The timeout
+        # is hours long, since one rank may work alone (downloads, pictures). The prefix keeps a
+        # restarted run from reading the addresses of dead ranks in the store.
         store, rank, world = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
@@ -2358,8 +2359,8 @@ def init_distributed(device='auto', dtype='auto', seed=0):
 
 
 def per_rank(batch_size, world, grad_accum=1):
-    """How many images of a batch one forward pass of one rank has. Raises UserError where that is
-    no number."""
+    """The number of images in one forward pass on one rank. Raises UserError if it is not a whole
+    number."""
     if batch_size % (world * grad_accum):
         raise UserError(
             f'batch_size={batch_size} must be a multiple of {world} ranks x {grad_accum} '
@@ -2369,8 +2370,9 @@ def per_rank(batch_size, world, grad_accum=1):
 
 
 def pick_dtype(device, dtype='auto'):
-    """What networks compute in: `dtype`, or of 'auto' bfloat16 where the hardware has it, on other
-    GPUs float16 (frozen pipelines alone: there is no loss scaling here) and else float32."""
+    """The dtype that networks compute in: `dtype` itself, or for 'auto' bfloat16 where the hardware
+    computes in it, else float16 on GPUs (only for frozen pipelines: there is no loss scaling) and
+    float32 on CPUs."""
     if dtype != 'auto':
         return getattr(torch, dtype)
     if device.type == 'cuda':
@@ -2388,9 +2390,9 @@ def pick_dtype(device, dtype='auto'):
 
 
 def cast_frozen(net, dtype):
-    """Casts a frozen network once to what autocast would cast it to in every call: its convolutions
-    and linear layers, but not `first_layer`, which reads x_t in float32. Only networks that say
-    `castable` are."""
+    """Casts the convolutions and linear layers of a frozen network to bfloat16 once, which autocast
+    would do in every call; except `first_layer`, which reads x_t in float32. Only networks with
+    `castable = True` are cast."""
     if dtype == torch.bfloat16 and getattr(net, 'castable', False):
         first = set(net.first_layer.modules()) if hasattr(net, 'first_layer') else set()
         for m in set(net.modules()) - first:
@@ -2400,13 +2402,13 @@ def cast_frozen(net, dtype):
 
 
 def memory_format(device):
-    """channels_last for the convolutions of GPUs; on CPUs it is the slower one."""
+    """channels_last on GPUs, where convolutions are faster with it; on CPUs they are slower."""
     return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
 
 
 def all_reduce_max(value=0):
-    """The largest of a number over all ranks, which wait for each other but not for their GPUs; the
-    number itself on one."""
+    """The maximum of `value` over all ranks. The ranks wait for each other here, but not for their
+    GPUs. On a single rank, `value` itself."""
     if not dist.is_initialized():
         return value
     value = torch.tensor(float(value), dtype=torch.float64)
@@ -2416,7 +2418,7 @@ def all_reduce_max(value=0):
 
 @contextlib.contextmanager
 def local_rank_0_first():
-    """One rank of each node downloads, the others find the files."""
+    """Local rank 0 runs the block first (a download); the node's other ranks follow."""
     waits = dist.is_initialized() and int(os.environ.get('LOCAL_RANK', 0))
     if waits:
         all_reduce_max()
@@ -2432,9 +2434,9 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """`signal` is 0 until Ctrl-C or SIGTERM, whose number it then holds: the loop saves before it
-    leaves. Inside `with flag.interrupts():` the signal ends the block, which is for work that may
-    be lost, such as pictures."""
+    """`signal` is 0 until Ctrl-C or SIGTERM, then the signal's number; the loop then saves and
+    leaves. Inside `with flag.interrupts():` the signal also ends the block, which is meant for
+    work that may be lost, such as pictures."""
 
     def __init__(self):
         self.signal = 0
@@ -2460,20 +2462,20 @@ class StopFlag:
 
 
 def finish(stopped_by=0):
-    """The end of a script: exit code 0, or after a signal (its number) 130 or 143."""
+    """Ends the script with exit code 0, or with 128 + the number of the signal that stopped it."""
     code = 128 + int(stopped_by) if stopped_by else 0
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # gloo's threads may abort a plain end
+        os._exit(code)  # gloo's threads may crash a normal exit
     sys.exit(code)
 
 
 @torch.no_grad()
 def update_ema(ema, net, decay, step):
-    """ema <- decay ema + (1 - decay) net, with a shorter memory in the first steps: (1 + step) /
-    (10 + step). Buffers are copied."""
+    """ema <- decay ema + (1 - decay) net, where decay is at most (1 + step) / (10 + step). Buffers
+    are copied."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
     for b_ema, b in zip(ema.buffers(), net.buffers()):
@@ -2484,8 +2486,7 @@ def update_ema(ema, net, decay, step):
 # Checkpoints and logs
 # ==================================================================================================
 
-# settings that do not change what a run computes next; a run can only go on where all others are
-# the same
+# settings that may change when a run is resumed; all others must stay the same
 MAY_CHANGE = (
     'init_from',
     'out_dir',
@@ -2509,13 +2510,13 @@ def lasting(settings):
 
 
 def lock_out_dir(out_dir, rank):
-    """Makes out_dir and keeps other runs out of it until this process ends. Raises UserError where
-    another has it."""
+    """Creates out_dir and locks it until this process ends. Raises UserError if another run holds
+    the lock."""
     import fcntl  # not on Windows
 
     os.makedirs(out_dir, exist_ok=True)
     taken = False
-    # a number: it stays open
+    # a bare file descriptor: it stays open until the process ends
     lock = os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT)
     if rank == 0:
         try:
@@ -2529,14 +2530,14 @@ def lock_out_dir(out_dir, rank):
     if all_reduce_max(taken):
         raise UserError(
             f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: '
-            'another --out_dir'
+            'use another --out_dir'
         )
 
 
 def save_checkpoint(settings, step, net, opt, shared, own, rank):
-    """Writes what all ranks share (by rank 0) and what this rank alone has, its random generators
-    among it. A run that is killed at any moment finds the last complete set: `ckpt.pt` names the
-    step, and is renamed into place after all ranks have written."""
+    """Writes `shared`, the state of all ranks (on rank 0), and `own`, the state of this rank, to
+    which it adds the random generators. A run that is killed at any moment leaves a complete
+    checkpoint: `ckpt.pt` names the step, and is renamed into place after all ranks have written."""
     out_dir = settings['out_dir']
     mine = f'ckpt_{step}_rank{rank}.pt'
     own = own | {'random': torch.get_rng_state()}
@@ -2560,39 +2561,39 @@ def save_checkpoint(settings, step, net, opt, shared, own, rank):
 
 
 def resume(settings, rank, net):
-    """(shared, own) of the checkpoint that a run goes on from, its weights already in `net`; None
-    at a beginning, when older checkpoints are removed and `net` gets the weights of the file
-    `init_from`, if it is one. Locks out_dir."""
+    """(shared, own) of the checkpoint that a run resumes from, with its weights already in `net`.
+    None for a new run: then older checkpoints are removed, and `net` gets the weights of
+    `init_from`, if that is a file. Locks out_dir."""
     out_dir, init_from, teacher = (settings[k] for k in ('out_dir', 'init_from', 'teacher'))
     for name in ('student.safetensors', 'best.safetensors', 'student'):
         if os.path.realpath(teacher) == os.path.realpath(os.path.join(out_dir, name)):
             raise UserError(
-                f'teacher={teacher} would be overwritten by its student: another --out_dir'
+                f'teacher={teacher} would be overwritten by its student: use another --out_dir'
             )
     if init_from not in ('scratch', 'resume'):
         load_state(net, unwrap(read_weights(init_from)[0], init_from), init_from)
     lock_out_dir(out_dir, rank)
-    # torchrun --max-restarts
+    # a restart by torchrun --max-restarts resumes, whatever init_from says
     if init_from != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
         if rank == 0:
             for name in ('ckpt.pt', 'ckpt_*_rank*.pt'):
                 for f in glob.glob(os.path.join(glob.escape(out_dir), name)):
                     os.remove(f)
-                    print(f'{f}, of an earlier run, is removed')
+                    print(f'removed {f} of an earlier run')
         return None
     found = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
     if found != all_reduce_max(found):
         raise UserError(f'out_dir={out_dir} must be a folder that all ranks share')
     if not found:
         if rank == 0:
-            print(f'{out_dir} has no checkpoint yet: from the beginning')
+            print(f'{out_dir} has no checkpoint yet: starting from the beginning')
         return None
     shared, _ = read_weights(os.path.join(out_dir, 'ckpt.pt'))
     for k, v in lasting(settings).items():
         if shared['settings'].get(k) != v:
             raise UserError(
                 f"{out_dir} holds a run with {k}={shared['settings'].get(k)!r}, not {v!r}: "
-                "that run's settings, or another --out_dir"
+                "use that run's settings, or another --out_dir"
             )
     own, _ = read_weights(os.path.join(out_dir, f"ckpt_{shared['step']}_rank{rank}.pt"))
     net.load_state_dict(shared['net'])
@@ -2600,8 +2601,7 @@ def resume(settings, rank, net):
 
 
 def restore(checkpoint, opt):
-    """The rest of a checkpoint, right before the loop: the optimiser and this rank's random
-    generators."""
+    """Restores the optimiser and this rank's random generators; called right before the loop."""
     shared, own = checkpoint
     opt.load_state_dict(shared['opt'])
     torch.set_rng_state(own['random'])
@@ -2611,14 +2611,14 @@ def restore(checkpoint, opt):
 
 
 class Log:
-    """`log.csv`, a row per call, `step` first, `seconds` last. A resumed run continues after the
-    checkpoint's step, its clock after `seconds`. Rank 0 only."""
+    """`log.csv`: one row per call; `step` comes first, `seconds` last. A resumed run drops the rows
+    after the checkpoint's step and adds its time to `self.seconds`. Rank 0 only."""
 
     def __init__(self, path, step=0):
         lines = []
         if step and os.path.exists(path):
             with open(path, newline='') as f:
-                rows = [line for line in f if line.endswith('\n')]  # not half a row
+                rows = [line for line in f if line.endswith('\n')]  # drop an incomplete row
             lines = rows[:1] + [line for line in rows[1:] if int(line.split(',')[0]) <= step]
         self.seconds = float(lines[-1].split(',')[-1]) if len(lines) > 1 else 0.0
         write_atomically(path, lambda tmp: pathlib.Path(tmp).write_text(''.join(lines), newline=''))

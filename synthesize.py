@@ -2,7 +2,7 @@
 DiffDFKD, first stage: makes the training images for distilling a classifier, without the data it
 was trained on. A diffusion prior makes images, and at every denoising step the classifier pulls
 them towards what it was trained on: its BatchNorm statistics and its predictions (Qi et al. 2025,
-arXiv 2504.00870). A VAE as the teacher pulls them towards what it reconstructs well.
+arXiv 2504.00870). With a VAE as the teacher, they move towards what it reconstructs well.
 
     python synthesize.py  # MNIST digits from the bundled models, on a laptop
     python synthesize.py config/synth_sd15.py  # the paper's CIFAR-10, Stable Diffusion 1.5
@@ -14,12 +14,12 @@ arXiv 2504.00870). A VAE as the teacher pulls them towards what it reconstructs 
     python synthesize.py config/synth_mnist_vae.py                # for a VAE, the bundled one
 
 Then distil: python distill_classifier.py, or distill_vae.py --method=synthetic. A run that was
-stopped goes on where it was.
+stopped continues where it was.
 
-Memory: Stable Diffusion 1.5 at batch_size 16 in bfloat16 has 1.9 GB of weights, and at the largest
-moment of --edit=paper, the gradient through U-Net and decoder, 13.0 GB beside them with
-grad_batch=4 (6.8 with 2, 3.7 with 1); the U-Net alone, unguided, 2.7 GB. Computed by adding up the
-tensors alive at every operation, not measured on a GPU.
+Memory: Stable Diffusion 1.5 at batch_size 16 in bfloat16 has 1.9 GB of weights. The gradient
+through U-Net and decoder (--edit=paper) takes another 13.0 GB at its peak with grad_batch=4 (6.8
+with 2, 3.7 with 1); the U-Net alone, unguided, takes 2.7 GB. These numbers are sums over the
+tensors alive at every operation; they were not measured on a GPU.
 """
 import os
 
@@ -27,62 +27,63 @@ import os
 teacher = 'pretrained/mnist_resnet.safetensors'  # a classifier of ours, a state dict of a ResNet,
                              # WRN or VGG, torchvision:NAME, a Python file with load(), or vae:PATH
                              # (models.load_vae)
-teacher_config = {}          # what a state dict does not say: image_size, mean, std
+teacher_config = {}          # what a state dict does not record: image_size, mean, std
                              # (models.load_classifier)
-student = ''                 # a distilled student: from then on L_adv counts
+student = ''                 # a student distilled earlier; L_adv, Eq. (8), needs one
 # prior
 prior = 'pretrained/mnist_unet.safetensors'  # a denoiser of ours, an original checkpoint, a
                              # diffusers folder or hub id, a Python file with load(); 'none' is
                              # DeepInversion
-prior_config = {}            # what an original checkpoint does not say (models.load_denoiser)
+prior_config = {}            # what an original checkpoint does not record (models.load_denoiser)
 guidance = 1.0               # scale s of classifier-free guidance, Eq. (3); 1 is none
-prompt = 'a realistic photo' # text priors: followed by a random subject and style
+prompt = 'a realistic photo' # text priors: a random subject and style are added to it
 class_names = ''             # text priors, instead of the random subjects: 'cifar10', 'cifar100',
                              # 'faces' or a file of names, one per line
 sampler = 'ddpm'             # 'ddpm' (ancestral), 'ddim', 'renoise' (Eq. (5) as printed)
 ddim_eta = 0.0               # noise of 'ddim'; 1 has the variance of 'ddpm'
-steps = 25                   # denoising steps; of DeepInversion, steps of Adam
+steps = 25                   # denoising steps; for DeepInversion, steps of Adam
 # guidance by the teacher
-alpha = 0.3                  # weight of L_bn, Eq. (6); of a VAE's KL of posterior and prior, in
-                             # nats per pixel
-beta = 1.0                   # weight of L_cls, Eq. (7); of a VAE's mean squared error of the
-                             # reconstruction
-gamma = 1.0                  # weight of L_adv, Eq. (8); without a student there is none
+alpha = 0.3                  # weight of L_bn, Eq. (6); with a VAE, weight of the KL of its
+                             # posterior from its prior, in nats per pixel
+beta = 1.0                   # weight of L_cls, Eq. (7); with a VAE, weight of the mean squared
+                             # error of its reconstruction
+gamma = 1.0                  # weight of L_adv, Eq. (8); unused without a student
 tau = 4.0                    # temperature of Eq. (8)
 edit = 'x0'                  # 'paper' is Eq. (10): z_t moves by eta grad_{z_t} L. 'x0': x_0 moves
-                             # by eta b_t^2 times grad_{x_0} of its own loss, less and less as the
-                             # noise goes, and the denoiser needs no gradient; 'x_t': the same with
+                             # by eta b_t^2 times grad_{x_0} of its own loss: the step shrinks with
+                             # the noise, and the denoiser needs no gradient. 'x_t': the same with
                              # grad_{x_t}, through the denoiser
-eta = 3.0                    # its step size; 0 is unguided. 'paper' has the batch's mean: 100 for
-                             # 100 digits at once
+eta = 3.0                    # step size; 0 is unguided. 'paper' takes the gradient of the batch
+                             # mean: eta = 100 suits 100 digits at once
 bn_loss = 'l2'               # 'l2' (distance of means and of variances), 'kl' (of the Gaussians, as
                              # Eq. (6) names it)
 lca = 'cutmix'               # augmentation, Eq. (11): 'cutmix', 'mixup', 'traditional' (flips and
                              # shifts) or 'none'
-lca_every = 8                # steps between two of them, and after the last
+lca_every = 8                # steps between augmentations; as many follow the last one
 # DeepInversion (Yin et al. 2020), prior = 'none': pixels, optimised by Adam
 lr = 0.1                     # its step size
-tv = 0.0                     # weight of the total variation: mean squared difference of neighbours,
-                             # both ways
-l2 = 0.0                     # weight of the mean square of the pixels, which are in [-1, 1]
+tv = 0.0                     # weight of the total variation: the mean squared difference of
+                             # neighbouring pixels
+l2 = 0.0                     # weight of the mean square of the pixels (in [-1, 1])
 jitter = 2                   # the teacher sees them shifted by up to this many pixels
-flip = False                 # ... and flipped half of the time
+flip = False                 # ... and mirrored in half of the steps
 # what is kept
 num_images = 6000            # over all ranks
-keep = 4                     # images kept of each walk: its predicted x_0 at the last step and before
-keep_every = 2               # steps between two of them
-image_size = 0               # side of the kept images; 0 is what the teacher takes
+keep = 4                     # images kept per walk: its predicted x_0 at the last step and at
+                             # earlier ones
+keep_every = 2               # steps between them
+image_size = 0               # side of the kept images; 0 is the teacher's image size
 # system
 out_dir = 'out/synth'
-batch_size = 100             # walks at once, per rank; they share the BatchNorm statistics and the
-                             # CutMix
-grad_batch = 100             # walks at once in the decoder, and in the denoiser where the gradient
+batch_size = 100             # walks at once, per rank: L_bn takes its statistics over these, and
+                             # CutMix mixes them
+grad_batch = 100             # walks at once in the decoder, and in the denoiser if the gradient
                              # goes through it
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
-_ranges = {                  # allowed words that the defaults do not show
+_ranges = {                  # allowed values of string settings
     'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t'), 'bn_loss': ('l2', 'kl'),
     'lca': ('cutmix', 'mixup', 'traditional', 'none'), 'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
@@ -135,13 +136,13 @@ NAMES = {
 #       out = prior(x_t, t), guided                                                    Eqs. (2), (3)
 #       x_0 from out and x_t                                                                 Eq. (4)
 #       L = alpha L_bn + beta L_cls + gamma L_adv of teacher(decode(x_0)), y            Eqs. (6)-(9)
-#       x_0 and x_t <- moved down the gradient of L                                         Eq. (10)
+#       x_0 and x_t <- one step down the gradient of L                                      Eq. (10)
 #       every lca_every steps: boxes of x_t are exchanged between the walks                 Eq. (11)
-#       x_t <- the prior's next                                                              Eq. (5)
+#       x_t <- x_{t-1}, by the prior's denoising step                                        Eq. (5)
 #   the last x_0s, decoded, and y are training images of the teacher's student
 class BatchNormInputs:
-    """The input of every BatchNorm2d of a network, noted as it passes: `inputs`, {layer: (B, C, h,
-    w)}."""
+    """Records the input of every BatchNorm2d of a network in each forward pass: `inputs`, {layer:
+    (B, C, h, w)}."""
 
     def __init__(self, net):
         self.inputs = {}
@@ -154,9 +155,9 @@ class BatchNormInputs:
 
 
 def bn_distance(inputs, kind='l2'):
-    """L_bn, Eq. (6): how far a batch's statistics are from those of the teacher's training, summed
-    over layers. `inputs` is {layer: (B, C, h, w)}; 'l2' is the distance of the means and of the
-    variances, 'kl' that of the Gaussians."""
+    """L_bn, Eq. (6): the distance of a batch's statistics from the teacher's running ones, summed over
+    layers. `inputs` is {layer: (B, C, h, w)}. 'l2' takes the L2 distances of the means
+    and of the variances, 'kl' the KL divergence of the Gaussians."""
     total = 0.0
     for layer, x in inputs.items():
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
@@ -174,11 +175,11 @@ def bn_distance(inputs, kind='l2'):
 
 
 def inversion_loss(teacher, x, y, noted, weights, student=None, tau=4.0, bn_kind='l2'):
-    """(L_inv, its terms), Eqs. (6)-(9): how little a batch x (B, C, H, W), as the teacher wants it,
-    looks like the teacher's training images of the classes y (B,).
+    """(L_inv, its terms), Eqs. (6)-(9): how much a batch x (B, C, H, W), preprocessed for the
+    teacher, differs from the teacher's training images of the classes y (B,).
 
-    noted: the teacher's BatchNormInputs. weights: (alpha, beta, gamma). student: one that disagrees
-    is wanted, Eq. (8).
+    noted: the teacher's BatchNormInputs. weights: (alpha, beta, gamma). student: if given, the loss
+    rewards images on which it disagrees with the teacher, Eq. (8).
     """
     alpha, beta, gamma = weights
     logits = teacher(x)
@@ -210,12 +211,12 @@ def vae_inversion_loss(vae, x, weights):
 
 
 def move(x_t, x0, out, grad, t, diffusion, edit, eta):
-    """Eq. (10): (x_t, x_0, out) moved down the gradient of the loss, so that `out` still means x_0.
+    """Moves (x_t, x_0, out) down the gradient of the loss; the new `out` implies the new x_0.
 
-    edit = 'paper': x_t <- x_t - eta grad, the gradient with respect to x_t. The network is asked
-    once, so Eq. (4) gives the x_0 of the new x_t with the eps of the old one. 'x0' and 'x_t': as in
-    classifier guidance the step shrinks with the noise, so that the prior repairs what it breaks; a
-    move of x_0, and a_t times that of x_t, leave eps what it was.
+    edit = 'paper' is Eq. (10): x_t <- x_t - eta grad, the gradient with respect to x_t. The network
+    is not evaluated again: Eq. (4) gives x_0 from the new x_t and the old eps. 'x0' and 'x_t' are
+    ours: as in classifier guidance, the step shrinks with the noise, so that the prior can repair
+    artifacts. x_0 moves by `step` and x_t by a_t times `step`, which leaves eps unchanged.
     """
     a_t, b_t = (v.to(x_t) for v in diffusion.ab(t, x_t))
     C = x_t.shape[1]
@@ -223,7 +224,7 @@ def move(x_t, x0, out, grad, t, diffusion, edit, eta):
         x0 = diffusion.predict_x0(out, x_t, t, clip=False) - eta / a_t * grad
         x_t = x_t - eta * grad
     else:
-        step = eta * b_t**2 * len(x_t) * grad  # len: of each image's own loss
+        step = eta * b_t**2 * len(x_t) * grad  # len: the loss is a mean over the batch
         x0 = x0.detach() - step
         x_t = x_t - a_t * step
     if diffusion.clip:
@@ -236,12 +237,12 @@ def move(x_t, x0, out, grad, t, diffusion, edit, eta):
 
 
 def augment(x_t, out, other, r, kind='cutmix'):
-    """Latent augmentation, Eq. (11), with four random numbers r (4, B, 1) a walk; `other` (B,) is
-    the walk to mix with. The network's output is treated like x_t, so that the step that follows
+    """Latent augmentation, Eq. (11), with four random numbers r (4, B, 1) per walk; `other` (B,)
+    holds the index of the walk to mix with. `out` is augmented like x_t, so that the next step
     needs no further evaluation.
 
-    'cutmix': a box of every walk, at most half as high and wide, comes from the other. 'mixup': a
-    mean of both. 'traditional': flips, and shifts by up to an eighth.
+    'cutmix': a box of at most half the height and width is taken from the other walk.
+    'mixup': a weighted mean of both. 'traditional': flips, and shifts by up to an eighth.
     """
     B, _, H, W = x_t.shape
     device = x_t.device
@@ -258,7 +259,7 @@ def augment(x_t, out, other, r, kind='cutmix'):
     if kind == 'mixup':
         mask = r[0].view(-1, 1, 1, 1) / 2
     else:
-        inside = []  # corners and sizes: the box is inside the image
+        inside = []  # rows and columns of the box
         for n, size, corner in zip((H, W), r[:2] / 2, r[2:]):
             at = torch.arange(n, device=device) / n
             low = corner * (1 - size)
@@ -268,8 +269,8 @@ def augment(x_t, out, other, r, kind='cutmix'):
 
 
 def prior_step(x_t, out, t, s, noise, diffusion, sampler, ddim_eta=0.0):
-    """Eq. (5): x_t -> x_s by the prior's own output, ancestral ('ddpm'), 'ddim', or by fresh noise
-    ('renoise', as printed)."""
+    """From x_t to x_s with the prior's output: an ancestral step ('ddpm'), a DDIM step ('ddim'), or
+    Eq. (5) as printed, which noises x_0 afresh ('renoise')."""
     if sampler == 'ddpm':
         return diffusion.ddpm_step(out, x_t, t, s, noise)
     if sampler == 'ddim':
@@ -278,8 +279,8 @@ def prior_step(x_t, out, t, s, noise, diffusion, sampler, ddim_eta=0.0):
 
 
 def in_slices(fn, n, *rows):
-    """fn of n walks at a time; where a gradient is wanted, what it needs is made again instead of
-    being kept."""
+    """Applies fn to n walks at a time. If a gradient is needed, activations are recomputed in the
+    backward pass instead of stored (gradient checkpointing)."""
     if n >= len(rows[0]):
         return fn(*rows)
     run = partial(checkpoint, fn, use_reentrant=False) if torch.is_grad_enabled() else fn
@@ -287,8 +288,8 @@ def in_slices(fn, n, *rows):
 
 
 def as_kept(images, channels, image_size):
-    """Images of the prior as they are kept: in [-1, 1], with the teacher's channels, image_size a
-    side."""
+    """Converts the prior's images to the form in which they are kept: clamped to [-1, 1], with the
+    teacher's channels, resized to image_size."""
     images = images.clamp(-1, 1)
     if images.shape[1] != channels:
         images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
@@ -352,7 +353,7 @@ def synthesize(
                     loss, terms = loss_of(kept[-1], y)
                     rows.append((t, {'loss': loss} | terms))
         last = len(times) - 1
-        # time for repair is left
+        # the prior needs lca_every more steps to repair the seams
         if lca != 'none' and (i + 1) % lca_every == 0 and last - i >= lca_every:
             x_t, out = augment(x_t, out, partners[i], numbers[i], lca)  # Eq. (11)
         x_t = prior_step(x_t, out, t, s, noise[i], diffusion, sampler, ddim_eta)  # Eq. (5)
@@ -362,8 +363,8 @@ def synthesize(
 def deep_inversion(
     noise, loss_of, y, times, kept_times, generator, lr=0.1, tv=0.0, l2=0.0, jitter=2, flip=False
 ):
-    """The same without a prior (Yin et al. 2020): pixels that start as noise (B, C, H, W),
-    optimised by Adam."""
+    """DeepInversion (Yin et al. 2020), without a prior: Adam optimises the pixels, which start as
+    noise (B, C, H, W). Returns the same as `synthesize`."""
     x = noise.clamp(-1, 1).requires_grad_()
     opt = torch.optim.Adam([x], lr)
     kept, rows = [], []
@@ -383,8 +384,8 @@ def deep_inversion(
 
 
 def read_prompts(prompt, class_names):
-    """(texts, names): `prompt` with every subject (the class names, or random ones) in every style;
-    names of the classes, [] where class_names is ''."""
+    """(texts, names): `prompt` with every subject (the class names, or SUBJECTS) in every style;
+    `names` are the class names, [] if class_names is ''."""
     names = []
     if class_names in NAMES:
         names = NAMES[class_names].split()
@@ -408,15 +409,15 @@ if __name__ == '__main__':
         ),
         (
             min(keep, keep_every, batch_size, lca_every, num_images, grad_batch) < 1,
-            'keep, keep_every, lca_every, batch_size, grad_batch and num_images are above 0',
+            'keep, keep_every, lca_every, batch_size, grad_batch and num_images must be above 0',
         ),
         (
             prior == 'none' and (class_names != '' or guidance != 1 or prior_config),
-            'class_names, guidance and prior_config are for a prior, --prior=none has none',
+            'class_names, guidance and prior_config need a prior, but --prior=none has none',
         ),
         (
             prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
-            f'batch_size=1: {lca} mixes two walks; 2 or more, or --lca=none',
+            f'batch_size=1: {lca} mixes two walks; use 2 or more, or --lca=none',
         ),
     ]:
         if wrong:
@@ -427,7 +428,7 @@ if __name__ == '__main__':
     # ---- teacher ----
     vae = teacher.startswith('vae:')
     if vae and (student or teacher_config):
-        raise M.UserError('student and teacher_config are for classifiers, a VAE has no L_adv')
+        raise M.UserError('student and teacher_config are for classifiers, not for a VAE')
     net_T = M.load_vae(teacher[4:]) if vae else M.load_classifier(teacher, **teacher_config)
     net_S = None
     if student:
@@ -448,11 +449,11 @@ if __name__ == '__main__':
     noted = BatchNormInputs(net_T)
     if alpha and not vae and not noted.layers:
         raise M.UserError(
-            f'{teacher} has no BatchNorm, so alpha={alpha} has nothing to compare: --alpha=0'
+            f'{teacher} has no BatchNorm, so L_bn is undefined (alpha={alpha}): use --alpha=0'
         )
     if alpha and vae and 'Tiny' in str(M.description(net_T).get('class')):
         raise M.UserError(
-            f'{teacher} has no posterior, so alpha={alpha} has nothing to weigh: --alpha=0'
+            f'{teacher} has no posterior, so it has no KL (alpha={alpha}): use --alpha=0'
         )
 
     # ---- prior ----
@@ -465,7 +466,7 @@ if __name__ == '__main__':
         text = getattr(net, 'condition', '') == 'text'
         times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
         if guidance != 1 and not (text or net.num_classes):
-            raise M.UserError(f'guidance={guidance}: {prior} has no condition to be guided to')
+            raise M.UserError(f'guidance={guidance}: {prior} is unconditional and cannot be guided')
     if class_names and not text:
         raise M.UserError(f'class_names={class_names}: {prior} takes no text')
     if text:
@@ -479,7 +480,7 @@ if __name__ == '__main__':
         net.set_prompts(texts)
     side = net.image_size if net else image_size or 32
     shape = batch_size, net.in_channels if net else channels, side, side
-    if not image_size:  # a teacher of any size: as large as the images are
+    if not image_size:  # the teacher takes any size: keep the size of the prior's images
         image_size = M.decode(net, torch.zeros(1, *shape[1:], device=device)).shape[-1]
     kept_times = times[-1 - (keep - 1) * keep_every :: keep_every]
 
@@ -498,8 +499,8 @@ if __name__ == '__main__':
         )
 
     def make_shard(shard):
-        """(kept images, labels, losses) of batch_size walks. All draws are made on the CPU, so that
-        they are the same on every device."""
+        """(kept images, labels, losses) of batch_size walks. All random numbers are drawn on the
+        CPU, so that they are the same for every device."""
         g = torch.Generator().manual_seed(seed * 1_000_000 + shard)
         x_t = torch.randn(shape, generator=g)
         if net is None:
@@ -527,7 +528,7 @@ if __name__ == '__main__':
             cond = [y * len(STYLES) + torch.randint(len(STYLES), (batch_size,), generator=g)]
         elif net.num_classes == num_classes:  # the prior's own classes
             cond = [y]
-        elif net.num_classes:  # any of them, or any prompt
+        elif net.num_classes:  # other classes, or prompts without class names: at random
             cond = [torch.randint(net.num_classes, (batch_size,), generator=g)]
         draws = [v.to(device) for v in (x_t, noise, partners, numbers)]
         guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
@@ -553,7 +554,7 @@ if __name__ == '__main__':
         )
         return kept, y, rows
 
-    # ---- what is to be made; what is there already was made with the same settings ----
+    # ---- the shards to make; existing ones must have the same settings ----
     volatile = ('num_images', 'out_dir', 'device', 'grad_batch')
     settings = {k: v for k, v in config.items() if k not in volatile} | digests | {'world': world}
     settings = json.dumps(settings, sort_keys=True)
@@ -567,8 +568,8 @@ if __name__ == '__main__':
         with np.load(path, allow_pickle=False) as made:
             if str(made['settings']) != settings:
                 raise M.UserError(
-                    f'{path} was made with other settings: another --out_dir, or those of the '
-                    'first run'
+                    f'{path} was made with other settings: use another --out_dir, or the settings '
+                    'of the first run'
                 )
     M.lock_out_dir(out_dir, rank)
     if rank == 0:
@@ -591,10 +592,10 @@ if __name__ == '__main__':
         if not torch.stack([x.isfinite().all() for x in images]).all():
             bar.close()
             raise M.UserError(
-                f'the images of shard {shard} are not finite and are not kept: a smaller --eta, '
-                'or --lr'
+                f'the images of shard {shard} are not finite and are not saved: try a smaller '
+                '--eta or --lr'
             )
-        # here the host waits
+        # .cpu() waits for the device
         images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()
         values = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist()
         if rank == 0:
@@ -607,7 +608,7 @@ if __name__ == '__main__':
         }
         if not vae:
             arrays['arr_1'] = y.repeat(keep).numpy()
-        if shard == 0:  # first: a kill leaves both to be made
+        if shard == 0:  # before the shard: after a kill, both are made again
             count = torch.bincount(y)
             classes = count.nonzero()[:20, 0]
             columns = min(10, count[classes].min().item())
