@@ -263,7 +263,8 @@ def class_names(spec):
     if not os.path.isdir(path) or M.shards_of(spec):
         return []
     pairs = M.image_files(path)
-    return sorted({os.path.relpath(f, path).split(os.sep)[0] for f, label in pairs if label is not None})
+    files = [file for file, label in pairs if label is not None]
+    return sorted({os.path.relpath(file, path).split(os.sep)[0] for file in files})
 
 
 # ==== set-up ====
@@ -331,7 +332,9 @@ if __name__ == '__main__':
             )
     if method != 'test' and test and class_names(data) and class_names(test):
         if class_names(data) != class_names(test):
-            raise M.UserError(f'{data} has the classes {class_names(data)}, {test} has {class_names(test)}')
+            raise M.UserError(
+                f'{data} has the classes {class_names(data)}, {test} has {class_names(test)}'
+            )
     if images is None:
         images = test_images
 

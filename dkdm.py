@@ -462,7 +462,7 @@ def build_denoiser(
         sizes = takes - size.keys() - {'out_channels', 'learn_sigma'}
         if odd := config.keys() - sizes:
             raise M.UserError(
-                f"student_config: {spec} has no {min(odd)!r}, but {', '.join(sorted(sizes))}"
+                f"student_config: {spec} has no {min(odd)!r}; it has {', '.join(sorted(sizes))}"
             )
         if 'out_channels' in takes:
             size['out_channels'] = in_channels * (2 if learn_sigma else 1)
@@ -503,7 +503,7 @@ def build_denoiser(
     return net
 
 
-def output_channels(net, diffusion, device):
+def output_channels(net, device):
     """The number of channels that a user's or a diffusers network predicts. Raises UserError if it
     is neither C nor 2C."""
     C, H = net.in_channels, net.image_size
@@ -622,7 +622,7 @@ if __name__ == '__main__':
     diffusion = M.Diffusion(**process)
     M.match_times(net, diffusion)
     if student not in M.DENOISERS:
-        process['learn_sigma'] = output_channels(net, diffusion, device) == 2 * C
+        process['learn_sigma'] = output_channels(net, device) == 2 * C
         diffusion = M.Diffusion(**process)
     sample_steps = sample_steps or (jumps if method == 'jumps' else 8)
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)

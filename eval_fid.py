@@ -528,7 +528,7 @@ if __name__ == '__main__':
             if n > 1:
                 row |= two_sample(real[:n], fake[:n])
         if total <= sizes[0]:
-            print(f'{spec}: {total:,} images for {sizes[0]:,} features are too few: a biased distance')
+            print(f'{spec}: {total:,} images for {sizes[0]:,} features: the distance is biased')
         elif singular:
             print(f'{spec}: the product of the covariances is near singular, its root inaccurate')
         table.append(row)

@@ -203,8 +203,8 @@ def to_diffusers(net):
 
 def make_scheduler(diffusion, sampling, theirs=None):
     """The diffusers scheduler for a process. If `theirs`, the teacher's scheduler, has the same
-    betas, it is kept, with the student's prediction type. `sampling`: the sampler settings of a few-step
-    student, which needs DDIM. Raises UserError for a process that diffusers does not support."""
+    betas, it is kept, with the student's prediction type. `sampling`: the sampler settings
+    of a few-step student, which needs DDIM. Raises UserError if diffusers has no such process."""
     predictions = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}
     flow = diffusion.config['schedule'] == 'flow'
     if (

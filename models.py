@@ -410,7 +410,7 @@ class DiT(nn.Module):
 
 
 # --student=NAME. A third one is added here: a class of (image_size, in_channels, num_classes, ...)
-# with these attributes. It predicts as many channels as its argument out_channels or learn_sigma says.
+# with these attributes. Its argument out_channels or learn_sigma says how many channels it predicts.
 DENOISERS = {'unet': UNet, 'dit': DiT}
 
 
@@ -852,12 +852,12 @@ class Diffusion:
         Esser et al. 2024, Eq. (23)).
     prediction: what the network's first C channels are: 'eps', 'v' = a eps - b x_0, 'x0', or
         'flow' = eps - x_0.
-    learn_sigma: the network has C more channels, the v of DKDM Eq. (12). What a given output holds
-        is read off its channels, so a teacher with and a student without a learned variance go
-        together.
-    clip: clamp predicted x_0 to [-1, 1] (pixels yes, latents no).
+    learn_sigma: the network has C more channels, 2 v - 1 with the v of DKDM Eq. (12). The methods
+        look at an output's channels, not at this flag, so that a teacher with a learned variance
+        can train a student without one.
+    clip: clamp the predicted x_0 to [-1, 1]: True for pixels, False for latents.
 
-    A step may jump any distance t -> s, s < t; both are long tensors (B,) or ints, and s = -1 is
+    A step t -> s may have any length, s < t; both are long tensors (B,) or ints, and s = -1 is
     the clean image. Raises UserError for an unknown schedule or prediction, or betas outside
     0 ... 1.
     """
@@ -1066,7 +1066,7 @@ class Diffusion:
         return self.losses(out, target, x_t, mean, logvar, t, lam, x0)
 
     def distill_loss(self, student_out, teacher_out, x_t, t, lam=0.001):
-        """Training on a teacher's output in this process's prediction, DKDM Eqs. (19)-(21):
+        """Training on a teacher's output, converted to this prediction, DKDM Eqs. (19)-(21):
         {'loss', 'mse', 'vb'}, each (B,)."""
         teacher_out = teacher_out.detach().float()
         mean, logvar = self.mean_logvar(teacher_out, x_t, t)
@@ -1204,7 +1204,7 @@ from datetime import timedelta
 
 import numpy as np
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')  # files, as against hub ids
@@ -1717,7 +1717,8 @@ def assume(spec, assumed, known):
     rows = [f'{k}={v!r}' for k, v in assumed.items() if k not in known]
     if rows and rank_and_world()[0] == 0:
         print(
-            f"{spec} does not say {', '.join(rows)}: assumed; teacher_config, prior_config or model_config changes it"
+            f"{spec} does not say {', '.join(rows)}: assumed; "
+            'teacher_config, prior_config or model_config changes it'
         )
 
 

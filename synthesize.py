@@ -133,12 +133,12 @@ NAMES = {
 # ==== the method ====
 #   x_t ~ N(0, 1), labels y at random
 #   for t from T-1 down:
-#       out = prior(x_t, t), guided                                                    Eqs. (2), (3)
+#       out = prior(x_t, t), guided                                                          Eq. (3)
 #       x_0 from out and x_t                                                                 Eq. (4)
 #       L = alpha L_bn + beta L_cls + gamma L_adv of teacher(decode(x_0)), y            Eqs. (6)-(9)
 #       x_0 and x_t <- one step down the gradient of L                                      Eq. (10)
 #       every lca_every steps: boxes of x_t are exchanged between the walks                 Eq. (11)
-#       x_t <- x_{t-1}, by the prior's denoising step                                        Eq. (5)
+#       x_t <- x_{t-1}, by the prior's denoising step        Eq. (2); with sampler='renoise' Eq. (5)
 #   the last x_0s, decoded, and y are training images of the teacher's student
 class BatchNormInputs:
     """Records the input of every BatchNorm2d of a network in each forward pass: `inputs`, {layer:
@@ -155,8 +155,8 @@ class BatchNormInputs:
 
 
 def bn_distance(inputs, kind='l2'):
-    """L_bn, Eq. (6): the distance of a batch's statistics from the teacher's running ones, summed over
-    layers. `inputs` is {layer: (B, C, h, w)}. 'l2' takes the L2 distances of the means
+    """L_bn, Eq. (6): the distance of a batch's statistics from the teacher's running ones, summed
+    over layers. `inputs` is {layer: (B, C, h, w)}. 'l2' takes the L2 distances of the means
     and of the variances, 'kl' the KL divergence of the Gaussians."""
     total = 0.0
     for layer, x in inputs.items():
@@ -331,7 +331,7 @@ def synthesize(
         tt = torch.full((len(x_t),), t, device=x_t.device)
         x_t.requires_grad_(wants_grad)
         with torch.set_grad_enabled(wants_grad), autocast:
-            # Eqs. (2), (3)
+            # Eq. (3)
             out = in_slices(prior, grad_batch if wants_grad else len(x_t), x_t, tt, *cond)
         x0 = diffusion.predict_x0(out, x_t, t)  # Eq. (4)
 
@@ -342,7 +342,7 @@ def synthesize(
             loss, terms = loss_of(images, y)  # Eqs. (6)-(9)
             rows.append((t, {'loss': loss.detach()} | {k: v.detach() for k, v in terms.items()}))
             (grad,) = torch.autograd.grad(loss, point)
-            # Eq. (10)
+            # with edit='paper' Eq. (10)
             x_t, x0, out = move(x_t.detach(), x0, out.detach(), grad, t, diffusion, edit, eta)
 
         if t in kept_times:
@@ -356,7 +356,8 @@ def synthesize(
         # the prior needs lca_every more steps to repair the seams
         if lca != 'none' and (i + 1) % lca_every == 0 and last - i >= lca_every:
             x_t, out = augment(x_t, out, partners[i], numbers[i], lca)  # Eq. (11)
-        x_t = prior_step(x_t, out, t, s, noise[i], diffusion, sampler, ddim_eta)  # Eq. (5)
+        # with sampler='ddpm' Eq. (2), with 'renoise' Eq. (5)
+        x_t = prior_step(x_t, out, t, s, noise[i], diffusion, sampler, ddim_eta)
     return kept, rows
 
 
@@ -485,7 +486,7 @@ if __name__ == '__main__':
     kept_times = times[-1 - (keep - 1) * keep_every :: keep_every]
 
     def denoise(x_t, t, y=None):
-        return M.guided(net, x_t, t, y, guidance).float()  # Eqs. (2), (3)
+        return M.guided(net, x_t, t, y, guidance).float()  # Eq. (3)
 
     def images_of(z):
         return as_kept(M.decode(net, z), channels, image_size)

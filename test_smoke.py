@@ -486,7 +486,7 @@ def test_wrappers_of_state_dicts():
 
 
 REFUSED = [('sr.pt', {}, 'super-resolution'), ('sr_sigma.pt', {}, 'super-resolution'),
-           ('encoder.pt', {}, 'no denoiser .*output_blocks'),
+           ('encoder.pt', {}, 'not a denoiser .*output_blocks'),
            ('adm.pt', dict(model_channels=64), 'does not fit'),
            ('adm.pt', dict(num_heads=5), 'heads'), ('adm.pt', dict(colour=5), "no 'colour'")]
 
@@ -599,7 +599,7 @@ def test_folders_as_people_have_them(capsys):
     said = capsys.readouterr().out
     assert 'bird' in said and 'converted to grey' in said
     save_image('a/1.png', plain(1))
-    with pytest.raises(M.UserError, match='which of them'):
+    with pytest.raises(M.UserError, match='keep one kind only'):
         M.load_images('a')
     turned = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     exif = turned.getexif()
@@ -1386,9 +1386,9 @@ MISTAKES = lines("""
     dkdm.py config/none.py : no config file
     dkdm.py wrong.py : rho is float
     dkdm.py --teacher=gone.safetensors : no file gone.safetensors
-    dkdm.py --teacher=classifier.safetensors : is no denoiser
+    dkdm.py --teacher=classifier.safetensors : is not a denoiser
     dkdm.py --teacher=teacher.safetensors --teacher_config.steps=50 : leave out steps
-    dkdm.py --teacher=teacher.safetensors --guidance=2.0 : no classes
+    dkdm.py --teacher=teacher.safetensors --guidance=2.0 : needs classes or texts
     dkdm.py --teacher=teacher.safetensors --stride=200 : T=100
     dkdm.py --teacher=teacher.safetensors --student_config.channels=3 : has no 'channels'
     dkdm.py --teacher=teacher.safetensors --student_config.patch_size=3 : patches of 3
@@ -1405,11 +1405,11 @@ MISTAKES = lines("""
     synthesize.py --teacher=classifier.safetensors --class_names=cifar10 : takes no text
     distill_classifier.py --data=images.npz --student=resnet9 --holdout=0 --batch_size=8 : resnet8
     distill_classifier.py --data=images.npz --teacher=classifier.safetensors --holdout=60 : fewer
-    distill_classifier.py --method=data --data=images.npz:5-3 : a not above b
+    distill_classifier.py --method=data --data=images.npz:5-3 : must not be greater than b
     distill_vae.py --teacher=lvae.safetensors --student_config.depth=3 : has no 'depth'
-    distill_vae.py --teacher=classifier.safetensors : is no VAE
+    distill_vae.py --teacher=classifier.safetensors : is not a VAE
     eval_fid.py : nothing to measure
-    eval_fid.py --models=images.npz --features=classifier.safetensors : in the space of
+    eval_fid.py --models=images.npz --features=classifier.safetensors : in the feature space
     export.py --model=classes.safetensors --out_dir=o : patch_size""")
 
 

@@ -1,6 +1,6 @@
 # Text to image, Stable Diffusion 1.5 (860 M) -> a U-Net of 212 M, guided; export.py makes a
-# StableDiffusionPipeline of the result. The file of texts has one per line, such as the student is
-# to draw. No paper has this setting.
+# StableDiffusionPipeline of the result. The file of texts has one prompt per line, like those
+# that the student will be used with. No paper has this setting.
 # python dkdm.py config/dkdm_sd15.py --prompts=texts.txt
 teacher = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
 student = 'config/sd15_student.json'

@@ -1,4 +1,4 @@
-# Images for the tables of DiffDFKD, of Stable Diffusion 1.5. CIFAR-10, for the ResNet-34 (Table I):
+# Images from Stable Diffusion 1.5 for DiffDFKD's tables. CIFAR-10, for the ResNet-34 (Table I):
 # python synthesize.py config/synth_sd15.py
 # CIFAR-10, for the VGG-11 and for the WRN-40-2:
 # python synthesize.py config/synth_sd15.py --teacher=out/teacher_cifar10_vgg11/student.safetensors --out_dir=out/synth_cifar10_vgg11
@@ -15,7 +15,7 @@
 # python synthesize.py config/synth_sd15.py --teacher=out/teacher_domainnet_quickdraw/student.safetensors --num_images=12000 --guidance=7.5 --steps=70 --keep_every=10 --lca_every=10 --out_dir=out/synth_domainnet_quickdraw
 # Other priors (Table III, 3,000 images for the ResNet-34): Stable Diffusion; DiT-XL/2, whose
 # ImageNet classes are drawn at random; the first stage of DeepFloyd IF, 64x64, where x_0 is clamped
-# and not thresholded dynamically. The paper has GLIDE in its place, of which there is no maintained
+# and not thresholded dynamically. The paper uses GLIDE instead, for which there is no maintained
 # package.
 # python synthesize.py config/synth_sd15.py --num_images=3000 --out_dir=out/sd15_cifar10
 # python synthesize.py config/synth_sd15.py --prior=facebook/DiT-XL-2-256 --num_images=3000 --out_dir=out/dit_cifar10

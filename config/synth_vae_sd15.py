@@ -1,4 +1,4 @@
-# The slides' images for a VAE: 1,000 of Stable Diffusion 1.5, guided by reconstruction error and
+# The slides' images for a VAE: 1,000 from Stable Diffusion 1.5, guided by reconstruction error and
 # posterior KL. For the VAEs of CIFAR-10 and of CelebA-HQ:
 # python synthesize.py config/synth_vae_sd15.py
 # python synthesize.py config/synth_vae_sd15.py --teacher=vae:out/vae_celebahq64_teacher/student.safetensors --class_names=faces --out_dir=out/synth_vae_celebahq64
