@@ -267,6 +267,17 @@ def distill_step(
     return terms
 
 
+def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
+    """Clips the gradients, updates the student and its average. Returns the norm of the gradients;
+    if it is not finite, the weights do not change."""
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
+    opt.found_inf = (~norm.isfinite()).float()  # if 1, the fused optimiser skips the step
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    M.update_ema(ema_net, net, ema, step)
+    return norm
+
+
 # ==== few-step students: they learn from finished walks ====
 #   pool <- deterministic (DDIM) walks of the teacher; jumps + 1 states of each are kept
 #   repeat:
@@ -429,17 +440,6 @@ def make_images(
         if y is not None:
             labels.append(y.cpu())
     return torch.cat(images), torch.cat(labels) if labels else None
-
-
-def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
-    """Clips the gradients, updates the student and its average. Returns the norm of the gradients;
-    if it is not finite, the weights do not change."""
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
-    opt.found_inf = (~norm.isfinite()).float()  # if 1, the fused optimiser skips the step
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-    M.update_ema(ema_net, net, ema, step)
-    return norm
 
 
 # ==== the student ====
