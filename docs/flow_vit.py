@@ -1,12 +1,10 @@
 """
-A network and a checkpoint that this project does not know, as teacher and as student: the flow ViT of digits of
-github.com/sofia-dominguezc/MNIST-diffusion (MIT), whose DiffusionViT.pth lies in the current folder.
+A network, a checkpoint and a process that this project does not know, as teacher and as student: the flow ViT of digits
+of github.com/sofia-dominguezc/MNIST-diffusion (MIT), whose DiffusionViT.pth lies in the current folder. It predicts the
+image from u = t image + (1 - t) noise, with images in [0, 1] and t from 0, noise, to 1.
 
-    python dkdm.py --teacher=docs/flow_vit.py --out_dir=out/from_vit
-    python dkdm.py --student=docs/flow_vit.py --out_dir=out/to_vit
-
-Its process is not ours: u = t image + (1 - t) noise, with images in [0, 1] and t from 0, noise, to 1, the image; it
-predicts the clean image.
+    python dkdm.py --teacher=docs/flow_vit.py --student_prediction=x0
+    python dkdm.py --student=docs/flow_vit.py
 """
 import math
 
