@@ -20,26 +20,22 @@ class FlowViT(nn.Module):
         self.patch_embed = nn.Conv2d(1, 64, 7, stride=7)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 16, 64))
         self.y_encoder = nn.Embedding(11, 128)                         # the last row is "no label"
-        layers = [nn.TransformerEncoderLayer(64, 4, 256, activation='gelu', batch_first=True) for _ in range(4)]
-        self.transformer = nn.Sequential(*layers)
+        self.transformer = nn.Sequential(*[nn.TransformerEncoderLayer(64, 4, 256, activation='gelu', batch_first=True)
+                                           for _ in range(4)])
         self.unpatch = nn.ConvTranspose2d(64, 1, 7, stride=7)
 
     def forward(self, u, t, y):
         x = self.patch_embed(u).flatten(2).transpose(1, 2) + self.pos_embed        # (B, 16, 64)
         freqs = torch.exp(-math.log(10000) * torch.arange(64, device=t.device) / 63)
-        time = torch.cat([(t[:, None] * freqs).sin(), (t[:, None] * freqs).cos()], dim=1)
-        extra = torch.cat([time, self.y_encoder(y % 11)], dim=1).view(-1, 4, 64)   # two tokens each; -1 is row 10
+        args = t[:, None] * freqs                                      # below: two tokens each; y = -1 is row 10
+        extra = torch.cat([args.sin(), args.cos(), self.y_encoder(y % 11)], dim=1).view(-1, 4, 64)
         x = self.transformer(torch.cat([x, extra.to(x.dtype)], dim=1))[:, :16]
         return self.unpatch(x.transpose(1, 2).unflatten(2, (4, 4)))
 
 
 class Ours(FlowViT):
     """The same network behind the project's interface; `flow`: on its own process instead of the teacher's."""
-    image_size, in_channels, num_classes = 28, 1, 10
-
-    def __init__(self, flow=False):
-        super().__init__()
-        self.flow = flow
+    image_size, in_channels, num_classes, flow = 28, 1, 10, False
 
     def forward(self, x_t, t, y=None):
         y = torch.full_like(t, -1) if y is None else y
@@ -51,11 +47,12 @@ class Ours(FlowViT):
 
 
 def load():
-    net = Ours(flow=True)
+    net = Ours()
+    net.flow = True
     net.load_state_dict(torch.load('DiffusionViT.pth', weights_only=True))
     t = 1 - torch.arange(1, 1001, dtype=torch.float64) / 1001
-    alpha_bar = (t / 2) ** 2 / (t ** 2 / 4 + (1 - t) ** 2)
-    return net, M.Diffusion(M.betas_from_alpha_bar(alpha_bar).tolist(), prediction='x0', learn_sigma=False)
+    betas = M.betas_from_alpha_bar((t / 2) ** 2 / (t ** 2 / 4 + (1 - t) ** 2))
+    return net, M.Diffusion(betas.tolist(), prediction='x0', learn_sigma=False)
 
 
 def build(image_size, in_channels, num_classes):
