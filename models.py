@@ -1019,7 +1019,7 @@ class Diffusion:
 
         It solves x_s = a_s x_0 + b_s (x_t - a_t x_0) / b_t for x_0. At s = -1 that is x_s itself
         (Luhman & Luhman 2021); where x_s comes from two DDIM steps, it is the target of progressive
-        distillation (Salimans & Ho 2022, Appendix G).
+        distillation (Salimans & Ho 2022).
         """
         a_t, b_t = self.ab(t, x_t)
         a_s, b_s = self.ab(s, x_t)
