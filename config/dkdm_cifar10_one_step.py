@@ -2,6 +2,7 @@
 # python dkdm.py config/dkdm_cifar10_one_step.py
 # two passes: --jumps=2 --out_dir=out/cifar10_two_steps, four: --jumps=4 --out_dir=out/cifar10_four_steps
 method = 'jumps'
+student_prediction = 'x0'     # of 'v', some of the noise of x_t stays in the images of several jumps
 teacher = 'pretrained/cifar10_classes.safetensors'
 guidance = 4.0
 student_config = dict(model_channels=22, channel_mult=(1, 2, 2), attention_resolutions=(8, 4),

@@ -2,6 +2,7 @@
 # python dkdm.py config/dkdm_mnist_one_step.py
 # two passes: --jumps=2 --out_dir=out/mnist_two_steps, four: --jumps=4 --out_dir=out/mnist_four_steps
 method = 'jumps'
+student_prediction = 'x0'     # of 'v', some of the noise of x_t stays in the images of several jumps
 jumps = 1
 walks = 2048
 walk_steps = 16
