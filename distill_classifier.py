@@ -209,10 +209,12 @@ def check_origin(data, digest, teacher):
         with np.load(f, allow_pickle=False) as z:
             made = json.loads(str(z['settings'])) if 'settings' in z else {}
         if made.get('teacher_digest', digest) != digest:
+            other = made['teacher']
+            if other == teacher:
+                other += ' with other weights'
             raise M.UserError(
-                f"{f} was made for the teacher {made['teacher']}, which is not {teacher}: use its "
-                "own images, or "
-                '--any_teacher=True'
+                f'{f} was made for the teacher {other}, which is not {teacher}: use its own '
+                'images, or --any_teacher=True'
             )
 
 

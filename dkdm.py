@@ -964,9 +964,7 @@ if __name__ == '__main__':
                 '--reference=pretrained/cifar10_stats.npz',
             ]
         print(
-            f'step {step} of {max_steps}, {time.time() - begin + log.seconds:.0f} s; student: '
-            f'{path}, '
-            f'pictures: {out_dir}/samples.png'
+            f'step {step} of {max_steps}, {time.time() - begin + log.seconds:.0f} s; student: {path}'
         )
         print('evaluate: python ' + shlex.join(command))
         if isinstance(net, M.Pipeline):

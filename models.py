@@ -2200,8 +2200,8 @@ def image_files(spec):
 
 def to_tensor(image, name):
     """A PIL image as uint8 (C, H, W), C 1 or 3: rotated by its EXIF tag, transparency on white,
-    16-bit grey divided by 65,535, floats taken to be in [0, 1], palettes and CMYK as RGB. Raises
-    UserError for other modes, whose range of values is not known."""
+    16-bit grey divided by 65,535, floats taken to be in [0, 1], CMYK and palettes as RGB, palettes
+    of greys as grey. Raises UserError for other modes, whose range of values is not known."""
     from PIL import Image, ImageOps
 
     mode, kind = image.mode, image.format
@@ -2224,6 +2224,8 @@ def to_tensor(image, name):
             '[0, 1]'
         )
     values = np.asarray(image.convert('L' if grey else 'RGB'))
+    if mode == 'P' and (values == values[:, :, :1]).all():  # a palette of greys
+        values = values[:, :, 0]
     return torch.from_numpy(values.copy()).view(*values.shape[:2], -1).permute(2, 0, 1)
 
 

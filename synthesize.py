@@ -567,10 +567,12 @@ if __name__ == '__main__':
             todo.append((shard, path))
             continue
         with np.load(path, allow_pickle=False) as made:
-            if str(made['settings']) != settings:
+            before, now = json.loads(str(made['settings'])), json.loads(settings)
+        for k, v in now.items():
+            if k not in before or before[k] != v:
                 raise M.UserError(
-                    f'{path} was made with other settings: use another --out_dir, or the settings '
-                    'of the first run'
+                    f"{path} was made with {k}={before.get(k)!r}, not {v!r}: use another "
+                    '--out_dir, or the settings of the first run'
                 )
     M.lock_out_dir(out_dir, rank)
     if rank == 0:

@@ -567,6 +567,7 @@ FILES = [  # a file, what is written into it, and the pixel that is to be read
     ('one_bit.png', plain(True, dtype=bool), [255]),
     ('rgba.png', Image.new('RGBA', (8, 8), (255, 0, 0, 128)), [255, 127, 127]),
     ('palette.png', RED.convert('P'), [255, 0, 0]),
+    ('grey_palette.png', Image.new('L', (8, 8), 77).convert('P'), [77]),
     ('clear.png', Image.new('P', (8, 8)), [255, 255, 255]),
     ('cmyk.tif', RED.convert('CMYK'), [255, 0, 0]),
     ('int32.tif', plain(9, dtype=np.int32), "range of mode 'I'"),
