@@ -138,12 +138,8 @@ if __name__ == '__main__':
         )
     scale = (guidance or 2.0) if classes else 1.0
     pool = Pool(
-        max(1, round(rho * T / stride)) * B,
-        (channels, image_size, image_size),
-        diffusion_T,
-        make_labels(classes, 0.0, device),
-        getattr(torch, pool_dtype),
-        device,
+        max(1, round(rho * T / stride)) * B, (channels, image_size, image_size), diffusion_T,
+        make_labels(classes, 0.0, device), getattr(torch, pool_dtype), device
     )
     pool.t = torch.randint(T, pool.t.shape, device=device)
     teacher = Timed(make_teacher(run_T, scale, autocast), device)
@@ -179,8 +175,8 @@ if __name__ == '__main__':
             f'one step: {whole:.4g} s, {B * grad_accum / whole:,.1f} images/s; {work:,.0f} GFLOP, '
             f'{work / whole:,.0f} GFLOP/s, {100 * work / whole / top:.0f} % of the peak',
             f'ms of {grad_accum} x (teacher {ms["teacher"]:.1f}, student forward '
-            f'{ms["student"]:.1f}, losses, backward '
-            f'and walk {rest:.1f}, pool {ms["pool"]:.1f}), optimiser and EMA {ms["optimiser"]:.1f}',
+            f'{ms["student"]:.1f}, losses, backward and walk {rest:.1f}, pool {ms["pool"]:.1f}), '
+            f'optimiser and EMA {ms["optimiser"]:.1f}',
         ]
     else:
         lines = []
@@ -193,9 +189,8 @@ if __name__ == '__main__':
                 for k in counts:
                     with autocast:
                         once = seconds(
-                            lambda: M.sample(network, diffusion, shape, k, sampler, y, g),
-                            device,
-                            repeats,
+                            lambda: M.sample(network, diffusion, shape, k, sampler, y, g), device,
+                            repeats
                         )
                     cells.append(f'{1000 * once / B:.3g} ({k})')
                 lines.append(f'{name} {sampler:6} ms per image: ' + ', '.join(cells))
@@ -208,10 +203,8 @@ if __name__ == '__main__':
     millions = [f'{sum(p.numel() for p in n.parameters()) / 1e6:.2f} M' for n in (net_T, net)]
     print(
         f'rank {rank} of {world}, {device.type}, {str(dtype)[6:]}: teacher {millions[0]}, student '
-        f'{millions[1]} '
-        f'parameters; {B} images of {channels}x{image_size}x{image_size}, '
-        f'{torch.get_num_threads()} threads; '
-        f'peak {top:,.0f} GFLOP/s',
+        f'{millions[1]} parameters; {B} images of {channels}x{image_size}x{image_size}, '
+        f'{torch.get_num_threads()} threads; peak {top:,.0f} GFLOP/s',
         *lines,
         sep='\n',
     )

@@ -135,14 +135,8 @@ def msarc_loss(logits_S, maps_S, head_S, logits_T, maps_T, head_T):
 
 
 def distill_losses(
-    student,
-    teacher,
-    x,
-    heads,
-    lam_kl=1.0,
-    lam_msarc=1.0,
-    temperature=4.0,
-    autocast=contextlib.nullcontext(),
+    student, teacher, x, heads, lam_kl=1.0, lam_msarc=1.0, temperature=4.0,
+    autocast=contextlib.nullcontext()
 ):
     """Eq. (12) of a batch of images x (B, C, H, W) in [-1, 1]: {'kl', 'msarc'}, weighted; their sum
     is the loss.
@@ -233,9 +227,8 @@ def linear_head(net, name):
             fits = (seen - logits).abs().max() <= 1e-3 * (1 + logits.abs().max())
     if not fits:
         raise M.UserError(
-            f'{name} has no class activation maps, because its last layer takes more than the '
-            'mean of the last map: '
-            'use --lam_msarc=0'
+            f'{name} has no class activation maps, because its last layer takes more than the mean '
+            'of the last map: use --lam_msarc=0'
         )
     return layer
 
@@ -329,8 +322,7 @@ if __name__ == '__main__':
         if test_labels is None or test_images.shape[1:] != wanted or test_labels.max() >= classes:
             raise M.UserError(
                 f'{test or data}: test images need labels below {classes} and the shape '
-                f'{tuple(wanted)}, '
-                f'they have {tuple(test_images.shape[1:])}'
+                f'{tuple(wanted)}, they have {tuple(test_images.shape[1:])}'
             )
     if method != 'test' and test and class_names(data) and class_names(test):
         if class_names(data) != class_names(test):
@@ -348,10 +340,9 @@ if __name__ == '__main__':
     else:  # normalise the images to mean 0 and deviation 1
         pixels = images[:10000].float() / 255
         size = dict(
-            num_classes=int(labels.max()) + 1,
-            image_size=images.shape[-1],
+            num_classes=int(labels.max()) + 1, image_size=images.shape[-1],
             mean=pixels.mean((0, 2, 3)).tolist(),
-            std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist(),
+            std=pixels.std((0, 2, 3)).clamp(min=1e-3).tolist()
         )
     if width and student.startswith('resnet'):
         size['width'] = width
@@ -439,10 +430,8 @@ if __name__ == '__main__':
             order[: steps_per_epoch * batch_size].view(steps_per_epoch, world, -1)[:, rank].to(home)
         )
         for i in tqdm(
-            range(first, steps_per_epoch),
-            f'epoch {epoch + 1}/{epochs}',
-            disable=rank > 0,
-            leave=False,
+            range(first, steps_per_epoch), f'epoch {epoch + 1}/{epochs}', disable=rank > 0,
+            leave=False
         ):
             if world == 1 or i % 20 == 0:
                 leaving = M.all_reduce_max(stop.signal)
@@ -471,18 +460,12 @@ if __name__ == '__main__':
         if (~torch.stack([p.sum() for p in net.parameters()]).isfinite()).any():
             raise M.UserError(
                 f'the weights are not finite in epoch {epoch + 1}: try a smaller --lr; the last '
-                'checkpoint is '
-                'intact'
+                'checkpoint is intact'
             )
         if leaving:
             M.save_checkpoint(
-                settings,
-                epoch * steps_per_epoch + i,
-                net,
-                opt,
-                {'best': best},
-                {'sums': sums},
-                rank,
+                settings, epoch * steps_per_epoch + i, net, opt, {'best': best}, {'sums': sums},
+                rank
             )
             break
         epoch += 1

@@ -216,8 +216,8 @@ if __name__ == '__main__':
         )
         if isinstance(net_T, M.Autoencoder) and method == 'prior':
             raise M.UserError(
-                f'{teacher}: a {type(net_T.net).__name__} makes no images from its prior: '
-                'use --method=synthetic'
+                f'{teacher}: a {type(net_T.net).__name__} makes no images from its prior: use '
+                '--method=synthetic'
             )
     if method != 'prior':
         images, _ = M.load_images(data, channels=net_T.in_channels if net_T else 0)
@@ -262,8 +262,7 @@ if __name__ == '__main__':
     if levels[0] != levels[-1]:
         raise M.UserError(
             f'the teacher has the levels {levels[0]}, the student {levels[-1]}: image_size, '
-            'in_channels and the '
-            'latents must be the same'
+            'in_channels and the latents must be the same'
         )
     checkpoint = M.resume(settings, rank, net)
     if method == 'prior' and isinstance(net, M.LVAE):  # the encoder is not trained
@@ -380,9 +379,8 @@ if __name__ == '__main__':
             if not math.isfinite(means['grad_norm']):  # the same on all ranks
                 bar.close()
                 raise M.UserError(
-                    f'step {step}: the gradient was not finite in one of the last {count} '
-                    'steps; that step '
-                    'changed no weights. Try a smaller --lr, or --grad_clip'
+                    f'step {step}: the gradient was not finite in one of the last {count} steps; '
+                    'that step changed no weights. Try a smaller --lr, or --grad_clip'
                 )
         if logging:
             if rank == 0:
@@ -391,12 +389,9 @@ if __name__ == '__main__':
                 bar.set_postfix(loss=f'{loss:.4g}')
                 seconds = time.time() - begin
                 log(
-                    step=step,
-                    loss=loss,
-                    **means,
-                    grad_norm=norm,
+                    step=step, loss=loss, **means, grad_norm=norm,
                     images_per_s=(step - first) * batch_size / seconds,
-                    seconds=log.seconds + seconds,
+                    seconds=log.seconds + seconds
                 )
             sums, count = {}, 0
         if saving:

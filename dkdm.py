@@ -232,16 +232,8 @@ def mean_and_backward(terms, scale):
 
 
 def distill_step(
-    student,
-    teacher,
-    pool,
-    diffusion,
-    batch_size,
-    stride=1,
-    lam=0.001,
-    jump=None,
-    autocast=contextlib.nullcontext(),
-    scale=1.0,
+    student, teacher, pool, diffusion, batch_size, stride=1, lam=0.001, jump=None,
+    autocast=contextlib.nullcontext(), scale=1.0
 ):
     """Lines 4-8 of Alg. 1: adds the gradient of the student's loss on one batch of the pool, and
     moves the batch on.
@@ -289,16 +281,8 @@ class Walks:
     to image. One batch of walks is always in progress; once finished, it replaces the oldest."""
 
     def __init__(
-        self,
-        size,
-        jumps,
-        steps,
-        shape,
-        diffusion,
-        batch_size,
-        draw_labels=lambda n: None,
-        dtype=torch.float32,
-        device='cpu',
+        self, size, jumps, steps, shape, diffusion, batch_size, draw_labels=lambda n: None,
+        dtype=torch.float32, device='cpu'
     ):
         if jumps < 1 or steps % jumps:
             raise M.UserError(f'walk_steps={steps} must be a multiple of jumps={jumps}')
@@ -486,9 +470,8 @@ def build_denoiser(
         if net.condition != condition or condition == 'class' and net.num_classes != num_classes:
             raise M.UserError(
                 f"{spec} takes {net.num_classes or ''} {net.condition or 'no condition'}, the "
-                "teacher "
-                f"{num_classes or ''} {condition or 'none'} (num_class_embeds has one more, for "
-                "none)"
+                f"teacher {num_classes or ''} {condition or 'none'} (num_class_embeds has one "
+                "more, for none)"
             )
         net.num_classes = num_classes
         net.shared = getattr(teacher, 'shared', net.shared)
@@ -645,8 +628,7 @@ if __name__ == '__main__':
         if reference is None or net_F.in_channels != colours:
             raise M.UserError(
                 f'eval_reference={eval_reference} and eval_features={eval_features} must be '
-                'statistics, '
-                f'and a classifier, of images with {colours} channels'
+                f'statistics, and a classifier, of images with {colours} channels'
             )
     torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
     begin = time.time()
@@ -656,40 +638,21 @@ if __name__ == '__main__':
     if walking:
         batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
         source = Pool(
-            batches * batch_size // world,
-            (C, H, H),
-            diffusion_T,
-            draw_labels,
-            getattr(torch, pool_dtype),
-            device,
+            batches * batch_size // world, (C, H, H), diffusion_T, draw_labels,
+            getattr(torch, pool_dtype), device
         )
     elif method == 'jumps':
         source = Walks(
-            -(-walks // world),
-            jumps,
-            walk_steps,
-            (C, H, H),
-            diffusion_T,
-            micro_batch,
-            draw_labels,
-            getattr(torch, pool_dtype),
-            device,
+            -(-walks // world), jumps, walk_steps, (C, H, H), diffusion_T, micro_batch, draw_labels,
+            getattr(torch, pool_dtype), device
         )
     elif method == 'synthetic':
         path = synthetic or os.path.join(out_dir, f'synthetic_rank{rank}.npz')
         if not synthetic and not checkpoint:  # a resumed run finds them on disk
             n = -(-synthetic_images // world)
             images, labels = make_images(
-                run_T,
-                diffusion_T,
-                n,
-                (C, H, H),
-                synthetic_steps,
-                draw_labels,
-                guidance,
-                micro_batch,
-                autocast,
-                rank == 0,
+                run_T, diffusion_T, n, (C, H, H), synthetic_steps, draw_labels, guidance,
+                micro_batch, autocast, rank == 0
             )
             arrays = {'arr_0': images.permute(0, 2, 3, 1).numpy()}
             if labels is not None:
@@ -826,11 +789,8 @@ if __name__ == '__main__':
         save_checkpoint()  # so that the walks are not lost
     elif walking:
         evaluations = source.fill(
-            ask_teacher,
-            warmup_steps or max(1, T // stride),
-            micro_batch,
-            method == 'iterative',
-            rank == 0,
+            ask_teacher, warmup_steps or max(1, T // stride), micro_batch, method == 'iterative',
+            rank == 0
         )
         save_checkpoint()
     if rank == 0:
@@ -859,16 +819,8 @@ if __name__ == '__main__':
                 if method == 'iterative':  # all images share one t, on all ranks
                     jump = random.Random(step).randint((stride + 1) // 2, stride + stride // 2)
                 terms = distill_step(
-                    model,
-                    ask_teacher,
-                    source,
-                    diffusion,
-                    micro_batch,
-                    stride,
-                    lam,
-                    jump,
-                    autocast,
-                    1 / grad_accum,
+                    model, ask_teacher, source, diffusion, micro_batch, stride, lam, jump, autocast,
+                    1 / grad_accum
                 )
             else:
                 terms = training_step(
@@ -896,9 +848,8 @@ if __name__ == '__main__':
             if not math.isfinite(means['grad_norm']):  # the same on all ranks, as gradients are
                 bar.close()
                 raise M.UserError(
-                    f'step {step}: the gradient was not finite in a step since the last row; '
-                    'that step '
-                    f'changed no weights. Try a smaller --lr (now {lr * scale:.2g})'
+                    f'step {step}: the gradient was not finite in a step since the last row; that '
+                    f'step changed no weights. Try a smaller --lr (now {lr * scale:.2g})'
                 )
         if logging:
             if rank == 0:

@@ -429,22 +429,12 @@ if __name__ == '__main__':
         if guidance != 1 and diffusion and not net.num_classes:
             raise M.UserError(f'guidance={guidance}: {spec} is unconditional and cannot be guided')
         source = Samples(
-            net,
-            diffusion,
-            num_samples,
-            batch_size,
-            seed,
-            device,
-            autocast,
-            guidance,
-            sampler=sampler,
-            steps=steps,
-            spacing=spacing,
+            net, diffusion, num_samples, batch_size, seed, device, autocast, guidance,
+            sampler=sampler, steps=steps, spacing=spacing
         )
         made = source.make(
-            1,
-            source.labels(0, source.generator(0))[:1] if diffusion and net.num_classes else None,
-            source.generator(0),
+            1, source.labels(0, source.generator(0))[:1] if diffusion and net.num_classes else None,
+            source.generator(0)
         ).shape[1]
         if made != channels and not (inception and made == 1):
             raise M.UserError(
@@ -533,13 +523,9 @@ if __name__ == '__main__':
             print(f'{spec}: the product of the covariances is near singular, its root inaccurate')
         table.append(row)
         said = dict(
-            features=space,
-            reference=reference,
-            reference_images=int(ref['n']) if 'n' in ref else None,
-            seed=seed,
-            n_two_sample=n_two_sample,
-            device=device.type,
-            batch_size=batch_size,
+            features=space, reference=reference,
+            reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
+            n_two_sample=n_two_sample, device=device.type, batch_size=batch_size
         )
         os.makedirs(out_dir, exist_ok=True)
         with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:

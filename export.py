@@ -56,16 +56,9 @@ def dit_to_diffusers(net):
     if not c['num_classes']:
         raise M.UserError('a DiTTransformer2DModel needs classes, but this DiT has none')
     other = diffusers.DiTTransformer2DModel(
-        c['num_heads'],
-        c['hidden_size'] // c['num_heads'],
-        c['in_channels'],
-        net.out_channels,
-        c['depth'],
-        sample_size=c['image_size'],
-        patch_size=c['patch_size'],
-        num_embeds_ada_norm=c['num_classes'],
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
+        c['num_heads'], c['hidden_size'] // c['num_heads'], c['in_channels'], net.out_channels,
+        c['depth'], sample_size=c['image_size'], patch_size=c['patch_size'],
+        num_embeds_ada_norm=c['num_classes'], norm_elementwise_affine=False, norm_eps=1e-6
     )
     new = {}
     copy = partial(copy_layer, net.state_dict(), new)
@@ -105,8 +98,8 @@ def unet_to_diffusers(net):
     ):
         raise M.UserError(
             'UNet2DModel of diffusers cannot represent this UNet: it needs patch_size=1, '
-            'channel_mult[0]=1, multiples of '
-            '32 channels, time_scale=1 and the new order of attention heads'
+            'channel_mult[0]=1, multiples of 32 channels, time_scale=1 and the new order of '
+            'attention heads'
         )
     attends = [c['image_size'] // 2 ** i in c['attention_resolutions'] for i in range(len(widths))]
     if c['resblock_updown']:
@@ -114,24 +107,15 @@ def unet_to_diffusers(net):
     else:
         how, down, up, conv = 'conv', 'DownBlock2D', 'UpBlock2D', '.conv'
     other = diffusers.UNet2DModel(
-        c['image_size'],
-        c['in_channels'],
-        c['out_channels'],
-        block_out_channels=widths,
+        c['image_size'], c['in_channels'], c['out_channels'], block_out_channels=widths,
         layers_per_block=blocks,
         down_block_types=['AttnDownBlock2D' if a else down for a in attends],
-        up_block_types=['AttnUpBlock2D' if a else up for a in attends[::-1]],
-        downsample_type=how,
-        upsample_type=how,
-        attention_head_dim=c['num_head_channels'],
-        attn_norm_num_groups=32,
-        norm_eps=1e-5,
-        dropout=c['dropout'],
+        up_block_types=['AttnUpBlock2D' if a else up for a in attends[::-1]], downsample_type=how,
+        upsample_type=how, attention_head_dim=c['num_head_channels'], attn_norm_num_groups=32,
+        norm_eps=1e-5, dropout=c['dropout'],
         resnet_time_scale_shift='scale_shift' if c['use_scale_shift_norm'] else 'default',
-        freq_shift=0,
-        flip_sin_to_cos=True,
-        downsample_padding=1,
-        num_class_embeds=c['num_classes'] + 1 if c['num_classes'] else None,
+        freq_shift=0, flip_sin_to_cos=True, downsample_padding=1,
+        num_class_embeds=c['num_classes'] + 1 if c['num_classes'] else None
     )
 
     def layer(source, target):
@@ -220,16 +204,13 @@ def make_scheduler(diffusion, sampling, theirs=None):
         ):
             raise M.UserError(
                 f"diffusers samples {diffusion.prediction!r} on {diffusion.config['schedule']!r} "
-                "by no "
-                "scheduler but a flow's in the pipeline of its teacher"
+                "by no scheduler but a flow's in the pipeline of its teacher"
             )
         return theirs
     betas = M.betas_from_alpha_bar(diffusion.alpha_bar[:-1])
     said = dict(
-        num_train_timesteps=diffusion.T,
-        trained_betas=betas.tolist(),
-        clip_sample=diffusion.clip,
-        prediction_type=predictions[diffusion.prediction],
+        num_train_timesteps=diffusion.T, trained_betas=betas.tolist(), clip_sample=diffusion.clip,
+        prediction_type=predictions[diffusion.prediction]
     )
     if sampling:
         return diffusers.DDIMScheduler(
@@ -250,8 +231,7 @@ def make_scheduler(diffusion, sampling, theirs=None):
 if __name__ == '__main__':
     if os.path.isdir(out_dir) and os.listdir(out_dir):
         raise M.UserError(
-            f'out_dir={out_dir} is not empty: use a new '
-            'folder'
+            f'out_dir={out_dir} is not empty: use a new folder'
         )
     net, diffusion = M.load_denoiser(model, **model_config)
     network = to_diffusers(net)
@@ -308,6 +288,6 @@ if __name__ == '__main__':
         )
     else:
         print(
-            f'{out_dir}: only a {kind} and its scheduler; diffusers has no pipeline for '
-            'such a network'
+            f'{out_dir}: only a {kind} and its scheduler; diffusers has no pipeline for such a '
+            'network'
         )

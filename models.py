@@ -95,10 +95,8 @@ class ResBlock(nn.Module):
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_ch, emb_out))
         self.out_layers = nn.Sequential(
-            group_norm(out_ch),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            zero_init(nn.Conv2d(out_ch, out_ch, 3, padding=1)),
+            group_norm(out_ch), nn.SiLU(), nn.Dropout(dropout),
+            zero_init(nn.Conv2d(out_ch, out_ch, 3, padding=1))
         )
         self.skip_connection = nn.Identity() if in_ch == out_ch else nn.Conv2d(in_ch, out_ch, 1)
 
@@ -166,23 +164,10 @@ class UNet(nn.Module):
     castable = True  # its weights may be cast once, see cast_frozen
 
     def __init__(
-        self,
-        image_size,
-        in_channels=3,
-        out_channels=3,
-        model_channels=128,
-        num_res_blocks=3,
-        channel_mult=(1, 2, 2, 2),
-        attention_resolutions=(16, 8),
-        num_heads=4,
-        num_head_channels=32,
-        dropout=0.0,
-        num_classes=0,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
-        use_new_attention_order=True,
-        patch_size=1,
-        time_scale=1.0,
+        self, image_size, in_channels=3, out_channels=3, model_channels=128, num_res_blocks=3,
+        channel_mult=(1, 2, 2, 2), attention_resolutions=(16, 8), num_heads=4, num_head_channels=32,
+        dropout=0.0, num_classes=0, use_scale_shift_norm=True, resblock_updown=True,
+        use_new_attention_order=True, patch_size=1, time_scale=1.0
     ):
         super().__init__()
         self.config = arguments(locals()) | {'class': 'UNet'}
@@ -324,16 +309,8 @@ class DiT(nn.Module):
     castable = True  # its weights may be cast once, see cast_frozen
 
     def __init__(
-        self,
-        image_size,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=384,
-        depth=12,
-        num_heads=6,
-        mlp_ratio=4.0,
-        num_classes=1000,
-        learn_sigma=True,
+        self, image_size, patch_size=2, in_channels=4, hidden_size=384, depth=12, num_heads=6,
+        mlp_ratio=4.0, num_classes=1000, learn_sigma=True
     ):
         super().__init__()
         self.config = arguments(locals()) | {'class': 'DiT'}
@@ -656,8 +633,8 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
     else:
         raise UserError(
             f'no classifier {name!r}: resnet8, 14, 20 ... 110, resnet18, 34 or 50, wrn16_1 ... '
-            'wrn40_2,'
-            ' vgg11, 13, 16 or 19, torchvision:resnet34 and its like, or a Python file with build()'
+            'wrn40_2, vgg11, 13, 16 or 19, torchvision:resnet34 and its like, or a Python file '
+            'with build()'
         )
     for key, values in (('mean', mean), ('std', std)):
         if len(values) not in (1, kw.get('in_channels', 3)):
@@ -863,14 +840,8 @@ class Diffusion:
     """
 
     def __init__(
-        self,
-        schedule='cosine',
-        steps=1000,
-        prediction='eps',
-        learn_sigma=True,
-        clip=True,
-        beta_range=(1e-4, 0.02),
-        shift=1.0,
+        self, schedule='cosine', steps=1000, prediction='eps', learn_sigma=True, clip=True,
+        beta_range=(1e-4, 0.02), shift=1.0
     ):
         if prediction not in ('eps', 'v', 'x0', 'flow'):
             raise UserError(f"no prediction {prediction!r}: 'eps', 'v', 'x0' or 'flow'")
@@ -1131,10 +1102,8 @@ def dpm_solver(diffusion, timesteps):
 
     betas = betas_from_alpha_bar(diffusion.alpha_bar[:-1].cpu().clamp(min=1e-9))
     solver = DPMSolverMultistepScheduler(
-        trained_betas=betas.numpy(),
-        num_train_timesteps=diffusion.T,
-        prediction_type='sample',
-        lower_order_final=True,
+        trained_betas=betas.numpy(), num_train_timesteps=diffusion.T, prediction_type='sample',
+        lower_order_final=True
     )
     solver.set_timesteps(timesteps=timesteps)
     return solver
@@ -1142,16 +1111,8 @@ def dpm_solver(diffusion, timesteps):
 
 @torch.inference_mode()
 def sample(
-    net,
-    diffusion,
-    shape_or_noise,
-    steps=50,
-    sampler='ddpm',
-    y=None,
-    guidance=1.0,
-    generator=None,
-    eta=0.0,
-    spacing='trailing',
+    net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, guidance=1.0, generator=None,
+    eta=0.0, spacing='trailing'
 ):
     """Images (B, C, H, W), float32, from a network and its process.
 
@@ -1446,10 +1407,8 @@ class Pipeline(nn.Module):
         if kind not in PIPELINE_NETWORKS:
             raise UserError(f"a {kind} is not supported; {', '.join(PIPELINE_NETWORKS)} are")
         known = dict(
-            class_embed_type=None,
-            addition_embed_type='text',
-            encoder_hid_dim_type='text_proj',
-            time_cond_proj_dim=None,
+            class_embed_type=None, addition_embed_type='text', encoder_hid_dim_type='text_proj',
+            time_cond_proj_dim=None
         )
         for key, supported in known.items():
             if c.get(key) not in (None, supported):
@@ -1460,8 +1419,7 @@ class Pipeline(nn.Module):
         if out_channels not in (c.in_channels, 2 * c.in_channels):
             raise UserError(
                 f'this {kind} predicts {out_channels} channels from {c.in_channels}: it takes an '
-                'image '
-                'as its condition (super-resolution, inpainting), which is not supported'
+                'image as its condition (super-resolution, inpainting), which is not supported'
             )
         self.net = net
         self.pipe = pipe
@@ -1785,14 +1743,11 @@ def read_dit(state):
     learn_sigma = len(state['final_layer.linear.bias']) == 2 * channels * patch**2
     table = state.get('y_embedder.embedding_table.weight')
     read = dict(
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=hidden,
+        patch_size=patch, in_channels=channels, hidden_size=hidden,
         depth=count_blocks(state, 'blocks.'),
-        image_size=patch * math.isqrt(state['pos_embed'].shape[1]),
-        learn_sigma=learn_sigma,
+        image_size=patch * math.isqrt(state['pos_embed'].shape[1]), learn_sigma=learn_sigma,
         mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
-        num_classes=0 if table is None else len(table) - 1,
+        num_classes=0 if table is None else len(table) - 1
     )
     assumed = dict(num_heads=hidden // (72 if hidden == 1152 else 64))
     return (
@@ -1829,14 +1784,11 @@ def read_unet(state, betas, known):
     classes = len(state.get('label_emb.weight', ()))
     read = dict(
         in_channels=state['input_blocks.0.0.weight'].shape[1],
-        out_channels=len(state['out.2.bias']),
-        model_channels=width,
-        num_res_blocks=blocks,
+        out_channels=len(state['out.2.bias']), model_channels=width, num_res_blocks=blocks,
         resblock_updown=not strided,
         channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
-        attention_resolutions=tuple(attention),
-        num_classes=classes,
-        use_scale_shift_norm=len(state[f'{tops[0]}.0.emb_layers.1.bias']) == 2 * width * mults[0],
+        attention_resolutions=tuple(attention), num_classes=classes,
+        use_scale_shift_norm=len(state[f'{tops[0]}.0.emb_layers.1.bias']) == 2 * width * mults[0]
     )
     learn_sigma = read['out_channels'] == 2 * read['in_channels']
     process = dict(schedule='cosine', prediction='eps', learn_sigma=learn_sigma, clip=not latent)
@@ -1937,8 +1889,8 @@ def load_classifier(spec, **known):
         assumed |= IMAGENET
     else:
         raise UserError(
-            f'{spec} is not a classifier of a known kind: it has no keys of a ResNet '
-            '(layer1...), Wide ResNet '
+            f'{spec} is not a classifier of a known kind: it has no keys of a ResNet (layer1...), '
+            'Wide ResNet '
             f"(block1.layer...) or VGG (block0...), but {', '.join(list(state)[:3])}, ...; a Python file with "
             'load() can be a teacher all the same'
         )
@@ -2303,8 +2255,8 @@ def read_statistics(path, space):
     named = str(arrays.pop('space', 'inception'))  # ADM's files do not name theirs
     if named != space:
         raise UserError(
-            f'{path} holds statistics in the feature space {named!r}, not {space!r}; make new '
-            'ones with eval_fid.py --save_stats'
+            f'{path} holds statistics in the feature space {named!r}, not {space!r}; make new ones '
+            'with eval_fid.py --save_stats'
         )
     names = ('mu', 'sigma', 'mu_s', 'sigma_s', 'n')
     return {k: torch.from_numpy(arrays[k]).double() for k in names if k in arrays}
@@ -2532,8 +2484,8 @@ def lock_out_dir(out_dir, rank):
             pass
     if all_reduce_max(taken):
         raise UserError(
-            f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: '
-            'use another --out_dir'
+            f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: use '
+            'another --out_dir'
         )
 
 
@@ -2595,8 +2547,8 @@ def resume(settings, rank, net):
     for k, v in lasting(settings).items():
         if shared['settings'].get(k) != v:
             raise UserError(
-                f"{out_dir} holds a run with {k}={shared['settings'].get(k)!r}, not {v!r}: "
-                "use that run's settings, or another --out_dir"
+                f"{out_dir} holds a run with {k}={shared['settings'].get(k)!r}, not {v!r}: use "
+                "that run's settings, or another --out_dir"
             )
     own, _ = read_weights(os.path.join(out_dir, f"ckpt_{shared['step']}_rank{rank}.pt"))
     net.load_state_dict(shared['net'])

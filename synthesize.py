@@ -297,24 +297,9 @@ def as_kept(images, channels, image_size):
 
 
 def synthesize(
-    prior,
-    diffusion,
-    images_of,
-    loss_of,
-    draws,
-    y,
-    cond,
-    times,
-    kept_times,
-    autocast=contextlib.nullcontext(),
-    guiding=True,
-    edit='x0',
-    eta=3.0,
-    lca='cutmix',
-    lca_every=8,
-    sampler='ddpm',
-    ddim_eta=0.0,
-    grad_batch=100,
+    prior, diffusion, images_of, loss_of, draws, y, cond, times, kept_times,
+    autocast=contextlib.nullcontext(), guiding=True, edit='x0', eta=3.0, lca='cutmix', lca_every=8,
+    sampler='ddpm', ddim_eta=0.0, grad_batch=100
 ):
     """One batch of walks from noise: (kept images in [-1, 1], a list of (B, C, H, W); losses, a
     list of (t, terms)).
@@ -507,17 +492,8 @@ if __name__ == '__main__':
         if net is None:
             y = (shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes
             kept, rows = deep_inversion(
-                x_t.to(device),
-                loss_of,
-                y.to(device),
-                times,
-                kept_times,
-                g,
-                lr,
-                tv,
-                l2,
-                jitter,
-                flip,
+                x_t.to(device), loss_of, y.to(device), times, kept_times, g, lr, tv, l2, jitter,
+                flip
             )
             return kept, y, rows
         noise = torch.randn(steps, *shape, generator=g)
@@ -534,24 +510,9 @@ if __name__ == '__main__':
         draws = [v.to(device) for v in (x_t, noise, partners, numbers)]
         guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
         kept, rows = synthesize(
-            denoise,
-            diffusion,
-            images_of,
-            loss_of,
-            draws,
-            y.to(device),
-            [c.to(device) for c in cond],
-            times,
-            kept_times,
-            autocast,
-            guiding,
-            edit,
-            eta,
-            lca,
-            lca_every,
-            sampler,
-            ddim_eta,
-            grad_batch,
+            denoise, diffusion, images_of, loss_of, draws, y.to(device),
+            [c.to(device) for c in cond], times, kept_times, autocast, guiding, edit, eta, lca,
+            lca_every, sampler, ddim_eta, grad_batch
         )
         return kept, y, rows
 
@@ -582,8 +543,7 @@ if __name__ == '__main__':
         n = shards * batch_size
         print(
             f'teacher {teacher}, prior {prior}; {n * keep:,} images of {image_size}x{image_size} '
-            f'from {n:,} walks of '
-            f'{steps} steps, in {shards} shards on {world} x {device.type}'
+            f'from {n:,} walks of {steps} steps, in {shards} shards on {world} x {device.type}'
         )
         if world == 1 and len(todo) < shards:
             print(f'{shards - len(todo)} of the shards were made before')

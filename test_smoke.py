@@ -379,9 +379,9 @@ def test_part_1_of_models_stands_alone():
 
 def test_importing_a_script_runs_nothing():
     code = ('import os, signal, sys, threading\n'
-            'before = sys.argv[:], sys.excepthook, signal.getsignal(signal.SIGTERM)\n'
-            f'import {", ".join(module.__name__ for module in MODULES)}\n'
-            'assert before == (sys.argv, sys.excepthook, signal.getsignal(signal.SIGTERM))\n'
+            'before = sys.argv[:], sys.excepthook, signal.getsignal(signal.SIGTERM)\nimport '
+            f'{", ".join(module.__name__ for module in MODULES)}\nassert before == (sys.argv, '
+            'sys.excepthook, signal.getsignal(signal.SIGTERM))\n'
             'assert threading.active_count() == 1 and not os.listdir()\n')
     env = os.environ | {'PYTHONPATH': str(ROOT)}
     subprocess.run([sys.executable, '-c', code, '--nonsense'], check=True, env=env)
