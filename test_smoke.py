@@ -1167,7 +1167,7 @@ def test_few_step_students_in_diffusers(student, tiny, pipeline_models):
     from diffusers import DiffusionPipeline
     config = json.loads((pipeline_models / 'ddpm.json').read_text())
     Path('grey.json').write_text(json.dumps(config | dict(in_channels=1, out_channels=1)))
-    sizes = """--student_config="{'patch_size':1,'model_channels':32}" """
+    sizes = """--student_prediction=x0 --student_config="{'patch_size':1,'model_channels':32}" """
     args = f'{QUICK} --stride=50 {JUMPS} --student={student} --teacher=teacher.safetensors'
     run(f"{args} --lr=3e-3 --out_dir=o {sizes if student == 'unet' else ''}")
     net, diffusion = M.load_denoiser('o/student.safetensors')
@@ -1211,7 +1211,7 @@ def test_synthesis_restarts_and_ranks_share(tiny):
     first = os.stat('one/images_0000_00000.npz').st_mtime_ns
     run(f'{SYNTH} --out_dir=one')
     assert os.stat('one/images_0000_00000.npz').st_mtime_ns == first and len(log('one')) == 8
-    assert 'other settings' in run(f'{SYNTH} --eta=2.0 --out_dir=one', ok=False)
+    assert 'eta=3.0, not 2.0' in run(f'{SYNTH} --eta=2.0 --out_dir=one', ok=False)
     run(f'{SYNTH} --out_dir=two', ranks=2)
     for one, two in zip(M.load_images('one'), M.load_images('two')):
         assert torch.equal(one, two)
