@@ -68,7 +68,7 @@ l2 = 0.0                     # weight of the mean square of the pixels (in [-1, 
 jitter = 2                   # the teacher sees them shifted by up to this many pixels
 flip = False                 # ... and mirrored in half of the steps
 # what is kept
-num_images = 6000            # over all ranks
+num_images = 6000            # over all ranks, rounded up to whole batches: batch_size * keep
 keep = 4                     # images kept per walk: its predicted x_0 at the last step and at
                              # earlier ones
 keep_every = 2               # steps between them
