@@ -40,16 +40,14 @@ def arguments(local_variables):
     return {k: v for k, v in local_variables.items() if k not in ('self', '__class__')}
 
 
-# ==================================================================================================
-# Networks: denoisers
-# ==================================================================================================
+# ==== Networks: denoisers
 
 
-def timestep_embedding(t, dim, max_period=10000):
+def timestep_embedding(t, dim):
     """Sinusoids of t (B,) -> (B, dim); cosines first, as in Improved DDPM and DiT."""
     half = dim // 2
     order = torch.arange(half, device=t.device, dtype=torch.float32)
-    freqs = torch.exp(-math.log(max_period) * order / half)
+    freqs = torch.exp(-math.log(10000) * order / half)
     args = t[:, None].float() * freqs
     return F.pad(torch.cat([args.cos(), args.sin()], dim=-1), (0, dim % 2))
 
@@ -154,10 +152,9 @@ class UNet(nn.Module):
 
     x (B, in_channels, H, H), t (B,), y (B,) or None -> (B, out_channels, H, H), H = image_size.
     Parameter names and shapes are ADM's, so ADM, DDPM-IP, DKDM and LDM checkpoints load with
-    strict=True. `patch_size` folds pixels into channels at the input and back
-    at the output; `attention_resolutions` are side lengths of feature maps after folding.
-    `num_classes = 0` is unconditional; the label -1 adds no embedding. `time_scale` multiplies t
-    before it is embedded
+    strict=True. `patch_size` folds pixels into channels at the input and back at the output;
+    `attention_resolutions` are side lengths of feature maps after folding. `num_classes = 0` is
+    unconditional; the label -1 adds no embedding. `time_scale` multiplies t before it is embedded
     (Improved DDPM's rescale_timesteps: 1000 / T). Raises UserError if the sizes do not fit.
     """
 
@@ -387,13 +384,11 @@ class DiT(nn.Module):
 
 
 # --student=NAME. A third one is added here: a class of (image_size, in_channels, num_classes, ...)
-# with these attributes. Its argument out_channels or learn_sigma says how many channels it predicts.
+# with these attributes. Its argument out_channels or learn_sigma says how many it predicts.
 DENOISERS = {'unet': UNet, 'dit': DiT}
 
 
-# ==================================================================================================
-# Networks: classifiers
-# ==================================================================================================
+# ==== Networks: classifiers
 
 
 class ResidualBlock(nn.Module):
@@ -518,9 +513,8 @@ def resnet(depth, num_classes=10, in_channels=3, width=None, shortcut='conv', ma
     expansion = 4 if bottleneck else 1
     widths = [width * 2**i * expansion for i in range(len(counts))]
     layers = {
-        'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False),
-        'bn1': nn.BatchNorm2d(width),
-        'relu': nn.ReLU(),
+        'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), 'bn1': nn.BatchNorm2d(width),
+        'relu': nn.ReLU()
     }
     if max_pool:
         layers['maxpool'] = nn.MaxPool2d(3, 2, 1)
@@ -640,12 +634,8 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
         if len(values) not in (1, kw.get('in_channels', 3)):
             raise UserError(f'{key}={values} must be one number, or one per channel')
     net.config = {
-        'class': 'classifier',
-        'name': name,
-        'num_classes': num_classes,
-        'image_size': image_size,
-        'mean': mean,
-        'std': std,
+        'class': 'classifier', 'name': name, 'num_classes': num_classes, 'image_size': image_size,
+        'mean': mean, 'std': std
     } | kw
     net.num_classes = num_classes
     net.image_size = image_size
@@ -678,9 +668,7 @@ def preprocess(net, images):
     return ((images + 1) / 2 - mean) / std
 
 
-# ==================================================================================================
-# Networks: the ladder VAE
-# ==================================================================================================
+# ==== Networks: the ladder VAE
 
 
 class LadderLevel(nn.Module):
@@ -772,11 +760,6 @@ class LVAE(nn.Module):
             z = q[i][0] + q[i][1] * noise[i]
         return self.d0.out(self.d0.net(z)).float(), q, p
 
-    def generate(self, noise):
-        """(out (B, 2C, H, W), p): images decoded from prior noise, and the prior's Gaussians."""
-        out, _, p = self.decode(noise)
-        return out, p
-
     def forward(self, x, noise):
         """(out, q, p): the reconstruction of x in [0, 1], the posterior and the prior Gaussians."""
         return self.decode(noise, self.encode(x))
@@ -804,9 +787,7 @@ def gaussian_kl(q, p):
     return kl.sum((1, 2, 3))
 
 
-# ==================================================================================================
-# Diffusion
-# ==================================================================================================
+# ==== Diffusion
 
 
 def betas_from_alpha_bar(alpha_bar):
@@ -901,13 +882,14 @@ class Diffusion:
         a, b = self.ab(t, x0)
         return a.to(x0) * x0 + b.to(x0) * noise
 
-    def target(self, x0, x_t, t, to):
+    def target(self, x0, x_t, t, to, eps=None):
         """The output of kind `to` that a perfect network gives for this (x_0, x_t): any two of x_0,
-        x_t and eps determine the third."""
+        x_t and eps determine the third. If eps is known, it need not be computed."""
         if to == 'x0':
             return x0
         a, b = self.ab(t, x_t)
-        eps = ((x_t - a * x0) / b).to(x_t)
+        if eps is None:
+            eps = ((x_t - a * x0) / b).to(x_t)
         if to == 'eps':
             return eps
         if to == 'v':
@@ -1009,13 +991,8 @@ class Diffusion:
             return {'loss': mse, 'mse': mse, 'vb': torch.zeros_like(mse)}
         variance_only = torch.cat([out[:, :C].detach(), out[:, C:]], dim=1)
         mean, logvar = self.mean_logvar(variance_only, x_t, t, clip=False)
-        kl = 0.5 * (
-            logvar
-            - true_logvar
-            - 1
-            + (true_logvar - logvar).exp()
-            + (true_mean - mean) ** 2 * (-logvar).exp()
-        )
+        kl = logvar - true_logvar - 1 + (true_logvar - logvar).exp()
+        kl = 0.5 * (kl + (true_mean - mean) ** 2 * (-logvar).exp())
         if x0 is not None:
             kl = torch.where((t == 0).view(-1, 1, 1, 1), pixel_nll(x0, mean, logvar), kl)
         vb = lam * self.T * kl.mean((1, 2, 3)) / math.log(2)
@@ -1025,15 +1002,7 @@ class Diffusion:
         """Training on images, DKDM Eqs. (9), (11), (13): {'loss', 'mse', 'vb'}, each (B,)."""
         mean, var, _ = self.posterior(x0, x_t, t)
         logvar = var.clamp(min=self.floor).log().to(x_t)
-        a, b = self.ab(t, x_t)
-        if self.prediction == 'eps':
-            target = noise
-        elif self.prediction == 'x0':
-            target = x0
-        elif self.prediction == 'v':
-            target = (a * noise - b * x0).to(x0)
-        else:
-            target = noise - x0
+        target = self.target(x0, x_t, t, self.prediction, noise)
         return self.losses(out, target, x_t, mean, logvar, t, lam, x0)
 
     def distill_loss(self, student_out, teacher_out, x_t, t, lam=0.001):
@@ -1057,9 +1026,7 @@ def pixel_nll(x, mean, logvar):
     return -(up - down).clamp(min=1e-12).log()
 
 
-# ==================================================================================================
-# Sampling
-# ==================================================================================================
+# ==== Sampling
 
 
 def guided(net, x_t, t, y=None, guidance=1.0):
@@ -1112,12 +1079,12 @@ def dpm_solver(diffusion, timesteps):
 @torch.inference_mode()
 def sample(
     net, diffusion, shape_or_noise, steps=50, sampler='ddpm', y=None, guidance=1.0, generator=None,
-    eta=0.0, spacing='trailing'
+    spacing='trailing'
 ):
     """Images (B, C, H, W), float32, from a network and its process.
 
     shape_or_noise: (B, C, H, W), or the noise itself. y: labels (B,), -1 for none. sampler: 'ddpm'
-    (ancestral), 'ddim' (with `eta`) or 'dpm++' (diffusers' second-order solver). generator:
+    (ancestral), 'ddim' or 'dpm++' (diffusers' second-order solver). generator:
     draws the starting noise and the noise of every step. spacing: see `sampling_steps`. Raises
     UserError for more steps than the process has.
     """
@@ -1134,21 +1101,16 @@ def sample(
         tt = torch.full((len(x),), t, device=device)
         x_t = x * norm[t] if sampler == 'dpm++' else x
         out = guided(net, x_t, tt, y, guidance)
-        noise = None
-        if sampler == 'ddpm' or eta:
-            noise = random_normal(x.shape, generator, device)
         if sampler == 'dpm++':
             x = solver.step(diffusion.predict_x0(out, x_t, tt), t, x, return_dict=False)[0]
         elif sampler == 'ddpm':
-            x = diffusion.ddpm_step(out, x, tt, s, noise)
+            x = diffusion.ddpm_step(out, x, tt, s, random_normal(x.shape, generator, device))
         else:
-            x = diffusion.ddim_step(out, x, tt, s, eta, noise)
+            x = diffusion.ddim_step(out, x, tt, s)
     return x
 
 
-# ==================================================================================================
 # ==== Part 2, the plumbing: files
-# ==================================================================================================
 import contextlib
 import csv
 import glob
@@ -1244,14 +1206,8 @@ def unwrap(state, path):
     """The tensors of a checkpoint, without the dicts and prefixes in which trainers, EMAs,
     DataParallel and torch.compile wrap them. Raises UserError if it holds anything else."""
     wrappers = (
-        'ema',
-        'params_ema',
-        'ema_state_dict',
-        'state_dict',
-        'model_state_dict',
-        'model',
-        'net',
-        'params',
+        'ema', 'params_ema', 'ema_state_dict', 'state_dict', 'model_state_dict', 'model', 'net',
+        'params'
     )
     for name in wrappers * 2:
         if isinstance(state.get(name), dict):
@@ -1369,15 +1325,10 @@ def read_model(spec):
     return state, header
 
 
-# ==================================================================================================
-# diffusers
-# ==================================================================================================
+# ==== diffusers
 
 PIPELINE_NETWORKS = (
-    'UNet2DModel',
-    'UNet2DConditionModel',
-    'DiTTransformer2DModel',
-    'SD3Transformer2DModel',
+    'UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel'
 )
 # parts of diffusers pipelines that are not loaded
 UNUSED = ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker')
@@ -1561,9 +1512,7 @@ def load_part(spec, *names):
     )
 
 
-# ==================================================================================================
-# Loaders: denoisers
-# ==================================================================================================
+# ==== Loaders: denoisers
 
 
 def load_denoiser(spec, dtype=torch.float32, **known):
@@ -1638,12 +1587,8 @@ def load_pipeline(spec, dtype):
     net.guided = parts.get('_guided', False)  # export.py writes this
     attach_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
     unsupported = (
-        'use_dynamic_shifting',
-        'shift_terminal',
-        'invert_sigmas',
-        'use_karras_sigmas',
-        'use_exponential_sigmas',
-        'use_beta_sigmas',
+        'use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas',
+        'use_exponential_sigmas', 'use_beta_sigmas'
     )
     if type(scheduler).__name__ == 'FlowMatchEulerDiscreteScheduler' and not any(
         process.get(k) for k in unsupported
@@ -1709,18 +1654,16 @@ def load_original(spec, state, known):
         kind = UNet
     else:
         raise UserError(
-            f'{spec} is not a denoiser of a known kind: it has no keys of a U-Net '
-            '(input_blocks..., '
-            f"output_blocks...) or a DiT (x_embedder...), but {', '.join(list(state)[:3])}, ...; a Python "
-            'file with load() can be a teacher all the same'
+            f'{spec} is not a denoiser of a known kind: it has no keys of a U-Net (input_blocks... '
+            f'and output_blocks...) or a DiT (x_embedder...), but {list(state)[:3]}; a Python file '
+            'with load() can be a teacher all the same'
         )
     outputs = read.get('out_channels', read['in_channels'])
     upscales = read['in_channels'] == 6 and 'in_channels' not in known
     if outputs not in (read['in_channels'], 2 * read['in_channels']) or upscales:
         raise UserError(
             f"{spec} predicts {outputs} channels from {read['in_channels']}: it takes an image as "
-            "its "
-            'condition (super-resolution, inpainting), which is not supported'
+            "its condition (super-resolution, inpainting), which is not supported"
         )
     said = dict(known)
     if said.pop('rescale_timesteps', False):
@@ -1751,9 +1694,8 @@ def read_dit(state):
     )
     assumed = dict(num_heads=hidden // (72 if hidden == 1152 else 64))
     return (
-        read,
-        assumed,
-        dict(schedule='linear', prediction='eps', learn_sigma=learn_sigma, clip=False),
+        read, assumed,
+        dict(schedule='linear', prediction='eps', learn_sigma=learn_sigma, clip=False)
     )
 
 
@@ -1797,9 +1739,7 @@ def read_unet(state, betas, known):
     return read, assumed, process
 
 
-# ==================================================================================================
-# Loaders: classifiers and VAEs
-# ==================================================================================================
+# ==== Loaders: classifiers and VAEs
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
@@ -1890,9 +1830,8 @@ def load_classifier(spec, **known):
     else:
         raise UserError(
             f'{spec} is not a classifier of a known kind: it has no keys of a ResNet (layer1...), '
-            'Wide ResNet '
-            f"(block1.layer...) or VGG (block0...), but {', '.join(list(state)[:3])}, ...; a Python file with "
-            'load() can be a teacher all the same'
+            f'Wide ResNet (block1.layer...) or VGG (block0...), but {list(state)[:3]}; a Python '
+            'file with load() can be a teacher all the same'
         )
     read |= dict(
         num_classes=len(state[f'{head}.bias']), in_channels=state[f'{first}.weight'].shape[1]
@@ -1972,9 +1911,7 @@ def load_vae(spec):
     return frozen(Autoencoder(net.float()))
 
 
-# ==================================================================================================
-# Images
-# ==================================================================================================
+# ==== Images
 
 
 def torchvision_dataset(name):
@@ -2220,9 +2157,7 @@ def save_grid(path, sets, columns):
     )
 
 
-# ==================================================================================================
-# Measuring
-# ==================================================================================================
+# ==== Measuring
 
 
 def features(net, images):
@@ -2275,9 +2210,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(distance), bool(product[0] < 1e-14 * product[-1])
 
 
-# ==================================================================================================
-# Running: ranks, devices, signals
-# ==================================================================================================
+# ==== Running: ranks, devices, signals
 
 
 def rank_and_world():
@@ -2301,7 +2234,7 @@ def init_distributed(device='auto', dtype='auto', seed=0):
     if world > 1 and not dist.is_initialized():
         # CPU tensors go through gloo, so that all_reduce_max does not wait for the GPU. The timeout
         # is hours long, since one rank may work alone (downloads, pictures). The prefix keeps a
-        # restarted run from reading the addresses of dead ranks in the store.
+        # restarted run from reading the addresses of dead ranks in the store, where it would hang.
         store, rank, world = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
@@ -2331,16 +2264,11 @@ def pick_dtype(device, dtype='auto'):
     if dtype != 'auto':
         return getattr(torch, dtype)
     if device.type == 'cuda':
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    can = (
-        torch.cpu.get_capabilities()
-        if device.type == 'cpu' and hasattr(torch.cpu, 'get_capabilities')
-        else {}
-    )
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bfloat16 else torch.float16
+    can = {}
+    if device.type == 'cpu' and hasattr(torch.cpu, 'get_capabilities'):
+        can = torch.cpu.get_capabilities()
     return torch.bfloat16 if can.get('avx512_bf16') or can.get('amx_bf16') else torch.float32
 
 
@@ -2437,24 +2365,12 @@ def update_ema(ema, net, decay, step):
         b_ema.copy_(b)
 
 
-# ==================================================================================================
-# Checkpoints and logs
-# ==================================================================================================
+# ==== Checkpoints and logs
 
 # settings that may change when a run is resumed; all others must stay the same
 MAY_CHANGE = (
-    'init_from',
-    'out_dir',
-    'max_steps',
-    'epochs',
-    'log_every',
-    'save_every',
-    'sampler',
-    'sample_steps',
-    'device',
-    'compile',
-    'wandb',
-    'any_teacher',
+    'init_from', 'out_dir', 'max_steps', 'epochs', 'log_every', 'save_every', 'sampler',
+    'sample_steps', 'device', 'compile', 'wandb', 'any_teacher'
 )
 
 
@@ -2502,11 +2418,8 @@ def save_checkpoint(settings, step, net, opt, shared, own, rank):
     all_reduce_max()
     if rank == 0:
         shared = {
-            'net': net.state_dict(),
-            'opt': opt.state_dict(),
-            **shared,
-            'step': step,
-            'settings': lasting(settings),
+            'net': net.state_dict(), 'opt': opt.state_dict(), **shared, 'step': step,
+            'settings': lasting(settings)
         }
         write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared, tmp))
     all_reduce_max()

@@ -529,10 +529,10 @@ if __name__ == '__main__':
             continue
         with np.load(path, allow_pickle=False) as made:
             before, now = json.loads(str(made['settings'])), json.loads(settings)
-        for k, v in now.items():
-            if k not in before or before[k] != v:
+        for k in before | now:
+            if before.get(k) != now.get(k):
                 raise M.UserError(
-                    f"{path} was made with {k}={before.get(k)!r}, not {v!r}: use another "
+                    f"{path} was made with {k}={before.get(k)!r}, not {now.get(k)!r}: use another "
                     '--out_dir, or the settings of the first run'
                 )
     M.lock_out_dir(out_dir, rank)
