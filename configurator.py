@@ -67,8 +67,10 @@ def _help():
     """Prints the docstring and the settings of the script, with their comments."""
     print((__doc__ or '').strip() + '\n')
     with open(sys.argv[0], encoding='utf-8') as f:
-        lines = f.read().split('configurator.py')[0].splitlines()
-    for line in lines:
+        text = f.read()
+    docstring = ast.parse(text).body[0]
+    settings = '\n'.join(text.splitlines()[docstring.end_lineno:]).split('configurator.py')[0]
+    for line in settings.splitlines():
         assignment, _, comment = line.partition('#')
         key, _, value = (part.strip() for part in assignment.partition('='))
         if key in _defaults and line.startswith(key):

@@ -11,7 +11,7 @@ trains a VAE on images, which is how teachers are made.
     # any generator (docs/reference.md)
     python distill_vae.py --teacher=my_gan.py --student=my_small_gan.py
     torchrun --nproc_per_node=8 distill_vae.py config/vae_cifar10.py
-    python distill_vae.py --teacher=stabilityai/sd-vae-ft-mse --method=synthetic --data=folder/ \
+    python distill_vae.py --teacher=stabilityai/sd-vae-ft-mse --method=synthetic --data=folder/ \\
         --student_config="{'block_out_channels': (32, 64, 128, 128)}"
 """
 import os

@@ -501,6 +501,22 @@ def output_channels(net, device):
     return out.shape[1]
 
 
+@torch.no_grad()
+def warn_if_y_is_ignored(net, name, diffusion, device, autocast):
+    """Prints a warning if the network has classes, but gives the same output for two of them."""
+    if net.num_classes < 2:
+        return
+    noise = torch.Generator(device).manual_seed(0)
+    x_t = M.random_normal((1, net.in_channels, net.image_size, net.image_size), noise, device)
+    t = torch.full((2,), diffusion.T // 2, device=device)
+    y = torch.tensor([0, net.num_classes - 1], device=device)
+    with autocast:
+        first, last = net(x_t.expand(2, -1, -1, -1), t, y).float()
+    if torch.allclose(first, last, rtol=1e-5, atol=1e-6):
+        print(f'WARNING: {name} gives the same output for all {net.num_classes} classes; does its '
+              'forward use y?')
+
+
 # ==== set-up ====
 if __name__ == '__main__':
     config = {k: globals()[k] for k in _defaults}
@@ -581,6 +597,8 @@ if __name__ == '__main__':
                 "method='synthetic' stores pixels, this teacher makes latents: use method='dynamic'"
             )
     run_T = torch.compile(net_T, dynamic=False) if compile and net_T else net_T
+    if net_T and rank == 0:
+        warn_if_y_is_ignored(net_T, f'the teacher {teacher}', diffusion_T, device, autocast)
     ask_teacher = make_teacher(run_T, guidance, autocast)
     draw_labels = make_labels(num_classes, uncond_prob, device)
 
@@ -892,6 +910,7 @@ if __name__ == '__main__':
             break
     bar.close()
     if rank == 0:
+        warn_if_y_is_ignored(net_ema, 'the student', diffusion, device, autocast)
         if step == first:  # killed after the last checkpoint, before the result was saved
             M.save_model(net_ema, os.path.join(out_dir, 'student.safetensors'), diffusion, **about)
         path = os.path.join(out_dir, 'student.safetensors')

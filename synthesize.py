@@ -543,7 +543,7 @@ if __name__ == '__main__':
         n = shards * batch_size
         print(
             f'teacher {teacher}, prior {prior}; {n * keep:,} images of {image_size}x{image_size} '
-            f'from {n:,} walks of {steps} steps, in {shards} shards on {world} x {device.type}'
+            f'from {n:,} walks of {steps} steps, in {shards} shard(s) on {world} x {device.type}'
         )
         if world == 1 and len(todo) < shards:
             print(f'{shards - len(todo)} of the shards were made before')
@@ -582,7 +582,7 @@ if __name__ == '__main__':
     M.all_reduce_max()  # all ranks are done
     if rank == 0:
         print(
-            f'{out_dir}: {shards} shards, {time.time() - start:.0f} s; pictures: '
+            f'{out_dir}: {shards} shard(s), {time.time() - start:.0f} s; pictures: '
             f'{out_dir}/preview.png'
         )
         if vae:

@@ -4,8 +4,8 @@ of github.com/sofia-dominguezc/MNIST-diffusion (MIT), whose DiffusionViT.pth lie
 image from u = t image + (1 - t) noise, with images in [0, 1] and t from 0, noise, to 1.
 
     python dkdm.py --teacher=docs/flow_vit.py --student_prediction=x0
-    python dkdm.py --student=docs/flow_vit.py --student_prediction=x0 --method=jumps --jumps=8 --lr=1e-3 \
-        --walks=4096 --batch_size=128 --lr_warmup=200 --max_steps=10000
+    torchrun --nproc_per_node=2 dkdm.py --student=docs/flow_vit.py --student_prediction=x0 --method=jumps \
+        --jumps=8 --walks=4096 --lr=1e-3 --batch_size=128 --lr_warmup=200 --max_steps=8000
 """
 import math
 
