@@ -959,6 +959,7 @@ def users(tiny):
     Path('clf.py').write_text(MY_CLASSIFIER)
     Path('bare.py').write_text(MY_CLASSIFIER.replace('self.stages', 'self.other'))
     Path('raises.py').write_text(MY_NET.replace("h = self", "h = self.typo + self"))
+    Path('deaf.py').write_text(MY_NET.replace("h = self", "h = 0 * self"))
 
 
 def test_networks_of_the_user(users):
@@ -972,6 +973,9 @@ def test_networks_of_the_user(users):
     run(f'{foreign} {JUMPS} --init_from=resume --out_dir=f', ranks=0)
     run(f'{foreign} {JUMPS} --out_dir=g')
     assert same_file('f/student.safetensors', 'g/student.safetensors') and rows('f') == rows('g')
+    out = run(f'{MINE} --teacher=deaf.py --student=deaf.py --max_steps=2 --out_dir=h')
+    assert 'deaf.py gives the same output' in out and 'the student gives the same output' in out
+    assert 'same output' not in outs[0] + outs[3]
     follow(outs[2], f'--num_samples=8 --out_dir=ec')
     follow(outs[3], f'--num_samples=8 --out_dir=ed')
     names = [row['model'] for row in metrics('ed')]
