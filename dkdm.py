@@ -49,6 +49,8 @@ uncond_prob = 0.0            # conditional students: how often the condition is 
 jumps = 1                    # evaluations of the student per image
 walks = 2048                 # finished walks of the teacher in the pool, over all ranks
 walk_steps = 16              # teacher evaluations per walk, a multiple of jumps
+refine = False               # every evaluation aims at the end of the walk, and starts where the
+                             # student's own earlier ones arrive
 walk_evals = 0               # teacher evaluations per training step, which make new walks to
                              # replace the oldest; 0: the pool stays as it is
 walks_start = 1.0            # fraction of the pool that is filled before the first step
@@ -372,6 +374,36 @@ def jump_step(student, walks, diffusion, batch_size, autocast=contextlib.nullcon
     return mean_and_backward({'mse': losses['mse']}, scale)
 
 
+def refine_step(
+    student, ema, walks, diffusion, batch_size, jumps, autocast=contextlib.nullcontext(), scale=1.0
+):
+    """Like jump_step, but every evaluation aims at the image of its walk, and starts where the
+    earlier evaluations of `ema`, the student's average, arrive from the walk's noise.
+
+    Each of the `jumps` evaluations has walks of its own. So the states that it starts from have the
+    errors of new noise: on the walks that the earlier evaluations learn from, there are hardly any.
+    """
+    x, n = walks.x, batch_size
+    times = M.sampling_steps(walks.diffusion.T, jumps)
+    k = torch.arange(n, device=x.device) * jumps // n  # as many images for each evaluation
+    full = min(walks.done, x.shape[1])
+    idx = torch.randint(full // jumps, (n,), device=x.device) * jumps + k
+    y = None if walks.now_y is None else walks.y[idx]
+    x_t, x0 = x[0, idx].float(), x[-1, idx].float()
+    t = torch.full_like(k, times[0])
+    for j in range(1, jumps):
+        later = slice(-(-n * j // jumps), n)  # k >= j
+        with torch.no_grad(), autocast:
+            out = ema(x_t[later], t[later], None if y is None else y[later])
+        x_t[later] = diffusion.ddim_step(out, x_t[later], t[later], times[j])
+        t[later] = times[j]
+    target = diffusion.target(x0, x_t, t, diffusion.prediction)
+    with autocast:
+        out = student(x_t, t, y)
+    losses = diffusion.losses(out[:, : x0.shape[1]], target, x_t, None, None, t, lam=0)
+    return mean_and_backward({'mse': losses['mse']}, scale)
+
+
 # ==== training on images: teachers, and the baselines of the paper ====
 class Images:
     """A set of uint8 images (N, C, H, W) with labels (N,) or None, on the device."""
@@ -539,6 +571,10 @@ if __name__ == '__main__':
             "class_cond is for method='data'; other students have the classes of the teacher",
         ),
         (
+            refine and (method != 'jumps' or batch_size < jumps),
+            "refine is for method='jumps', with at least as many images per batch as jumps",
+        ),
+        (
             rho <= 0 or stride < 1 or batch_size < 1 or walks < 1,
             'rho, stride, batch_size and walks must be above 0',
         ),
@@ -661,7 +697,7 @@ if __name__ == '__main__':
         )
     elif method == 'jumps':
         source = Walks(
-            -(-walks // world), jumps, walk_steps, (C, H, H), diffusion_T, micro_batch, draw_labels,
+            -(-walks // world), 1 if refine else jumps, walk_steps, (C, H, H), diffusion_T, micro_batch, draw_labels,
             getattr(torch, pool_dtype), device
         )
     elif method == 'synthetic':
@@ -830,7 +866,11 @@ if __name__ == '__main__':
         for i in range(grad_accum):
             if world > 1:
                 model.require_backward_grad_sync = i == grad_accum - 1
-            if method == 'jumps':
+            if refine:
+                terms = refine_step(
+                    model, net_ema, source, diffusion, micro_batch, jumps, autocast, 1 / grad_accum
+                )
+            elif method == 'jumps':
                 terms = jump_step(model, source, diffusion, micro_batch, autocast, 1 / grad_accum)
             elif walking:
                 jump = None

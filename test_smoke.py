@@ -363,6 +363,28 @@ def test_one_step_of_dkdm():
     assert torch.equal(pool.x, fresh) and torch.equal(pool.t, torch.where(t == 0, 49, t - 1))
 
 
+def test_evaluations_that_refine():
+    """Each starts where the student's own earlier ones arrive, and aims at the walk's image."""
+    torch.manual_seed(0)
+    d = M.Diffusion('cosine', 50, 'x0', learn_sigma=False, clip=False)
+    net_T, net = (fill(M.UNet(8, 1, 1, 16, 1, (1, 2), (4,))) for _ in range(2))
+    net.out[2].weight.data *= 0.5
+    walks = dkdm.Walks(6, 1, 6, (1, 8, 8), d, 6)
+    walks.fill(dkdm.make_teacher(net_T), progress=False)
+    torch.manual_seed(1)
+    found = dkdm.refine_step(net, net, walks, d, 6, jumps=3)['mse']
+    torch.manual_seed(1)
+    k = torch.tensor([0, 0, 1, 1, 2, 2])
+    x, x0 = walks.x[:, 3 * torch.randint(2, (6,)) + k]
+    errors = []
+    for t, s in ((49, 32), (32, 16), (16, -1)):
+        out = net(x, torch.full((6,), t))
+        errors.append((out - x0).square().mean((1, 2, 3)))
+        x = d.ddim_step(out, x, t, s)
+    wanted = torch.stack(errors)[k, torch.arange(6)].mean()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_part_1_of_models_stands_alone():
     part1, part2 = (ROOT / 'models.py').read_text().split('# ==== Part 2')
     used = {node.id for node in ast.walk(ast.parse(part1)) if isinstance(node, ast.Name)}
@@ -799,12 +821,14 @@ def test_every_method(tiny):
         more = '--num_samples=8 --reference=images.npz --features=classifier.safetensors'
         follow(out, f'{more} --out_dir=e{i}')
         assert metrics(f'e{i}')[0]['steps'] == 2  # of the file's header, or of the command
-    at_once(one, enumerate([*lines(METHODS), JUMPS + ' --teacher=classes.safetensors']))
+    few = JUMPS + ' --teacher=classes.safetensors'
+    at_once(one, enumerate([*lines(METHODS), few, few + ' --refine=True']))
 
 
 RESUMED = {
     'dkdm': f"{DKDM} --student_config.dropout=0.1 --max_steps=12 --log_every=2 --save_every=3",
     'jumps': f'{DKDM} {JUMPS} --max_steps=12 --save_every=3',
+    'refine': f'{DKDM} {JUMPS} --refine=True --max_steps=12 --save_every=3',
     'classifier': f'{CLASSIFIER} --epochs=4 --batch_size=8 --augment_flip=True',
     'vae': f'{VAE} --method=synthetic --data=images.npz --flip=True --max_steps=12 --save_every=3',
     'synth': f'{SYNTH} --batch_size=4 --num_images=48'}
@@ -1402,6 +1426,7 @@ MISTAKES = lines("""
     dkdm.py --teacher=teacher.safetensors --method=jumps --jumps=3 : multiple of jumps
     dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : 'v'
     dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_features=gone.pt : no file gone
+    dkdm.py --teacher=teacher.safetensors --refine=True : for method='jumps'
     dkdm.py --method=data : needs images
     dkdm.py --method=data --data=nothing : no images at
     dkdm.py --method=data --data=flat.npz : N x H x W x C

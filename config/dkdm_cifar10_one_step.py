@@ -1,6 +1,10 @@
 # Natural images in one evaluation: the student of config/dkdm_cifar10_small.py's size.
 # python dkdm.py config/dkdm_cifar10_one_step.py
-# two passes: --jumps=2 --out_dir=out/cifar10_two_steps, four: --jumps=4 --out_dir=out/cifar10_four_steps
+# two passes, and then four, each from the student before:
+#   --jumps=2 --refine=True --seed=1 --init_from=out/cifar10_one_step/student.safetensors \
+#       --max_steps=2000 --out_dir=out/cifar10_two_steps
+#   --jumps=4 --refine=True --seed=2 --init_from=out/cifar10_two_steps/student.safetensors \
+#       --max_steps=1500 --out_dir=out/cifar10_four_steps
 method = 'jumps'
 student_prediction = 'x0'     # of 'v', some of the noise of x_t stays in the images of several jumps
 teacher = 'pretrained/cifar10_classes.safetensors'
