@@ -1,5 +1,5 @@
 # Natural images in one evaluation: the student of config/dkdm_cifar10_small.py's size.
-# python dkdm.py config/dkdm_cifar10_one_step.py
+# torchrun --nproc_per_node=2 dkdm.py config/dkdm_cifar10_one_step.py     # on a CPU, a rank per core
 # two passes, and then four, each from the student before:
 #   --jumps=2 --refine=True --seed=1 --init_from=out/cifar10_one_step/student.safetensors \
 #       --max_steps=2000 --out_dir=out/cifar10_two_steps
@@ -14,7 +14,7 @@ student_config = dict(model_channels=22, channel_mult=(1, 2, 2), attention_resol
 jumps = 1
 walks = 2048
 walk_steps = 16
-max_steps = 3000
+max_steps = 2700
 batch_size = 64
 lr = 2e-3
 lr_warmup = 200
