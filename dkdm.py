@@ -362,16 +362,22 @@ class Walks:
         self.states = [x.to(self.x.device) for x in self.states]
 
 
-def jump_step(student, walks, diffusion, batch_size, autocast=contextlib.nullcontext(), scale=1.0):
-    """Adds the gradient of the student's loss on one batch of jumps. Returns the loss terms, {name:
-    mean}."""
-    x_t, t, x_s, s, y = walks.draw(batch_size)
-    x0 = diffusion.jump_x0(x_t, t, x_s, s)
+def regress(student, x0, x_t, t, y, diffusion, autocast, scale):
+    """Adds the gradient of the squared error of the student's prediction at (x_t, t, y), where x0 is
+    the image to predict. Returns the loss terms, {name: mean}."""
     target = diffusion.target(x0, x_t, t, diffusion.prediction)
     with autocast:
         out = student(x_t, t, y)
     losses = diffusion.losses(out[:, : x0.shape[1]], target, x_t, None, None, t, lam=0)
     return mean_and_backward({'mse': losses['mse']}, scale)
+
+
+def jump_step(student, walks, diffusion, batch_size, autocast=contextlib.nullcontext(), scale=1.0):
+    """Adds the gradient of the student's loss on one batch of jumps. Returns the loss terms, {name:
+    mean}."""
+    x_t, t, x_s, s, y = walks.draw(batch_size)
+    x0 = diffusion.jump_x0(x_t, t, x_s, s)
+    return regress(student, x0, x_t, t, y, diffusion, autocast, scale)
 
 
 def refine_step(
@@ -397,11 +403,7 @@ def refine_step(
             out = ema(x_t[later], t[later], None if y is None else y[later])
         x_t[later] = diffusion.ddim_step(out, x_t[later], t[later], times[j])
         t[later] = times[j]
-    target = diffusion.target(x0, x_t, t, diffusion.prediction)
-    with autocast:
-        out = student(x_t, t, y)
-    losses = diffusion.losses(out[:, : x0.shape[1]], target, x_t, None, None, t, lam=0)
-    return mean_and_backward({'mse': losses['mse']}, scale)
+    return regress(student, x0, x_t, t, y, diffusion, autocast, scale)
 
 
 # ==== training on images: teachers, and the baselines of the paper ====
@@ -570,10 +572,7 @@ if __name__ == '__main__':
             class_cond and method != 'data',
             "class_cond is for method='data'; other students have the classes of the teacher",
         ),
-        (
-            refine and (method != 'jumps' or batch_size < jumps),
-            "refine is for method='jumps', with at least as many images per batch as jumps",
-        ),
+        (refine and method != 'jumps', "refine is for method='jumps'"),
         (
             rho <= 0 or stride < 1 or batch_size < 1 or walks < 1,
             'rho, stride, batch_size and walks must be above 0',
@@ -587,6 +586,8 @@ if __name__ == '__main__':
             raise M.UserError(message)
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
     micro_batch = M.per_rank(batch_size, world, grad_accum)  # images of one forward pass
+    if refine and micro_batch < jumps:  # some evaluations would never be trained
+        raise M.UserError(f'refine: {micro_batch} images per forward pass for {jumps} jumps')
     compute_dtype = M.pick_dtype(device, dtype)
     if wandb:
         import wandb as wb
@@ -697,8 +698,8 @@ if __name__ == '__main__':
         )
     elif method == 'jumps':
         source = Walks(
-            -(-walks // world), 1 if refine else jumps, walk_steps, (C, H, H), diffusion_T, micro_batch, draw_labels,
-            getattr(torch, pool_dtype), device
+            -(-walks // world), 1 if refine else jumps, walk_steps, (C, H, H), diffusion_T,
+            micro_batch, draw_labels, getattr(torch, pool_dtype), device
         )
     elif method == 'synthetic':
         path = synthetic or os.path.join(out_dir, f'synthetic_rank{rank}.npz')

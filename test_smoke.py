@@ -1427,6 +1427,7 @@ MISTAKES = lines("""
     dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : 'v'
     dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_features=gone.pt : no file gone
     dkdm.py --teacher=teacher.safetensors --refine=True : for method='jumps'
+    dkdm.py --method=jumps --refine=True --jumps=4 --batch_size=8 --grad_accum=4 : 2 images per
     dkdm.py --method=data : needs images
     dkdm.py --method=data --data=nothing : no images at
     dkdm.py --method=data --data=flat.npz : N x H x W x C
