@@ -363,8 +363,8 @@ class Walks:
 
 
 def regress(student, x0, x_t, t, y, diffusion, autocast, scale):
-    """Adds the gradient of the squared error of the student's prediction at (x_t, t, y), where x0 is
-    the image to predict. Returns the loss terms, {name: mean}."""
+    """Adds the gradient of the squared error of the student's prediction at (x_t, t, y), where x0
+    is the image to predict. Returns the loss terms, {name: mean}."""
     target = diffusion.target(x0, x_t, t, diffusion.prediction)
     with autocast:
         out = student(x_t, t, y)
