@@ -36,7 +36,7 @@ kl_warmup = 500              # 'data': steps in which the weight of the KL grows
 # optimisation
 max_steps = 1800
 batch_size = 32              # over all ranks; the slides: 128
-lr = 1e-2                    # the slides: 1e-4, for 50 epochs
+lr = 1e-2                    # the slides: 50 epochs, at a rate that they do not give
 lr_decay = True              # cosine decay to 0 at max_steps
 weight_decay = 1e-4          # Adam's L2 penalty, added to the gradient
 grad_clip = 0.0              # largest norm of the gradient; 0 for none

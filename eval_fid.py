@@ -280,7 +280,7 @@ def load_network(spec, dtype, **known):
     if file and weights:
         is_denoiser = 'diffusion' in M.read_weights(weights)[1]
     elif file:
-        is_denoiser = isinstance(M.run_file(file).load(), tuple)
+        is_denoiser = isinstance(M.function_of(file, 'load')(), tuple)
     elif os.path.isfile(spec):
         is_denoiser = M.read_model(spec)[1].get('net', {}).get('class') != 'LVAE'
     else:

@@ -1293,9 +1293,17 @@ def run_file(path):
     return sys.modules[path]
 
 
+def function_of(path, name):
+    """The function `name` of a user's Python file. Raises UserError if the file has none."""
+    module = run_file(path)
+    if not hasattr(module, name):
+        raise UserError(f'{path} has no {name}(): a teacher has load(), a student build()')
+    return getattr(module, name)
+
+
 def build_from_file(path, **kw):
     """The network that build(**kw) in a user's file returns; `built_as` records the call."""
-    net = run_file(path).build(**kw)
+    net = function_of(path, 'build')(**kw)
     net.built_as = {'class': 'file', 'file': os.path.basename(path)} | kw
     for name in ('num_classes', 'in_channels', 'image_size'):
         if name in kw and not hasattr(net, name):
@@ -1307,7 +1315,7 @@ def load_from_file(path, weights):
     """(net, header) of a user's file: the result of its load(); or, if `weights` are given, the
     network of its build() with these weights."""
     if not weights:
-        return run_file(path).load(), {}
+        return function_of(path, 'load')(), {}
     state, header = read_weights(weights)
     kw = {k: v for k, v in header.get('net', {}).items() if k not in ('class', 'file')}
     return load_state(build_from_file(path, **kw), unwrap(state, weights), weights), header
@@ -1883,13 +1891,31 @@ class Autoencoder(nn.Module):
         return self.decode(noise, self.encode(x))
 
 
+def check_image_range(net, spec):
+    """Raises UserError if the images of a user's generator do not lie in its `image_range`."""
+    low, high = getattr(net, 'image_range', (0, 1))
+    slack = (high - low) / 4  # an output without bounds exceeds its range a little
+    with torch.no_grad():
+        images = net.decode(net.noise(16))
+    images = images if torch.is_tensor(images) else images[0]
+    outside = (images < low - slack) | (images > high + slack)
+    if outside.float().mean() > 0.05:
+        raise UserError(
+            f'{spec}: the images have values from {images.min():.2f} to {images.max():.2f}, but '
+            f'the image_range of the network is {low, high}'
+        )
+
+
 def load_vae(spec):
     """A frozen VAE or generator in eval mode: an LVAE of ours (.safetensors); diffusers'
     AutoencoderKL or AutoencoderTiny as a folder or hub id, alone or in a pipeline; or a
     user's Python file. Raises UserError for anything else."""
     file, weights = split_file(spec)
     if file:
-        return frozen(load_from_file(file, weights)[0])
+        net = frozen(load_from_file(file, weights)[0])
+        if not weights:
+            check_image_range(net, spec)
+        return net
     if spec.endswith(WEIGHTS):
         state, header = read_model(spec)
         if header.get('net', {}).get('class') != 'LVAE':

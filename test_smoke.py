@@ -980,6 +980,8 @@ MINE = f'dkdm.py --teacher=mine.py {STEPS_6}'
 def users(tiny):
     Path('mine.py').write_text(MY_NET)
     Path('gan.py').write_text(MY_GAN)
+    Path('student.py').write_text('def build():\n    pass\n')
+    Path('range.py').write_text(MY_GAN.replace('sigmoid()', 'mul(20)'))
     Path('clf.py').write_text(MY_CLASSIFIER)
     Path('bare.py').write_text(MY_CLASSIFIER.replace('self.stages', 'self.other'))
     Path('raises.py').write_text(MY_NET.replace("h = self", "h = self.typo + self"))
@@ -1024,6 +1026,9 @@ def test_generators_and_classifiers_of_the_user(users):
     follow(out, '--num_samples=16')
     names = [row['model'] for row in metrics('out/eval')]
     assert names == ['gan.py:o/student.safetensors', 'gan.py']
+    bad = 'distill_vae.py --out_dir=p --student=gan.py'
+    assert 'image_range of the network is (0, 1)' in run(f'{bad} --teacher=range.py', ok=False)
+    assert 'student.py has no load()' in run(f'{bad} --teacher=student.py', ok=False)
     args = CLASSIFIER.replace('classifier.safetensors', 'clf.py') + ' --epochs=1 '
     at_once(run, [f'{args} --out_dir=a', f'{args} --student=clf.py --out_dir=b',
                   f'{SYNTH} --teacher=clf.py --out_dir=s'])

@@ -1,4 +1,5 @@
-# The slides' students: 50 epochs on the 1,000 images of config/synth_vae_sd15.py, Adam at 1e-4.
+# The slides' students: 50 epochs on the 1,000 images of config/synth_vae_sd15.py. The rate of Adam is
+# not in them; 1e-4 is ours.
 # CIFAR-10, CelebA-HQ, and the slides' row with data:
 # python distill_vae.py config/vae_slides.py
 # python distill_vae.py config/vae_slides.py --teacher=out/vae_celebahq64_teacher/student.safetensors --data=out/synth_vae_celebahq64 --out_dir=out/vae_slides_celebahq64
