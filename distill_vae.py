@@ -103,11 +103,9 @@ def below_prior(seen, n):
     return rows
 
 
-def split_rows(gaussians, n):
-    """The first n rows of a list of Gaussians (mean, std), and the rest."""
-    first = [(mean[:n], std[:n]) for mean, std in gaussians]
-    rest = [(mean[n:], std[n:]) for mean, std in gaussians]
-    return first, rest
+def rows_of(gaussians, part):
+    """The rows `part`, a slice, of a list of Gaussians (mean, std)."""
+    return [(mean[part], std[part]) for mean, std in gaussians]
 
 
 def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1):
@@ -127,10 +125,9 @@ def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1)
         out_T, q_T, p_T = decode(teacher, noise, seen_T)
     out, q, p = decode(student, noise, seen)  # both decoders, from the same noise
     mean, mean_T = out[:, :channels], out_T[:, :channels]
-    p, _ = split_rows(p, n)
-    p_T, _ = split_rows(p_T, n)
-    _, q = split_rows(q, n)
-    _, q_T = split_rows(q_T, n)
+    prior, posterior = slice(n), slice(n, None)
+    p, p_T = rows_of(p, prior), rows_of(p_T, prior)
+    q, q_T = rows_of(q, posterior), rows_of(q_T, posterior)
     terms = {}
     if n:
         if p:
@@ -159,15 +156,11 @@ def build_vae(config, teacher):
     """A VAE with random weights from `config`, which is the teacher's config with changes. Raises
     UserError for another class or an unknown key."""
     kind = teacher['class']
-    odd = (
-        config.keys() - teacher.keys() - {'width'}
-        if kind == 'LVAE'
-        else config.keys() - teacher.keys()
-    )
+    odd = config.keys() - teacher.keys()
     if odd or config['class'] != kind:
         raise M.UserError(
-            f"student_config: a {kind} has no {min(odd, default='class')!r}; it has "
-            f"{', '.join(k for k in teacher if k != 'class') or 'width'}"
+            f"student_config: {kind} has no {min(odd, default='class')!r}; it has "
+            f"{', '.join(k for k in teacher if k != 'class')}"
         )
     if kind == 'LVAE':
         return M.make(config)
@@ -199,7 +192,7 @@ if __name__ == '__main__':
     micro_batch = M.per_rank(batch_size, world)  # images of one forward pass
     compute_dtype = M.pick_dtype(device, dtype)
     distilling = method != 'data'
-    foreign = teacher.partition('.py')[1] or student
+    foreign = M.split_file(teacher)[0] or student
     if foreign and method != 'prior':
         raise M.UserError(
             "a generator from a Python file can only be distilled from noise: method='prior', not "
@@ -238,7 +231,7 @@ if __name__ == '__main__':
         raise M.UserError(f'{teacher} needs a student: --student=FILE.py with build()')
     else:
         base = (
-            {'class': 'LVAE', 'image_size': images.shape[-1], 'in_channels': channels}
+            {'class': 'LVAE', 'image_size': images.shape[-1], 'in_channels': channels, 'width': 128}
             if net_T is None
             else net_T.config
         )
@@ -332,14 +325,10 @@ if __name__ == '__main__':
         step, count = shared['step'], own['count']
         sums = {k: v.to(device) for k, v in own['sums'].items()}
     if rank == 0:
-        for role, name, n in (('teacher', teacher, net_T), ('student', student, net)):
+        for role, n in (('teacher', net_T), ('student', net)):
             if n is not None:
                 size = sum(p.numel() for p in n.parameters())
-                print(
-                    f"{role} {name}: "
-                    f"{M.description(n)['class'] if n is net else type(n).__name__}, "
-                    f'{size / 1e6:.3f} M parameters'
-                )
+                print(f'{role}: {type(n).__name__}, {size / 1e6:.3f} M parameters')
         print(f'{method}, {max_steps:,} steps of {batch_size} images on {world} x {device.type}')
         log = M.Log(os.path.join(out_dir, 'log.csv'), step)
     stop = M.StopFlag()

@@ -88,7 +88,7 @@ out_dir = 'out/dkdm'
 init_from = 'scratch'        # 'scratch', 'resume', or a student's file to start from
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
-sampler = 'ddim'             # of samples.png: 'ddpm', 'ddim' or 'dpm++'
+sampler = 'ddim'             # of samples.png and eval_every: 'ddpm', 'ddim' or 'dpm++'
 sample_steps = 0             # evaluations per image; 0 is 8, or the student's jumps. The paper
                              # takes 50 of ddpm for pixels, 200 of ddim for latents
 seed = 0
@@ -386,12 +386,13 @@ def refine_step(
     """Like jump_step, but every evaluation aims at the image of its walk, and starts where the
     earlier evaluations of `ema`, the student's average, arrive from the walk's noise.
 
-    Each of the `jumps` evaluations has walks of its own. So the states that it starts from have the
-    errors of new noise: on the walks that the earlier evaluations learn from, there are hardly any.
+    Evaluation k learns only from the walks whose index is k modulo `jumps`. The evaluations before
+    it have not learned from these walks, so what it gets from them has the errors that they make
+    on new noise; on their own walks they make hardly any.
     """
     x, n = walks.x, batch_size
     times = M.sampling_steps(walks.diffusion.T, jumps)
-    k = torch.arange(n, device=x.device) * jumps // n  # as many images for each evaluation
+    k = torch.arange(n, device=x.device) * jumps // n  # image i is for evaluation k[i], as many for each
     full = min(walks.done, x.shape[1])
     idx = torch.randint(full // jumps, (n,), device=x.device) * jumps + k
     y = None if walks.now_y is None else walks.y[idx]
@@ -504,8 +505,8 @@ def build_denoiser(
         if net.condition != condition or condition == 'class' and net.num_classes != num_classes:
             raise M.UserError(
                 f"{spec} takes {net.num_classes or ''} {net.condition or 'no condition'}, the "
-                f"teacher {num_classes or ''} {condition or 'none'} (num_class_embeds has one "
-                "more, for none)"
+                f"teacher {num_classes or ''} {condition or 'none'} (num_class_embeds counts the "
+                'null class too)'
             )
         net.num_classes = num_classes
         net.shared = getattr(teacher, 'shared', net.shared)
@@ -574,6 +575,10 @@ if __name__ == '__main__':
         ),
         (refine and method != 'jumps', "refine is for method='jumps'"),
         (
+            method == 'iterative' and grad_accum > 1,
+            "method='iterative' moves all images at once: grad_accum must be 1",
+        ),
+        (
             rho <= 0 or stride < 1 or batch_size < 1 or walks < 1,
             'rho, stride, batch_size and walks must be above 0',
         ),
@@ -587,7 +592,10 @@ if __name__ == '__main__':
     device, autocast, rank, world = M.init_distributed(device, dtype, seed)
     micro_batch = M.per_rank(batch_size, world, grad_accum)  # images of one forward pass
     if refine and micro_batch < jumps:  # some evaluations would never be trained
-        raise M.UserError(f'refine: {micro_batch} images per forward pass for {jumps} jumps')
+        raise M.UserError(
+            f'refine needs an image per jump in a forward pass, but batch_size / ranks / grad_accum '
+            f'is {micro_batch}, and jumps is {jumps}'
+        )
     compute_dtype = M.pick_dtype(device, dtype)
     if wandb:
         import wandb as wb
@@ -663,14 +671,12 @@ if __name__ == '__main__':
         process['learn_sigma'] = output_channels(net, device) == 2 * C
         diffusion = M.Diffusion(**process)
     sample_steps = sample_steps or (jumps if method == 'jumps' else 8)
-    net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     trained = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(
         trained, lr, (0.9, adamw['beta2']), weight_decay=adamw['weight_decay'], fused=True
     )
     checkpoint = M.resume(config, rank, net)
-    if checkpoint is None:
-        net_ema.load_state_dict(net.state_dict())  # init_from may have changed them
+    net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     model = torch.compile(net, dynamic=False) if compile else net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
@@ -702,12 +708,13 @@ if __name__ == '__main__':
             micro_batch, draw_labels, getattr(torch, pool_dtype), device
         )
     elif method == 'synthetic':
-        path = synthetic or os.path.join(out_dir, f'synthetic_rank{rank}.npz')
+        path = os.path.join(out_dir, f'synthetic_rank{rank}.npz')
         if not synthetic and not checkpoint:  # a resumed run finds them on disk
             n = -(-synthetic_images // world)
+            draw = make_labels(num_classes, device=device)  # Images draws the null condition
             images, labels = make_images(
-                run_T, diffusion_T, n, (C, H, H), synthetic_steps, draw_labels, guidance,
-                micro_batch, autocast, rank == 0
+                run_T, diffusion_T, n, (C, H, H), synthetic_steps, draw, guidance, micro_batch,
+                autocast, rank == 0
             )
             arrays = {'arr_0': images.permute(0, 2, 3, 1).numpy()}
             if labels is not None:
@@ -718,12 +725,18 @@ if __name__ == '__main__':
             evaluations = len(images) * synthetic_steps
         if real_fraction:  # Data-Limited Training
             real, real_labels = M.load_images(data, channels=C)
-            picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed + rank))
-            picked = picked[: round(real_fraction * len(images))]
-            made = len(images) - len(picked)
-            images = torch.cat([images[:made], real[picked]])
+            wanted = round(real_fraction * len(images))
+            if wanted > len(real):
+                raise M.UserError(
+                    f'real_fraction={real_fraction} of {len(images)} images is {wanted}, but '
+                    f'{data} has only {len(real)}'
+                )
+            g = torch.Generator().manual_seed(seed + rank)
+            picked = torch.randperm(len(real), generator=g)[:wanted]
+            kept = torch.randperm(len(images), generator=g)[wanted:]
+            images = torch.cat([images[kept], real[picked]])
             if num_classes and labels is not None and real_labels is not None:
-                labels = torch.cat([labels[:made], real_labels[picked]])
+                labels = torch.cat([labels[kept], real_labels[picked]])
             else:
                 labels = None
     if method in ('data', 'synthetic'):
@@ -762,7 +775,6 @@ if __name__ == '__main__':
         about['pipeline'] = pipeline
     if method == 'jumps':
         about['sampling'] = dict(sampler='ddim', steps=jumps, spacing='trailing')
-    stop = M.StopFlag()
     last_pictures = time.time()
 
     def pictures(seconds_per_evaluation):
@@ -841,19 +853,20 @@ if __name__ == '__main__':
             source.load(own['pool'])
     elif method == 'jumps':
         evaluations = source.fill(ask_teacher, walks_start, rank == 0)
-        save_checkpoint()  # so that the walks are not lost
     elif walking:
         evaluations = source.fill(
             ask_teacher, warmup_steps or max(1, T // stride), micro_batch, method == 'iterative',
             rank == 0
         )
-        save_checkpoint()
+    if not checkpoint and method != 'data':
+        save_checkpoint()  # so that the walks or the synthetic images are not lost
     if rank == 0:
         log = M.Log(os.path.join(out_dir, 'log.csv'), step)
         if wandb:
             wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
         if method != 'data':
             print(f'{evaluations * world:,} teacher evaluations before the first step')
+    stop = M.StopFlag()  # a signal while the pool is filled ends the run at once
     net.train()
     first, leaving = step, 0
     start = time.time()  # of the loop; `seconds` in log.csv includes filling the pool

@@ -199,17 +199,16 @@ def load_inception(path=''):
     genuine = os.path.basename(url)
     if not path:
         path = os.path.join(torch.hub.get_dir(), 'checkpoints', genuine)
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with M.local_rank_0_first():
-                try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with M.local_rank_0_first():  # all ranks come here: it waits for them
+            try:
+                if not os.path.exists(path):
                     torch.hub.download_url_to_file(url, path, '6726825d', progress=False)
-                except OSError as e:
-                    raise M.UserError(
-                        f'the weights of Inception cannot be downloaded ({e}): put {genuine} from '
-                        f'{os.path.dirname(url)} to {path}, or name the file with '
-                        '--inception_weights'
-                    ) from e
+            except OSError as e:
+                raise M.UserError(
+                    f'the weights of Inception cannot be downloaded ({e}): put {genuine} from '
+                    f'{os.path.dirname(url)} to {path}, or name the file with --inception_weights'
+                ) from e
     state, _ = M.read_weights(path)
     # its own torch.load would run code
     with unittest.mock.patch.object(
@@ -268,7 +267,7 @@ def measure_set(batches, total, keep, extract, sizes, device, progress=True):
 def is_images(spec):
     """Whether a spec names images; otherwise it is a network."""
     if os.path.isdir(spec):
-        # else a diffusers pipeline
+        # a folder with this file is a diffusers pipeline, which is a network
         return not os.path.exists(os.path.join(spec, 'model_index.json'))
     path, _ = M.split_classes(spec)
     return path.endswith('.npz') or os.path.isdir(path) or M.torchvision_dataset(path) is not None
@@ -287,9 +286,7 @@ def load_network(spec, dtype, **known):
         is_denoiser = True
     if not is_denoiser:
         return M.load_vae(spec), None
-    return M.load_denoiser(
-        spec, dtype, **known if not file and (not os.path.isfile(spec) or M.is_plain(spec)) else {}
-    )
+    return M.load_denoiser(spec, dtype, **known if M.is_plain(spec) else {})
 
 
 def image_batches(images, batch_size, rank, world):
@@ -530,7 +527,8 @@ if __name__ == '__main__':
         os.makedirs(out_dir, exist_ok=True)
         with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
             f.write(json.dumps(row | said | how) + '\n')
-        name = os.path.splitext(spec.rstrip('/'))[0].replace(os.sep, '_').strip('._')[-100:]
+        stem = spec.rstrip('/') if os.path.isdir(spec) else os.path.splitext(spec)[0]
+        name = stem.replace(os.sep, '_').strip('._')[-100:]
         M.save_grid(os.path.join(out_dir, f'{name}.png'), [M.to_float(kept[0])], 10)
         if how:
             print(

@@ -203,8 +203,8 @@ def make_scheduler(diffusion, sampling, theirs=None):
             or theirs.config.get('shift') != diffusion.config['shift']
         ):
             raise M.UserError(
-                f"diffusers samples {diffusion.prediction!r} on {diffusion.config['schedule']!r} "
-                "by no scheduler but a flow's in the pipeline of its teacher"
+                f'no scheduler of diffusers samples the prediction {diffusion.prediction!r} of this '
+                "process; a flow can be exported only into its teacher's flow pipeline"
             )
         return theirs
     betas = M.betas_from_alpha_bar(diffusion.alpha_bar[:-1])
@@ -230,9 +230,7 @@ def make_scheduler(diffusion, sampling, theirs=None):
 # ==== the folder, renamed into place once complete ====
 if __name__ == '__main__':
     if os.path.isdir(out_dir) and os.listdir(out_dir):
-        raise M.UserError(
-            f'out_dir={out_dir} is not empty: use a new folder'
-        )
+        raise M.UserError(f'out_dir={out_dir} is not empty: use a new folder')
     net, diffusion = M.load_denoiser(model, **model_config)
     network = to_diffusers(net)
     kind = type(network).__name__

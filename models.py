@@ -1541,6 +1541,8 @@ def load_denoiser(spec, dtype=torch.float32, **known):
     file, weights = split_file(spec)
     hub_id = spec.count('/') == 1 and not spec.endswith(WEIGHTS) and not os.path.exists(spec)
     header = {}
+    if known and (file or hub_id or os.path.isdir(spec)):
+        raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
     if file:
         net, header = load_from_file(file, weights)
         if weights and 'diffusion' not in header:
@@ -1642,8 +1644,8 @@ def load_original(spec, state, known):
     """(net, diffusion) of an original checkpoint. The shapes give its architecture, except the
     image size, the number of heads, the order of qkv and the process. LDM keeps the network, its
     EMA (which is used) and the autoencoder in one dict."""
-    betas = state.get('state_dict', state).get('betas')
     inner = state.get('state_dict', state)
+    betas = inner.get('betas')
     names = [k.removeprefix('model.') for k in inner if k.startswith('model.diffusion_model.')]
     if names:
         state = {
@@ -1683,6 +1685,7 @@ def load_original(spec, state, known):
     odd = said.keys() - inspect.signature(kind).parameters.keys()
     if odd:
         raise UserError(f'{spec}: a {kind.__name__} and its process have no {min(odd)!r}')
+    # the shapes give learn_sigma, so it is not listed as assumed
     assume(spec, assumed | process | {'steps': 1000}, known | {'learn_sigma': 0})
     net = load_state(kind(**read | assumed | said), state, spec)
     return net, Diffusion(**process)
@@ -1790,6 +1793,8 @@ def load_classifier(spec, **known):
     image_size, mean, std (of images in [0, 1]), max_pool. Raises UserError.
     """
     file, weights = split_file(spec)
+    if file and known:
+        raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
     if file:
         return complete_classifier(frozen(load_from_file(file, weights)[0]))
     if spec.startswith('torchvision:'):
@@ -1995,7 +2000,7 @@ def load_images(spec, train=True, image_size=0, channels=0):
         found = []
         labels = []
         for image, label in open_images(path, train):
-            if classes is None or label in classes:
+            if classes is None or label is None or label in classes:
                 found.append(resize_images(image[None], image_size))
                 labels.append(label)
         if not found:
@@ -2172,6 +2177,7 @@ def save_grid(path, sets, columns):
     are shown, or the first one if there are two."""
     from torchvision.utils import save_image
 
+    columns = min(columns, len(sets[0]))  # the rows of two sets do not mix
     rows = []
     for parts in zip(*[images.split(columns) for images in sets]):
         rows += parts
@@ -2395,8 +2401,8 @@ def update_ema(ema, net, decay, step):
 
 # settings that may change when a run is resumed; all others must stay the same
 MAY_CHANGE = (
-    'init_from', 'out_dir', 'max_steps', 'epochs', 'log_every', 'save_every', 'sampler',
-    'sample_steps', 'device', 'compile', 'wandb', 'any_teacher'
+    'init_from', 'out_dir', 'max_steps', 'epochs', 'log_every', 'save_every', 'device', 'compile',
+    'wandb', 'any_teacher'
 )
 
 

@@ -59,7 +59,7 @@ bn_loss = 'l2'               # 'l2' (distance of means and of variances), 'kl' (
                              # Eq. (6) names it)
 lca = 'cutmix'               # augmentation, Eq. (11): 'cutmix', 'mixup', 'traditional' (flips and
                              # shifts) or 'none'
-lca_every = 8                # steps between augmentations; as many follow the last one
+lca_every = 8                # steps between augmentations, and at least as many after the last one
 # DeepInversion (Yin et al. 2020), prior = 'none': pixels, optimised by Adam
 lr = 0.1                     # its step size
 tv = 0.0                     # weight of the total variation: the mean squared difference of
@@ -290,7 +290,9 @@ def in_slices(fn, n, *rows):
 def as_kept(images, channels, image_size):
     """Converts the prior's images to the form in which they are kept: clamped to [-1, 1], with the
     teacher's channels, resized to image_size."""
-    images = images.clamp(-1, 1)
+    # clamp alone would be enough, but its gradient at exactly -1 and 1, where many pixels of a clamped
+    # x_0 are, is 1 in older versions of torch and 0 in newer ones
+    images = torch.where(images.abs() <= 1, images, images.clamp(-1, 1))
     if images.shape[1] != channels:
         images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
     return M.resize(images, image_size)
@@ -477,7 +479,6 @@ if __name__ == '__main__':
         return as_kept(M.decode(net, z), channels, image_size)
 
     def loss_of(images, y):
-        images = as_kept(images, channels, image_size)
         if vae:
             return vae_inversion_loss(net_T, (images + 1) / 2, (alpha, beta, gamma))
         return inversion_loss(

@@ -630,6 +630,9 @@ def test_folders_as_people_have_them(capsys):
     save_image('exif/a.png', turned, exif=exif)
     assert M.load_images('exif')[0][0, 0, 0].tolist() == list(range(56, -1, -8))
     M.save_grid('five.png', [torch.zeros(2, 5, 8, 8), torch.zeros(2, 5, 8, 8)], 2)
+    M.save_grid('rows.png', [-torch.ones(3, 1, 64, 64), torch.ones(3, 1, 64, 64)], 12)
+    picture = np.array(Image.open('rows.png'))[:, :, 0]
+    assert picture[:68].max() == 0 and picture[72:136, 4:68].min() == 255  # a row of each set
 
 
 def test_names_with_punctuation():
@@ -994,7 +997,8 @@ def test_networks_of_the_user(users):
     outs = at_once(run, [
         f'{MINE} {UNET} --guidance=2.0 --out_dir=a', f'{MINE} {UNET} {JUMPS} --out_dir=b',
         f'{foreign} --dtype=bfloat16 --out_dir=c', f'{MINE} --student=mine.py --out_dir=d',
-        f'{foreign} --method=synthetic --synthetic_images=8 --synthetic_steps=2 --out_dir=e',
+        f'{foreign} --method=synthetic --synthetic_images=8 --synthetic_steps=2 --uncond_prob=.5 '
+        '--out_dir=e',
         f'{foreign} {JUMPS} --max_steps=3 --out_dir=f'])
     run(f'{foreign} {JUMPS} --init_from=resume --out_dir=f', ranks=0)
     run(f'{foreign} {JUMPS} --out_dir=g')
@@ -1017,6 +1021,7 @@ def test_networks_of_the_user(users):
     process.join()
     err = said(folder, 'err')
     assert process.exitcode == 1 and 'Traceback' in err and "no attribute 'typo'" in err
+    assert 'says itself' in run(f'{MINE} --teacher_config.steps=9', ok=False)
 
 
 def test_generators_and_classifiers_of_the_user(users):
@@ -1238,6 +1243,13 @@ def test_every_kind_of_prior(pipelines):
     at_once(one, enumerate(PRIORS))
 
 
+def test_saturated_pixels_have_a_gradient():
+    """At the bounds of [-1, 1], where the gradient of clamp differs between versions of torch."""
+    x = torch.tensor([-1.5, -1, 0.3, 1, 1.5]).view(5, 1, 1, 1).requires_grad_()
+    synthesize.as_kept(x, 1, 1).sum().backward()
+    assert x.grad.flatten().tolist() == [0, 1, 1, 1, 0]
+
+
 def test_synthesis_restarts_and_ranks_share(tiny):
     run(f'{SYNTH} --out_dir=one')
     os.remove('one/images_0000_00001.npz')
@@ -1432,7 +1444,9 @@ MISTAKES = lines("""
     dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : 'v'
     dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_features=gone.pt : no file gone
     dkdm.py --teacher=teacher.safetensors --refine=True : for method='jumps'
-    dkdm.py --method=jumps --refine=True --jumps=4 --batch_size=8 --grad_accum=4 : 2 images per
+    dkdm.py --method=jumps --refine=True --jumps=4 --batch_size=8 --grad_accum=4 : an image per jump
+    dkdm.py --method=iterative --grad_accum=2 : grad_accum must be 1
+    dkdm.py --method=synthetic --synthetic=i.npz --data=i.npz:0-0 --real_fraction=.9 : has only
     dkdm.py --method=data : needs images
     dkdm.py --method=data --data=nothing : no images at
     dkdm.py --method=data --data=flat.npz : N x H x W x C
@@ -1452,6 +1466,7 @@ MISTAKES = lines("""
 def test_a_mistake_is_one_line(tiny):
     Path('wrong.py').write_text('rho = "much"')
     np.savez('flat.npz', arr_0=plain(0))
+    np.savez('i.npz', arr_0=np.zeros((20, 28, 28, 1), np.uint8), arr_1=np.arange(20) % 10)
 
     def one(line):
         command, _, message = line.partition(' : ')
