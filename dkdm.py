@@ -392,7 +392,8 @@ def refine_step(
     """
     x, n = walks.x, batch_size
     times = M.sampling_steps(walks.diffusion.T, jumps)
-    k = torch.arange(n, device=x.device) * jumps // n  # image i is for evaluation k[i], as many for each
+    # image i is for evaluation k[i]: as many images for each
+    k = torch.arange(n, device=x.device) * jumps // n
     full = min(walks.done, x.shape[1])
     idx = torch.randint(full // jumps, (n,), device=x.device) * jumps + k
     y = None if walks.now_y is None else walks.y[idx]
@@ -593,8 +594,8 @@ if __name__ == '__main__':
     micro_batch = M.per_rank(batch_size, world, grad_accum)  # images of one forward pass
     if refine and micro_batch < jumps:  # some evaluations would never be trained
         raise M.UserError(
-            f'refine needs an image per jump in a forward pass, but batch_size / ranks / grad_accum '
-            f'is {micro_batch}, and jumps is {jumps}'
+            'refine needs an image per jump in a forward pass, but batch_size / ranks / '
+            f'grad_accum is {micro_batch}, and jumps is {jumps}'
         )
     compute_dtype = M.pick_dtype(device, dtype)
     if wandb:

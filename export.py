@@ -203,8 +203,8 @@ def make_scheduler(diffusion, sampling, theirs=None):
             or theirs.config.get('shift') != diffusion.config['shift']
         ):
             raise M.UserError(
-                f'no scheduler of diffusers samples the prediction {diffusion.prediction!r} of this '
-                "process; a flow can be exported only into its teacher's flow pipeline"
+                f'no scheduler of diffusers samples the prediction {diffusion.prediction!r} of '
+                "this process; a flow can be exported only into its teacher's flow pipeline"
             )
         return theirs
     betas = M.betas_from_alpha_bar(diffusion.alpha_bar[:-1])

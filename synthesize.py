@@ -290,8 +290,8 @@ def in_slices(fn, n, *rows):
 def as_kept(images, channels, image_size):
     """Converts the prior's images to the form in which they are kept: clamped to [-1, 1], with the
     teacher's channels, resized to image_size."""
-    # clamp alone would be enough, but its gradient at exactly -1 and 1, where many pixels of a clamped
-    # x_0 are, is 1 in older versions of torch and 0 in newer ones
+    # clamp alone would do, but its gradient at exactly -1 and 1, where many pixels of a clamped x_0
+    # are, is 1 in older versions of torch and 0 in newer ones
     images = torch.where(images.abs() <= 1, images, images.clamp(-1, 1))
     if images.shape[1] != channels:
         images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
