@@ -1523,6 +1523,12 @@ def load_part(spec, *names):
 # ==== Loaders: denoisers
 
 
+def refuse_known(spec, known):
+    """Raises UserError if settings are given for a model that needs none, and would ignore them."""
+    if known:
+        raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
+
+
 def load_denoiser(spec, dtype=torch.float32, **known):
     """(net, diffusion) from one string; the network is in eval mode and frozen.
 
@@ -1541,8 +1547,8 @@ def load_denoiser(spec, dtype=torch.float32, **known):
     file, weights = split_file(spec)
     hub_id = spec.count('/') == 1 and not spec.endswith(WEIGHTS) and not os.path.exists(spec)
     header = {}
-    if known and (file or hub_id or os.path.isdir(spec)):
-        raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
+    if file or hub_id or os.path.isdir(spec):
+        refuse_known(spec, known)
     if file:
         net, header = load_from_file(file, weights)
         if weights and 'diffusion' not in header:
@@ -1559,9 +1565,8 @@ def load_denoiser(spec, dtype=torch.float32, **known):
             raise UserError(
                 f"{spec} is not a denoiser but a {header.get('net', {}).get('class', 'model')}"
             )
-        if header and known:
-            raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
         if header:
+            refuse_known(spec, known)
             net = load_state(make(header['net']), state, spec)
             diffusion = Diffusion(**header['diffusion'])
         else:
@@ -1793,9 +1798,8 @@ def load_classifier(spec, **known):
     image_size, mean, std (of images in [0, 1]), max_pool. Raises UserError.
     """
     file, weights = split_file(spec)
-    if file and known:
-        raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
     if file:
+        refuse_known(spec, known)
         return complete_classifier(frozen(load_from_file(file, weights)[0]))
     if spec.startswith('torchvision:'):
         from torchvision.models import get_model_weights
@@ -1812,8 +1816,7 @@ def load_classifier(spec, **known):
             raise UserError(
                 f"{spec} is not a classifier but a {header.get('net', {}).get('class', 'model')}"
             )
-        if known:
-            raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
+        refuse_known(spec, known)
         return frozen(load_state(make(header['net']), state, spec))
 
     state = unwrap(state, spec)
