@@ -49,6 +49,7 @@ uncond_prob = 0.0            # conditional students: how often the condition is 
 jumps = 1                    # evaluations of the student per image
 walks = 2048                 # finished walks of the teacher in the pool, over all ranks
 walk_steps = 16              # teacher evaluations per walk, a multiple of jumps
+jump_loss = 'l1'             # 'l1' (absolute error, clearer images) or 'l2' (squared error)
 refine = False               # every evaluation aims at the end of the walk, and starts where the
                              # student's own earlier ones arrive
 walk_evals = 0               # teacher evaluations per training step, which make new walks to
@@ -99,6 +100,7 @@ compile = False              # torch.compile, for GPUs
 wandb = ''                   # a Weights & Biases project, '' for none
 _ranges = {                  # allowed values of string settings
     'method': ('dynamic', 'shuffled', 'iterative', 'synthetic', 'data', 'jumps'),
+    'jump_loss': ('l1', 'l2'),
     'student_prediction': ('v', 'eps', 'x0', 'flow', 'teacher'),
     'sampler': ('ddpm', 'ddim', 'dpm++'),
     'schedule': ('cosine', 'linear', 'sqrt_linear', 'flow'),
@@ -277,7 +279,7 @@ def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
 #   repeat:
 #       x_t, x_s <- neighbouring states of randomly drawn walks
 #       x_0* = the x_0 whose DDIM step from x_t to s lands on x_s                  Diffusion.jump_x0
-#       student <- student - lr grad |out - (x_0* as the student's prediction)|^2
+#       student <- student - lr grad |out - (x_0* as the student's prediction)|
 class Walks:
     """Finished walks of the teacher: x (jumps + 1, N, C, H, W), the states at `times`, from noise
     to image. One batch of walks is always in progress; once finished, it replaces the oldest."""
@@ -362,26 +364,30 @@ class Walks:
         self.states = [x.to(self.x.device) for x in self.states]
 
 
-def regress(student, x0, x_t, t, y, diffusion, autocast, scale):
-    """Adds the gradient of the squared error of the student's prediction at (x_t, t, y), where x0
-    is the image to predict. Returns the loss terms, {name: mean}."""
+def regress(student, x0, x_t, t, y, diffusion, loss, autocast, scale):
+    """Adds the gradient of the error of the student's prediction at (x_t, t, y), where x0 is the
+    image to predict; `loss` is 'l1' or 'l2'. Returns the loss terms, {name: mean}."""
     target = diffusion.target(x0, x_t, t, diffusion.prediction)
     with autocast:
         out = student(x_t, t, y)
-    losses = diffusion.losses(out[:, : x0.shape[1]], target, x_t, None, None, t, lam=0)
-    return mean_and_backward({'mse': losses['mse']}, scale)
+    error = out[:, : x0.shape[1]].float() - target
+    error = error.abs() if loss == 'l1' else error**2
+    return mean_and_backward({loss: error.mean((1, 2, 3))}, scale)
 
 
-def jump_step(student, walks, diffusion, batch_size, autocast=contextlib.nullcontext(), scale=1.0):
-    """Adds the gradient of the student's loss on one batch of jumps. Returns the loss terms, {name:
-    mean}."""
+def jump_step(
+    student, walks, diffusion, batch_size, loss='l1', autocast=contextlib.nullcontext(), scale=1.0
+):
+    """Adds the gradient of the student's loss, 'l1' or 'l2', on one batch of jumps. Returns the
+    loss terms, {name: mean}."""
     x_t, t, x_s, s, y = walks.draw(batch_size)
     x0 = diffusion.jump_x0(x_t, t, x_s, s)
-    return regress(student, x0, x_t, t, y, diffusion, autocast, scale)
+    return regress(student, x0, x_t, t, y, diffusion, loss, autocast, scale)
 
 
 def refine_step(
-    student, ema, walks, diffusion, batch_size, jumps, autocast=contextlib.nullcontext(), scale=1.0
+    student, ema, walks, diffusion, batch_size, jumps, loss='l1',
+    autocast=contextlib.nullcontext(), scale=1.0
 ):
     """Like jump_step, but every evaluation aims at the image of its walk, and starts where the
     earlier evaluations of `ema`, the student's average, arrive from the walk's noise.
@@ -405,7 +411,7 @@ def refine_step(
             out = ema(x_t[later], t[later], None if y is None else y[later])
         x_t[later] = diffusion.ddim_step(out, x_t[later], t[later], times[j])
         t[later] = times[j]
-    return regress(student, x0, x_t, t, y, diffusion, autocast, scale)
+    return regress(student, x0, x_t, t, y, diffusion, loss, autocast, scale)
 
 
 # ==== training on images: teachers, and the baselines of the paper ====
@@ -883,10 +889,13 @@ if __name__ == '__main__':
                 model.require_backward_grad_sync = i == grad_accum - 1
             if refine:
                 terms = refine_step(
-                    model, net_ema, source, diffusion, micro_batch, jumps, autocast, 1 / grad_accum
+                    model, net_ema, source, diffusion, micro_batch, jumps, jump_loss, autocast,
+                    1 / grad_accum
                 )
             elif method == 'jumps':
-                terms = jump_step(model, source, diffusion, micro_batch, autocast, 1 / grad_accum)
+                terms = jump_step(
+                    model, source, diffusion, micro_batch, jump_loss, autocast, 1 / grad_accum
+                )
             elif walking:
                 jump = None
                 if method == 'iterative':  # all images share one t, on all ranks

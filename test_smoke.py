@@ -372,14 +372,14 @@ def test_evaluations_that_refine():
     walks = dkdm.Walks(6, 1, 6, (1, 8, 8), d, 6)
     walks.fill(dkdm.make_teacher(net_T), progress=False)
     torch.manual_seed(1)
-    found = dkdm.refine_step(net, net, walks, d, 6, jumps=3)['mse']
+    found = dkdm.refine_step(net, net, walks, d, 6, jumps=3)['l1']
     torch.manual_seed(1)
     k = torch.tensor([0, 0, 1, 1, 2, 2])
     x, x0 = walks.x[:, 3 * torch.randint(2, (6,)) + k]
     errors = []
     for t, s in ((49, 32), (32, 16), (16, -1)):
         out = net(x, torch.full((6,), t))
-        errors.append((out - x0).square().mean((1, 2, 3)))
+        errors.append((out - x0).abs().mean((1, 2, 3)))
         x = d.ddim_step(out, x, t, s)
     wanted = torch.stack(errors)[k, torch.arange(6)].mean()
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
@@ -825,7 +825,8 @@ def test_every_method(tiny):
         follow(out, f'{more} --out_dir=e{i}')
         assert metrics(f'e{i}')[0]['steps'] == 2  # of the file's header, or of the command
     few = JUMPS + ' --teacher=classes.safetensors'
-    at_once(one, enumerate([*lines(METHODS), few, few + ' --refine=True']))
+    few_step = few + ' --jump_loss=l2', few + ' --refine=True'
+    at_once(one, enumerate([*lines(METHODS), *few_step]))
 
 
 RESUMED = {
