@@ -663,7 +663,7 @@ if __name__ == '__main__':
         if prediction == 'eps':
             raise M.UserError(
                 "method='jumps' starts from pure noise, where eps does not determine x_0: use "
-                "student_prediction='v'"
+                "student_prediction='x0'"
             )
         learn_sigma = False  # its sampler adds no noise
         # x_0* averages clamped x_0s of the teacher, so the student's needs no clamping

@@ -1442,7 +1442,7 @@ MISTAKES = lines("""
     dkdm.py --teacher=teacher.safetensors --student=resnet8 : build()
     dkdm.py --teacher=teacher.safetensors --batch_size=9 --grad_accum=2 : multiple of
     dkdm.py --teacher=teacher.safetensors --method=jumps --jumps=3 : multiple of jumps
-    dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : 'v'
+    dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : 'x0'
     dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_features=gone.pt : no file gone
     dkdm.py --teacher=teacher.safetensors --refine=True : for method='jumps'
     dkdm.py --method=jumps --refine=True --jumps=4 --batch_size=8 --grad_accum=4 : an image per jump

@@ -27,12 +27,13 @@ def distances(run):
 
 
 def methods():
-    runs = {'dynamic': 'mnist-dynamic-1', 'shuffled': 'mnist-shuffled-1', 'synthetic': 'mnist-synthetic-1',
-            'data': 'mnist-data-1', 'iterative': 'mnist-iterative-0', 'long': 'long', 'stride1': 'stride1'}
-    for name, run in runs.items():
+    for run in (
+        'mnist-dynamic-1', 'mnist-shuffled-1', 'mnist-synthetic-1', 'mnist-data-1',
+        'mnist-iterative-0', 'long', 'stride1'
+    ):
         rows = distances(run)
         seconds = [float(row['seconds']) for row in rows]
-        plt.loglog(seconds, [float(row['frechet']) for row in rows], '.-', label=name)
+        plt.loglog(seconds, [float(row['frechet']) for row in rows], '.-', label=run)
     plt.xlabel('seconds')
     plt.ylabel('distance')
     plt.legend()
