@@ -255,7 +255,8 @@ def agreement(a, b):
 def class_names(spec):
     """The names of the class folders of a folder of images; [] for all else."""
     path, _ = M.split_classes(spec)
-    if not os.path.isdir(path) or M.shards_of(spec):
+    notes = os.path.join(path, 'val_annotations.txt')  # Tiny-ImageNet's val has no such folders
+    if not os.path.isdir(path) or M.shards_of(spec) or os.path.exists(notes):
         return []
     pairs = M.image_files(path)
     files = [file for file, label in pairs if label is not None]

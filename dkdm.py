@@ -580,7 +580,11 @@ if __name__ == '__main__':
             class_cond and method != 'data',
             "class_cond is for method='data'; other students have the classes of the teacher",
         ),
-        (refine and method != 'jumps', "refine is for method='jumps'"),
+        ((refine or walk_evals) and method != 'jumps', "refine, walk_evals are for method='jumps'"),
+        (
+            walks_start < 1 and not walk_evals,
+            'walks_start < 1 leaves a part of the pool empty that only walk_evals fills',
+        ),
         (
             method == 'iterative' and grad_accum > 1,
             "method='iterative' moves all images at once: grad_accum must be 1",
@@ -614,6 +618,8 @@ if __name__ == '__main__':
         C, H = images.shape[1:3]
         num_classes = 0
         if class_cond:
+            if labels is None:
+                raise M.UserError(f'class_cond: {data} has no labels')
             num_classes = int(labels.max()) + 1
         else:
             labels = None
@@ -635,11 +641,14 @@ if __name__ == '__main__':
         C, H = net_T.in_channels, net_T.image_size
         T, process = diffusion_T.T, diffusion_T.config
         num_classes = net_T.num_classes
-        if stride > T or warmup_steps > T:
+        if walking and (stride > T or warmup_steps > T):
             raise M.UserError(
                 f'stride={stride}, warmup_steps={warmup_steps}: the teacher has T={T} steps'
             )
-        guidance = guidance or (2.0 if num_classes else 1.0)
+        guided_before = getattr(net_T, 'guided', False)  # the teacher is a guided student itself
+        guidance = guidance or (2.0 if num_classes and not guided_before else 1.0)
+        if guidance != 1 and guided_before:
+            raise M.UserError(f'{teacher} already makes guided predictions: leave out guidance')
         if guidance != 1 and not num_classes:
             raise M.UserError(
                 f'guidance={guidance} needs classes or texts, which {teacher} does not have'
@@ -764,7 +773,7 @@ if __name__ == '__main__':
             if n is not None:
                 size = sum(p.numel() for p in n.parameters())
                 print(f'{role} {name}: {size / 1e6:.2f} M parameters, predicts {d.prediction}')
-        how = f', guidance {guidance:g}' if guidance > 1 else ''
+        how = f', guidance {guidance:g}' if guidance not in (0, 1) else ''
         if walking:
             n = len(source.x) * world
             how += f'; a pool of {n:,} images, {source.x.nbytes * world / 2 ** 20:.1f} MB'
@@ -775,7 +784,7 @@ if __name__ == '__main__':
 
     # ---- results on disk ----
     pipeline = getattr(net_T, 'source', '')  # the teacher's, if it has one
-    about = {'guided': guidance > 1}
+    about = {'guided': net_T is not None and (guided_before or guidance != 1)}
     if getattr(net_T, 'vae', None):
         about['vae'] = pipeline
     if isinstance(net, M.Pipeline):
@@ -792,7 +801,7 @@ if __name__ == '__main__':
         steps_T = walk_steps if method == 'jumps' else sample_steps
         passes = sample_steps
         if net_T is not None:
-            passes += steps_T * (2 if guidance > 1 else 1)
+            passes += steps_T * (2 if guidance != 1 else 1)
         budget = max(20.0, 0.1 * (time.time() - last_pictures))
         n = int(min(36, budget / max(1e-9, passes * seconds_per_evaluation)))
         n = n if n < 12 else n // 12 * 12
@@ -929,9 +938,12 @@ if __name__ == '__main__':
             means = {k: v / n for k, v in means.items()}
             if not math.isfinite(means['grad_norm']):  # the same on all ranks, as gradients are
                 bar.close()
+                sums = {}
+                save_checkpoint()  # what was learned before and after that step
                 raise M.UserError(
                     f'step {step}: the gradient was not finite in a step since the last row; that '
-                    f'step changed no weights. Try a smaller --lr (now {lr * scale:.2g})'
+                    'step changed no weights, and --init_from=resume goes on after it. If it '
+                    f'happens again, try a smaller --lr (now {lr * scale:.2g})'
                 )
         if logging:
             if rank == 0:
@@ -983,7 +995,7 @@ if __name__ == '__main__':
         command = ['eval_fid.py', f'--models={path}' + (f',{teacher}' if net_T else '')]
         if teacher_config:
             command.append(f'--model_config={teacher_config}')
-        if guidance > 1:
+        if net_T and guidance != 1:
             command.append(f'--guidance={guidance}')
         if prompts:
             command.append(f'--prompts={prompts}')

@@ -414,7 +414,12 @@ if __name__ == '__main__':
     def open_source(spec):
         """The uint8 images that a spec names, or the Samples of a network."""
         if is_images(spec):
-            return M.load_images(spec, channels=channels)[0]
+            images, labels = M.load_images(spec, channels=channels)
+            # a part of a folder that is sorted by class would be its first classes
+            if labels is not None and (labels.diff() >= 0).all() and not spec.endswith('.npz'):
+                order = torch.Generator().manual_seed(0)
+                images = images[torch.randperm(len(images), generator=order)]
+            return images
         net, diffusion = load_network(spec, compute_dtype, **model_config)
         if not num_samples:
             raise M.UserError('num_samples=0 means all images of a set; a network needs a number')

@@ -279,10 +279,17 @@ if __name__ == '__main__':
                 f.write(json.dumps(parts | more, indent=2) + '\n')
         os.rename(folder, target)
     if whole:
-        few = f", num_inference_steps={sampling['steps']}" if sampling else ''
+        call = ''
+        if sampling and diffusion.config['schedule'] == 'flow':
+            times = M.sampling_steps(diffusion.T, sampling['steps'])
+            call += f', sigmas={[(t + 1) / diffusion.T for t in times]}'
+        elif sampling:
+            call += f", num_inference_steps={sampling['steps']}"
+        if getattr(net, 'guided', False) and not plain:  # it would be guided a second time
+            call += ', guidance_scale=1.0'
         print(
             f"{out_dir}: {parts['_class_name']}, for "
-            f"DiffusionPipeline.from_pretrained({out_dir!r}){few}"
+            f"DiffusionPipeline.from_pretrained({out_dir!r}){call and f'; call it with {call[2:]}'}"
         )
     else:
         print(

@@ -1176,7 +1176,9 @@ def save_model(net, path, diffusion=None, **more):
     diffusers network; `guided`, whether guidance is already distilled into the predictions;
     `sampling`, the sampler settings. Raises UserError if a weight is not finite.
     """
-    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    state = {}
+    for k, v in net.state_dict().items():  # clones, because tied weights share memory
+        state[k] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
     for k, v in state.items():
         if v.is_floating_point() and not v.isfinite().all():
             raise UserError(f'{path} is not saved: {k} is not finite. Try a smaller --lr')
@@ -1318,7 +1320,8 @@ def load_from_file(path, weights):
         return function_of(path, 'load')(), {}
     state, header = read_weights(weights)
     kw = {k: v for k, v in header.get('net', {}).items() if k not in ('class', 'file')}
-    return load_state(build_from_file(path, **kw), unwrap(state, weights), weights), header
+    state = state if header else unwrap(state, weights)
+    return load_state(build_from_file(path, **kw), state, weights), header
 
 
 def read_model(spec):
@@ -1933,13 +1936,13 @@ def load_vae(spec):
         return frozen(load_state(make(header['net']), state, spec))
     import diffusers
 
-    if os.path.exists(os.path.join(spec, 'model_index.json')):
-        net = load_part(spec, 'vae')
-    else:
+    try:
         kind = diffusers.AutoencoderKL.load_config(spec).get('_class_name')
-        net = load_part(spec, 'vae') if kind is None else None
-        if kind in ('AutoencoderKL', 'AutoencoderTiny'):  # others may run code
-            net = from_pretrained(getattr(diffusers, kind), spec)
+    except OSError:  # no config.json: a pipeline
+        kind = None
+    net = load_part(spec, 'vae') if kind is None else None
+    if kind in ('AutoencoderKL', 'AutoencoderTiny'):  # others may run code
+        net = from_pretrained(getattr(diffusers, kind), spec)
     if type(net).__name__ not in ('AutoencoderKL', 'AutoencoderTiny'):
         raise UserError(f'{spec} is no AutoencoderKL or AutoencoderTiny of diffusers')
     return frozen(Autoencoder(net.float()))
@@ -2474,7 +2477,8 @@ def resume(settings, rank, net):
                 f'teacher={teacher} would be overwritten by its student: use another --out_dir'
             )
     if init_from not in ('scratch', 'resume'):
-        load_state(net, unwrap(read_weights(init_from)[0], init_from), init_from)
+        state, header = read_weights(init_from)
+        load_state(net, state if header else unwrap(state, init_from), init_from)
     lock_out_dir(out_dir, rank)
     # a restart by torchrun --max-restarts resumes, whatever init_from says
     if init_from != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':

@@ -175,19 +175,20 @@ def bn_distance(inputs, kind='l2'):
 
 
 def inversion_loss(teacher, x, y, noted, weights, student=None, tau=4.0, bn_kind='l2'):
-    """(L_inv, its terms), Eqs. (6)-(9): how much a batch x (B, C, H, W), preprocessed for the
-    teacher, differs from the teacher's training images of the classes y (B,).
+    """(L_inv, its terms), Eqs. (6)-(9): how much a batch x (B, C, H, W) of images in [-1, 1]
+    differs from the teacher's training images of the classes y (B,).
 
     noted: the teacher's BatchNormInputs. weights: (alpha, beta, gamma). student: if given, the loss
-    rewards images on which it disagrees with the teacher, Eq. (8).
+    rewards images on which it disagrees with the teacher, Eq. (8). Each of the two sees the images
+    as it was trained to (models.preprocess).
     """
     alpha, beta, gamma = weights
-    logits = teacher(x)
+    logits = teacher(M.preprocess(teacher, x))
     terms = {'bn': bn_distance(noted.inputs, bn_kind) + torch.zeros((), device=x.device)}  # Eq. (6)
     terms['cls'] = F.cross_entropy(logits, y)  # Eq. (7)
     loss = alpha * terms['bn'] + beta * terms['cls']
     if student is not None:
-        log_p = F.log_softmax(student(x) / tau, 1)
+        log_p = F.log_softmax(student(M.preprocess(student, x)) / tau, 1)
         # Eq. (8)
         terms['adv'] = -F.kl_div(
             log_p, F.log_softmax(logits / tau, 1), log_target=True, reduction='batchmean'
@@ -453,8 +454,15 @@ if __name__ == '__main__':
         net = net.to(device, memory_format=M.memory_format(device))
         text = getattr(net, 'condition', '') == 'text'
         times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
+        if edit == 'paper' and eta and diffusion.config['schedule'] == 'flow':
+            raise M.UserError(
+                f"edit='paper' divides by a_t, which is 0 at the start of a flow ({prior}): use "
+                "--edit=x0"
+            )
         if guidance != 1 and not (text or net.num_classes):
             raise M.UserError(f'guidance={guidance}: {prior} is unconditional and cannot be guided')
+        if guidance != 1 and getattr(net, 'guided', False):
+            raise M.UserError(f'{prior} already makes guided predictions: leave out guidance')
     if class_names and not text:
         raise M.UserError(f'class_names={class_names}: {prior} takes no text')
     if text:
@@ -481,9 +489,8 @@ if __name__ == '__main__':
     def loss_of(images, y):
         if vae:
             return vae_inversion_loss(net_T, (images + 1) / 2, (alpha, beta, gamma))
-        return inversion_loss(
-            net_T, M.preprocess(net_T, images), y, noted, (alpha, beta, gamma), net_S, tau, bn_loss
-        )
+        weights = alpha, beta, gamma
+        return inversion_loss(net_T, images, y, noted, weights, net_S, tau, bn_loss)
 
     def make_shard(shard):
         """(kept images, labels, losses) of batch_size walks. All random numbers are drawn on the

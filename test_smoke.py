@@ -462,6 +462,9 @@ def test_own_files_describe_themselves():
     clf.fc.bias.data[0] = float('nan')
     with pytest.raises(M.UserError, match='fc.bias is not finite'):
         M.save_model(clf, 'd.safetensors')
+    tied = torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2)
+    tied.config = {}
+    M.save_model(tied, 'tied.safetensors')
 
 
 TIMM = [('.shortcut.', '.downsample.'), ('linear.', 'fc.')]
@@ -575,6 +578,7 @@ def test_images_of_any_size():
         M.load_images('clipart_train.txt')
     images, labels = M.load_images('val')
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2] and labels.tolist() == [1, 1, 0]
+    assert distill_classifier.class_names('val') == []
     net = M.classifier('resnet8', width=4, image_size=32)
     for shape in ((48, 32), (32, 48)):
         assert M.preprocess(net, torch.zeros(1, 3, *shape)).shape == (1, 3, 32, 32)
@@ -827,6 +831,10 @@ def test_every_method(tiny):
     few = JUMPS + ' --teacher=classes.safetensors'
     few_step = few + ' --jump_loss=l2', few + ' --refine=True'
     at_once(one, enumerate([*lines(METHODS), *few_step]))
+    again = f'{DKDM} --teacher=o8/student.safetensors --max_steps=1 --out_dir=again'
+    assert 'already makes guided' in run(f'{again} --guidance=2.0', ok=False)
+    run(again)
+    assert M.load_denoiser('again/student.safetensors')[0].guided
 
 
 RESUMED = {
@@ -1172,7 +1180,8 @@ def test_students_of_pipelines(pipelines):
     def same_class(name):
         more, file = MORE.get(name, ''), f'o_{name}/student.safetensors'
         out = run(f'{QUICK} --teacher={name} --student={name}.json {more} --out_dir=o_{name}')
-        run(shlex.split(re.search('for diffusers: python (.*)', out)[1]))
+        out = run(shlex.split(re.search('for diffusers: python (.*)', out)[1]))
+        assert ('guidance_scale=1.0' in out) == (name in MORE)
         made = []
         for spec in (file, f'o_{name}/pipeline'):
             net, diffusion = M.load_denoiser(spec)
@@ -1445,6 +1454,7 @@ MISTAKES = lines("""
     dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : 'x0'
     dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_features=gone.pt : no file gone
     dkdm.py --teacher=teacher.safetensors --refine=True : for method='jumps'
+    dkdm.py --method=jumps --walks_start=0.5 : only walk_evals fills
     dkdm.py --method=jumps --refine=True --jumps=4 --batch_size=8 --grad_accum=4 : an image per jump
     dkdm.py --method=iterative --grad_accum=2 : grad_accum must be 1
     dkdm.py --method=synthetic --synthetic=i.npz --data=i.npz:0-0 --real_fraction=1 : only
