@@ -14,7 +14,7 @@ student_config = dict(model_channels=22, channel_mult=(1, 2, 2), attention_resol
 jumps = 1
 walks = 2048
 walk_steps = 16
-max_steps = 2700
+max_steps = 3200
 batch_size = 64
 lr = 2e-3
 lr_warmup = 200
