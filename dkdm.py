@@ -263,6 +263,16 @@ def distill_step(
     return terms
 
 
+@torch.no_grad()
+def update_ema(ema, net, decay, step):
+    """ema <- decay ema + (1 - decay) net, where decay is at most (1 + step) / (10 + step). Buffers
+    are copied."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
+    for b_ema, b in zip(ema.buffers(), net.buffers()):
+        b_ema.copy_(b)
+
+
 def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
     """Clips the gradients, updates the student and its average. Returns the norm of the gradients;
     if it is not finite, the weights do not change."""
@@ -270,7 +280,7 @@ def optimizer_step(net, ema_net, opt, grad_clip, ema, step):
     opt.found_inf = (~norm.isfinite()).float()  # if 1, the fused optimiser skips the step
     opt.step()
     opt.zero_grad(set_to_none=True)
-    M.update_ema(ema_net, net, ema, step)
+    update_ema(ema_net, net, ema, step)
     return norm
 
 
@@ -565,7 +575,7 @@ if __name__ == '__main__':
     walking = method in ('dynamic', 'shuffled', 'iterative')
     for wrong, message in [
         (
-            method == 'data' and guidance > 1,
+            method == 'data' and guidance not in (0, 1),
             "guidance: method='data' has no teacher to guide; set it in eval_fid.py",
         ),
         (

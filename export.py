@@ -279,17 +279,18 @@ if __name__ == '__main__':
                 f.write(json.dumps(parts | more, indent=2) + '\n')
         os.rename(folder, target)
     if whole:
-        call = ''
+        arguments = []
         if sampling and diffusion.config['schedule'] == 'flow':
             times = M.sampling_steps(diffusion.T, sampling['steps'])
-            call += f', sigmas={[(t + 1) / diffusion.T for t in times]}'
+            arguments.append(f'sigmas={[(t + 1) / diffusion.T for t in times]}')
         elif sampling:
-            call += f", num_inference_steps={sampling['steps']}"
+            arguments.append(f"num_inference_steps={sampling['steps']}")
         if getattr(net, 'guided', False) and not plain:  # it would be guided a second time
-            call += ', guidance_scale=1.0'
+            arguments.append('guidance_scale=1.0')
+        hint = f"; call it with {', '.join(arguments)}" if arguments else ''
         print(
             f"{out_dir}: {parts['_class_name']}, for "
-            f"DiffusionPipeline.from_pretrained({out_dir!r}){call and f'; call it with {call[2:]}'}"
+            f'DiffusionPipeline.from_pretrained({out_dir!r}){hint}'
         )
     else:
         print(

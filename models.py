@@ -13,7 +13,7 @@ Part 2, the plumbing:
     loaders      load_denoiser, load_classifier, load_vae
     images       load_images, to_tensor, to_float, to_uint8, save_grid
     measuring    features, load_features, read_statistics, frechet_distance
-    running      init_distributed, pick_dtype, cast_frozen, all_reduce_max, update_ema
+    running      init_distributed, pick_dtype, cast_frozen, all_reduce_max, finish
     checkpoints  lock_out_dir, save_checkpoint, resume, restore, Log
 
 Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ... T-1; `x_t` at `t`
@@ -2391,16 +2391,6 @@ def finish(stopped_by=0):
         sys.stderr.flush()
         os._exit(code)  # gloo's threads may crash a normal exit
     sys.exit(code)
-
-
-@torch.no_grad()
-def update_ema(ema, net, decay, step):
-    """ema <- decay ema + (1 - decay) net, where decay is at most (1 + step) / (10 + step). Buffers
-    are copied."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
-    for b_ema, b in zip(ema.buffers(), net.buffers()):
-        b_ema.copy_(b)
 
 
 # ==== Checkpoints and logs

@@ -1228,6 +1228,21 @@ def test_few_step_students_in_diffusers(student, tiny, pipeline_models):
     assert metrics('e')[0]['steps'] == metrics('e')[0]['passes'] == 2
 
 
+def test_few_step_flows_in_diffusers(pipelines):
+    """They keep their teacher's scheduler, and are sampled with the sigmas that export.py prints."""
+    from diffusers import DiffusionPipeline
+    run(f"{QUICK} {JUMPS} --teacher=sd3 --student=sd3.json {MORE['sd3']} --out_dir=o")
+    out = run('export.py --model=o/student.safetensors --out_dir=p')
+    sigmas = ast.literal_eval(re.search(r'sigmas=(\[.*?\])', out)[1])
+    net, diffusion = M.load_denoiser('o/student.safetensors')
+    net.set_prompts(['a cat'])
+    noise = torch.randn(1, 4, 8, 8)
+    call = dict(prompt=['a cat'], guidance_scale=1., latents=noise, sigmas=sigmas)
+    theirs = sampled(DiffusionPipeline.from_pretrained('p'), noise, 2, **call)
+    ours = M.sample(net, diffusion, noise, 2, 'ddim', torch.tensor([0]))
+    assert_same_images(theirs, M.decode(net, ours))
+
+
 # ==== synthesize.py ====
 PRIORS = lines("""
     --prior=ddpm
