@@ -12,25 +12,42 @@ import builtins
 import difflib
 import os
 import re
+import signal
 import sys
+import time
+
+
+def _refuse(message):
+    """Prints one line and ends with exit code 2, on any number of ranks.
+
+    torchrun ends all ranks as soon as one has ended. Rank 0 is the first, so the others are ended
+    here before they repeat its message; if it does not refuse, the rank that does prints its own.
+    """
+    alone = os.environ.get('WORLD_SIZE', '1') == '1'
+    if not alone and os.environ.get('RANK', '0') != '0':
+        _wait_to_be_ended(3)
+    # torch collects what its own excepthook prints in sys.stderr, and os._exit would lose it
+    script = os.path.basename(sys.argv[0])
+    print(f"{script}: {' '.join(message.split())}", file=sys.__stderr__, flush=True)
+    if alone:
+        sys.exit(2)
+    sys.stdout.flush()
+    os._exit(2)                                # a normal exit could hang while other ranks wait
+
+
+def _wait_to_be_ended(seconds):
+    """Gives torchrun the time to end this process because of another one that has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
 
 
 def _one_line(kind, error, traceback):
     """sys.excepthook: a UserError is one line and exit code 2; all else keeps its traceback."""
-    if not any(c.__name__ == 'UserError' for c in kind.__mro__):
-        return sys.__excepthook__(kind, error, traceback)
-    script = os.path.basename(sys.argv[0])
-    print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if any(c.__name__ == 'UserError' for c in kind.__mro__):
+        _refuse(str(error))
     if os.environ.get('WORLD_SIZE', '1') != '1':
-        os._exit(2)                            # a normal exit could hang while other ranks wait
-    sys.exit(2)
-
-
-def _die(message):
-    if os.environ.get('RANK', '0') == '0':     # all ranks read the same settings
-        script = os.path.basename(sys.argv[0])
-        print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+        _wait_to_be_ended(1)                   # the error may be that another rank is gone
+    sys.__excepthook__(kind, error, traceback)
 
 
 def _assign(key, value, where):
@@ -38,17 +55,17 @@ def _assign(key, value, where):
     if key not in _defaults:
         close = difflib.get_close_matches(key, _defaults, n=1)
         hint = f'did you mean {close[0]!r}?' if close else '--help lists them'
-        _die(f'{where}: no key {key!r}, {hint}')
+        _refuse(f'{where}: no key {key!r}, {hint}')
     default = _defaults[key]
     if type(default) is float and type(value) is int:
         value = float(value)
     allowed = globals().get('_ranges', {}).get(key)
     if type(value) is not type(default):
-        _die(f'{where}: {key} is {type(default).__name__}, e.g. {default!r}, not {value!r}')
+        _refuse(f'{where}: {key} is {type(default).__name__}, e.g. {default!r}, not {value!r}')
     if allowed and value not in allowed:
-        _die(f"{where}: {key} is one of {', '.join(map(repr, allowed))}, not {value!r}")
+        _refuse(f"{where}: {key} is one of {', '.join(map(repr, allowed))}, not {value!r}")
     if type(value) is float and value != value:
-        _die(f'{where}: {key} is not a number')
+        _refuse(f'{where}: {key} is not a number')
     if type(value) is str:                     # ~ in paths, also after the comma or colon of a list
         home = os.path.expanduser('~')
         value = re.sub('(^|[,:])~(?=/|$)', lambda found: found[1] + home, value)
@@ -90,7 +107,7 @@ if '--help' in sys.argv[1:] or '-h' in sys.argv[1:]:
 for _arg in sys.argv[1:]:                      # the files first ...
     if not _arg.startswith('--'):
         if not os.path.isfile(_arg):
-            _die(f'no config file {_arg!r}; overrides look like --key=value')
+            _refuse(f'no config file {_arg!r}; overrides look like --key=value')
         _values = {}
         with open(_arg, encoding='utf-8') as _f:
             # builtins, because `compile` is also a setting
@@ -102,7 +119,7 @@ for _arg in sys.argv[1:]:                      # ... then the overrides
     if _arg.startswith('--'):
         _key, _equals, _value = _arg[2:].partition('=')
         if not _equals:
-            _die(f'{_arg}: overrides look like --key=value')
+            _refuse(f'{_arg}: overrides look like --key=value')
         _key, _dot, _entry = _key.partition('.')
         if _dot and type(_defaults.get(_key)) is dict:
             _assign(_key, globals()[_key] | {_entry: _literal(_value)}, _arg)
