@@ -3,13 +3,14 @@
 #     python dkdm.py config/dkdm_cifar10.py --rho=0.2 --student_config.model_channels=64
 #
 # Config files are Python files of assignments, applied in the order given; then every --key=value,
-# typed like the default that it replaces (an int where a float is wanted is fine). A dict is replaced
-# as a whole by --key="{...}", and --key.name=value changes one entry. Keys that do not exist, wrong
-# types and words that are not in the script's _ranges end in one line and exit code 2. --help lists
-# the keys.
+# typed like the default that it replaces (an int where a float is wanted is fine).
+# --key.name=value changes one entry of a dict, --key="{...}" several; a dict NAME_config is replaced
+# as a whole by the latter, and may have any entries. Keys that do not exist, wrong types and words
+# that are not in the script's _ranges end in one line and exit code 2. --help lists the keys.
 import ast
 import builtins
 import difflib
+import math
 import os
 import re
 import signal
@@ -28,7 +29,9 @@ def _refuse(message):
         _wait_to_be_ended(3)
     # torch collects what its own excepthook prints in sys.stderr, and os._exit would lose it
     script = os.path.basename(sys.argv[0])
-    print(f"{script}: {' '.join(message.split())}", file=sys.__stderr__, flush=True)
+    bars = getattr(sys.modules.get('tqdm'), 'tqdm', None)
+    begin = '\n' if getattr(bars, '_instances', None) else ''     # below an open progress bar
+    print(f"{begin}{script}: {' '.join(message.split())}", file=sys.__stderr__, flush=True)
     if alone:
         sys.exit(2)
     sys.stdout.flush()
@@ -57,6 +60,8 @@ def _assign(key, value, where):
         hint = f'did you mean {close[0]!r}?' if close else '--help lists them'
         _refuse(f'{where}: no key {key!r}, {hint}')
     default = _defaults[key]
+    if type(default) is dict and type(value) is dict and not key.endswith('_config'):
+        value = _entries(key, globals()[key], value, where)
     if type(default) is float and type(value) is int:
         value = float(value)
     allowed = globals().get('_ranges', {}).get(key)
@@ -64,12 +69,23 @@ def _assign(key, value, where):
         _refuse(f'{where}: {key} is {type(default).__name__}, e.g. {default!r}, not {value!r}')
     if allowed and value not in allowed:
         _refuse(f"{where}: {key} is one of {', '.join(map(repr, allowed))}, not {value!r}")
-    if type(value) is float and value != value:
-        _refuse(f'{where}: {key} is not a number')
+    if type(value) is float and not math.isfinite(value):
+        _refuse(f'{where}: {key} is not a finite number')
     if type(value) is str:                     # ~ in paths, also after the comma or colon of a list
         home = os.path.expanduser('~')
         value = re.sub('(^|[,:])~(?=/|$)', lambda found: found[1] + home, value)
     globals()[key] = value
+
+
+def _entries(key, now, changes, where):
+    """The dict `now` with changes. Only NAME_config may have entries that the default lacks."""
+    for entry, value in changes.items():
+        if entry not in now:
+            _refuse(f"{where}: {key} has no entry {entry!r}; it has {', '.join(now)}")
+        wanted = (int, float) if type(now[entry]) is float else type(now[entry])
+        if not isinstance(value, wanted):
+            _refuse(f'{where}: {key}.{entry} is e.g. {now[entry]!r}, not {value!r}')
+    return now | changes
 
 
 def _literal(text):
@@ -122,7 +138,8 @@ for _arg in sys.argv[1:]:                      # ... then the overrides
             _refuse(f'{_arg}: overrides look like --key=value')
         _key, _dot, _entry = _key.partition('.')
         if _dot and type(_defaults.get(_key)) is dict:
-            _assign(_key, globals()[_key] | {_entry: _literal(_value)}, _arg)
+            _before = globals()[_key] if _key.endswith('_config') else {}
+            _assign(_key, _before | {_entry: _literal(_value)}, _arg)
         elif type(_defaults.get(_key)) is str:
             _assign(_key + _dot + _entry, _value, _arg)
         else:

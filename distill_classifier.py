@@ -10,7 +10,8 @@ teachers are made; `method='test'` prints the accuracy of one.
     torchrun --nproc_per_node=8 distill_classifier.py config/distill_cifar10.py
     # the bundled teacher itself
     python distill_classifier.py config/mnist_classifier.py --data=mnist
-    python distill_classifier.py --method=test --teacher=out/classifier/student.safetensors --test=mnist:5-9
+    python distill_classifier.py --method=test --teacher=out/classifier/student.safetensors \
+        --test=mnist:5-9
 """
 import os
 
@@ -52,7 +53,8 @@ warmup_epochs = 1            # linear warm-up; 0 for none
 weight_decay = 5e-4
 # system
 out_dir = 'out/classifier'
-init_from = 'scratch'        # 'scratch', 'resume', or a student's file to start from
+init_from = 'scratch'        # 'scratch'; 'resume'; 'overwrite' begins anew where an unfinished run
+                             # lies; or a student's file to start from
 seed = 0
 device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
@@ -70,7 +72,6 @@ import math
 import shlex
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -160,7 +161,8 @@ def distill_losses(
 def augment(x, crop=0, flip=False):
     """Random crops of uint8 images (B, C, H, H) padded by `crop` black pixels, and random
     horizontal flips."""
-    B, H, device = len(x), x.shape[-1], x.device
+    B, H = len(x), x.shape[-1]
+    device = x.device
     if crop:
         padded = F.pad(x, [crop] * 4)
         top, left = torch.randint(0, 2 * crop + 1, (2, B, 1), device=device)
@@ -200,7 +202,7 @@ def build_classifier(spec, num_classes, in_channels, image_size, **kw):
 def check_origin(data, digest, teacher):
     """Raises UserError if synthesize.py made one of the shards in `data` for another teacher."""
     for f in M.shards_of(data):
-        with np.load(f, allow_pickle=False) as z:
+        with M.open_npz(f) as z:
             made = json.loads(str(z['settings'])) if 'settings' in z else {}
         if made.get('teacher_digest', digest) != digest:
             other = made['teacher']
@@ -252,38 +254,21 @@ def agreement(a, b):
     return (a == b).float().mean().item()
 
 
-def class_names(spec):
-    """The names of the class folders of a folder of images; [] for all else."""
-    path, _ = M.split_classes(spec)
-    notes = os.path.join(path, 'val_annotations.txt')  # Tiny-ImageNet's val has no such folders
-    if not os.path.isdir(path) or M.shards_of(spec) or os.path.exists(notes):
-        return []
-    pairs = M.image_files(path)
-    files = [file for file, label in pairs if label is not None]
-    return sorted({os.path.relpath(file, path).split(os.sep)[0] for file in files})
-
-
 # ==== set-up ====
 if __name__ == '__main__':
     settings = {k: globals()[k] for k in _defaults}
     distilling = method == 'distill'
-    for wrong, message in [
-        (
-            distilling and lam_kl == lam_msarc == 0,
-            'lam_kl=0 and lam_msarc=0 leave no loss to train with',
-        ),
-        (
-            method == 'test' and not test,
-            "method='test' needs images: --test=mnist, an .npz or a folder",
-        ),
-        (
-            temperature <= 0 or holdout < 0 or batch_size < 1,
-            'temperature and batch_size must be above 0, holdout 0 or above',
-        ),
-    ]:
-        if wrong:
-            raise M.UserError(message)
-    device, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    M.check(
+        not distilling or lam_kl or lam_msarc, 'lam_kl=0 and lam_msarc=0 leave no loss to train with'
+    )
+    M.check(
+        method != 'test' or test, "method='test' needs images: --test=mnist, an .npz or a folder"
+    )
+    M.check(
+        temperature > 0 and holdout >= 0 and batch_size > 0 and epochs > 0,
+        'temperature, batch_size and epochs must be above 0, holdout 0 or above'
+    )
+    dev, autocast, rank, world = M.init_distributed(device, dtype, seed)
     M.per_rank(batch_size, world)
 
     # ---- teacher ----
@@ -314,7 +299,7 @@ if __name__ == '__main__':
                 '--image_size'
             )
     name = M.split_classes(data)[0]
-    if test or not os.path.exists(name) and M.torchvision_dataset(name):
+    if test or not os.path.exists(name) and M.is_dataset(name):
         test_images, test_labels = M.load_images(
             test or data, False, image_size, channels or images.shape[1]
         )
@@ -325,11 +310,12 @@ if __name__ == '__main__':
                 f'{test or data}: test images need labels below {classes} and the shape '
                 f'{tuple(wanted)}, they have {tuple(test_images.shape[1:])}'
             )
-    if method != 'test' and test and class_names(data) and class_names(test):
-        if class_names(data) != class_names(test):
-            raise M.UserError(
-                f'{data} has the classes {class_names(data)}, {test} has {class_names(test)}'
-            )
+    if method != 'test' and test:
+        names, test_names = M.class_names(data), M.class_names(test)
+        M.check(
+            not names or not test_names or names == test_names,
+            f'{data} has the classes {names}, {test} has {test_names}'
+        )
     if images is None:
         images = test_images
 
@@ -352,12 +338,12 @@ if __name__ == '__main__':
     if distilling and lam_msarc:
         heads = linear_head(net, student), linear_head(net_T, teacher)
     checkpoint = M.resume(settings, rank, net) if method != 'test' else None
-    net = net.to(device, memory_format=M.memory_format(device))
+    net = net.to(dev, memory_format=M.memory_format(dev))
     if net_T is not None:
-        net_T = net_T.to(device, memory_format=M.memory_format(device))
+        net_T = net_T.to(dev, memory_format=M.memory_format(dev))
     if net_T is not None and test_images is not None:
         accuracy_T = agreement(
-            predictions(net_T, test_images, device, autocast, rank, world), test_labels
+            predictions(net_T, test_images, dev, autocast, rank, world), test_labels
         )
         if rank == 0:
             print(
@@ -373,12 +359,11 @@ if __name__ == '__main__':
     held, train = order[:holdout], order[holdout:]
     held_images = images[held]
     if distilling:
-        held_labels = predictions(net_T, held_images, device, autocast, rank, world)
+        held_labels = predictions(net_T, held_images, dev, autocast, rank, world)
     else:
         held_labels = labels[held]
-    fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info()[0] / 2
-    home = device if fits else 'cpu'  # the device that stores the images
-    images = images.to(home)
+    images = M.on_device(images, dev)
+    home = images.device
     labels = None if distilling else labels.to(home)
 
     groups = [
@@ -404,12 +389,15 @@ if __name__ == '__main__':
     if rank:
         torch.manual_seed(seed + rank)  # each rank draws its own crops
     steps_per_epoch = len(train) // batch_size
-    epoch, first, sums, best = 0, 0, {}, -1.0
+    epoch, first = 0, 0
+    sums, best = {}, -1.0
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
         epoch, first = divmod(shared['step'], steps_per_epoch)  # may be within an epoch
-        sums = {k: v.to(device) for k, v in own['sums'].items()}
+        sums = {k: v.to(dev) for k, v in own['sums'].items()}
         best = shared['best']
+    else:
+        M.set_aside(out_dir, rank)
     if rank == 0:
         log = M.Log(os.path.join(out_dir, 'log.csv'), epoch)
         size = f'{sum(p.numel() for p in net.parameters()):,} parameters'
@@ -422,7 +410,8 @@ if __name__ == '__main__':
     stop = M.StopFlag()
 
     # ==== the loop ====
-    begin, row, leaving = time.time(), {}, 0
+    begin = time.time()
+    row, leaving = {}, 0
     while epoch < epochs:
         net.train()
         g = torch.Generator().manual_seed(seed + epoch)  # the same order on all ranks
@@ -442,14 +431,14 @@ if __name__ == '__main__':
             scale = min(1.0, (done + 1 / steps_per_epoch) / warmup_epochs) if warmup_epochs else 1.0
             for group in opt.param_groups:
                 group['lr'] = lr * scale * 0.5 * (1 + math.cos(math.pi * done / epochs))
-            x = augment(images[order[i]].to(device, non_blocking=True), augment_crop, augment_flip)
+            x = augment(images[order[i]].to(dev, non_blocking=True), augment_crop, augment_flip)
             x = M.to_float(x)
             if distilling:
                 terms = distill_losses(
                     model, ask_teacher, x, heads, lam_kl, lam_msarc, temperature, autocast
                 )
             else:
-                y = labels[order[i]].to(device, non_blocking=True)
+                y = labels[order[i]].to(dev, non_blocking=True)
                 with autocast:
                     logits, _ = model(x)
                 terms = {'ce': F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)}
@@ -476,11 +465,11 @@ if __name__ == '__main__':
         row = dict(step=epoch, loss=sum(means.values()), **means)
         if holdout:
             row['agreement'] = agreement(
-                predictions(net, held_images, device, autocast, rank, world), held_labels
+                predictions(net, held_images, dev, autocast, rank, world), held_labels
             )
         if test_images is not None:
             row['test_accuracy'] = agreement(
-                predictions(net, test_images, device, autocast, rank, world), test_labels
+                predictions(net, test_images, dev, autocast, rank, world), test_labels
             )
         if rank == 0:
             print(
@@ -493,7 +482,8 @@ if __name__ == '__main__':
                 M.save_model(net, os.path.join(out_dir, 'best.safetensors'))
         best = max(best, row.get('agreement', -1.0))
         M.save_checkpoint(
-            settings, epoch * steps_per_epoch, net, opt, {'best': best}, {'sums': sums}, rank
+            settings, epoch * steps_per_epoch, net, opt, {'best': best}, {'sums': sums}, rank,
+            epoch == epochs
         )
     if rank == 0:
         path = os.path.join(out_dir, 'student.safetensors')

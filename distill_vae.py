@@ -7,7 +7,9 @@ trains a VAE on images, which is how teachers are made.
 
     python distill_vae.py  # the bundled MNIST teacher, minutes on a laptop
     python distill_vae.py config/mnist_lvae.py  # the bundled teacher itself, by the ELBO
-    python synthesize.py config/synth_mnist_vae.py && python distill_vae.py --method=synthetic --data=out/synth_vae
+    # with its encoder, on synthetic images
+    python synthesize.py config/synth_mnist_vae.py
+    python distill_vae.py --method=synthetic --data=out/synth_vae
     # any generator (docs/reference.md)
     python distill_vae.py --teacher=my_gan.py --student=my_small_gan.py
     torchrun --nproc_per_node=8 distill_vae.py config/vae_cifar10.py
@@ -42,7 +44,8 @@ weight_decay = 1e-4          # Adam's L2 penalty, added to the gradient
 grad_clip = 0.0              # largest norm of the gradient; 0 for none
 # system
 out_dir = 'out/vae'
-init_from = 'scratch'        # 'scratch' or 'resume'
+init_from = 'scratch'        # 'scratch'; 'resume'; or 'overwrite' begins anew where an unfinished
+                             # run lies
 log_every = 20               # steps between rows of log.csv
 save_every = 600             # steps between checkpoints (with pictures)
 seed = 0
@@ -50,8 +53,9 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 compile = False              # torch.compile, for GPUs
+graph = True                 # on one GPU: the whole step as one CUDA graph
 _ranges = {                  # allowed values of string settings
-    'method': ('prior', 'synthetic', 'data'), 'init_from': ('scratch', 'resume'),
+    'method': ('prior', 'synthetic', 'data'), 'init_from': ('scratch', 'resume', 'overwrite'),
     'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
@@ -155,67 +159,79 @@ class Losses(torch.nn.Module):
 def build_vae(config, teacher):
     """A VAE with random weights from `config`, which is the teacher's config with changes. Raises
     UserError for another class or an unknown key."""
-    kind = teacher['class']
     odd = config.keys() - teacher.keys()
-    if odd or config['class'] != kind:
+    if odd or config['class'] != teacher['class']:
         raise M.UserError(
-            f"student_config: {kind} has no {min(odd, default='class')!r}; it has "
-            f"{', '.join(k for k in teacher if k != 'class')}"
+            f"student_config: {teacher['class']} has no {min(odd, default='class')!r}; it has "
+            f"{', '.join(k for k in teacher if k not in ('class', 'adapter'))}"
         )
-    if kind == 'LVAE':
-        return M.make(config)
-    import diffusers
+    return M.make(config)
 
-    return M.Autoencoder(
-        getattr(diffusers, kind).from_config({k: v for k, v in config.items() if k != 'class'})
-    )
+
+def check_image_range(net, spec):
+    """Raises UserError if the images of a user's generator do not lie in its `image_range`."""
+    low, high = getattr(net, 'image_range', (0, 1))
+    slack = (high - low) / 4  # an output without bounds exceeds its range a little
+    with torch.no_grad():
+        images = net.decode(net.noise(16))
+    images = images if torch.is_tensor(images) else images[0]
+    outside = (images < low - slack) | (images > high + slack)
+    if outside.float().mean() > 0.05:
+        raise M.UserError(
+            f'{spec}: the images have values from {images.min():.2f} to {images.max():.2f}, but '
+            f'the image_range of the network is {low, high}'
+        )
+
+
+def shapes_of(net, noise, images):
+    """The shapes that teacher and student must share: of their latents for `images` (B, C, H, W) in
+    [0, 1], or of all that they decode from noise."""
+    if images is not None:
+        return [mean.shape[1:] for mean, _ in net.eval().encode(images)]
+    out, _, p = decode(net.eval(), noise)
+    return [out.shape] + [mean.shape for mean, _ in p]
 
 
 # ==== set-up ====
 if __name__ == '__main__':
     settings = {k: globals()[k] for k in _defaults}
-    for wrong, message in [
-        (
-            method == 'prior' and data != '',
-            f"method='prior' reads no images: --data={data} is for 'synthetic' and 'data'",
-        ),
-        (
-            method != 'prior' and not data,
-            f"method={method!r} needs images: --data=mnist, an .npz or a folder; "
-            'python synthesize.py config/synth_mnist_vae.py makes some',
-        ),
-        (beta <= 0 or batch_size < 1, 'beta and batch_size must be above 0'),
-    ]:
-        if wrong:
-            raise M.UserError(message)
-    device, autocast, rank, world = M.init_distributed(device, dtype, seed)
-    micro_batch = M.per_rank(batch_size, world)  # images of one forward pass
-    compute_dtype = M.pick_dtype(device, dtype)
-    distilling = method != 'data'
+    M.check(max_steps > 0, f'max_steps={max_steps} must be above 0')
+    M.check(beta > 0 and batch_size > 0, 'beta and batch_size must be above 0')
+    M.check(
+        method != 'prior' or data == '',
+        f"method='prior' reads no images: --data={data} is for 'synthetic' and 'data'"
+    )
+    M.check(
+        method == 'prior' or data,
+        f"method={method!r} needs images: --data=mnist, an .npz or a folder; "
+        'python synthesize.py config/synth_mnist_vae.py makes some'
+    )
     foreign = M.split_file(teacher)[0] or student
-    if foreign and method != 'prior':
-        raise M.UserError(
-            "a generator from a Python file can only be distilled from noise: method='prior', not "
-            f"{method!r}"
-        )
+    M.check(
+        method == 'prior' or not foreign,
+        "a generator from a Python file can only be distilled from noise: method='prior', not "
+        f'{method!r}'
+    )
+    dev, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    micro_batch = M.per_rank(batch_size, world)  # images of one forward pass
+    compute_dtype = M.pick_dtype(dev, dtype)
+    distilling = method != 'data'
 
     # ---- teacher, images ----
     net_T = images = None
     if distilling:
         net_T = M.load_vae(teacher)
+        if M.split_file(teacher) == (teacher, ''):
+            check_image_range(net_T, teacher)
         settings['teacher_digest'] = M.digest(net_T)
-        net_T = M.cast_frozen(
-            net_T.to(device, memory_format=M.memory_format(device)), compute_dtype
+        net_T = M.cast_frozen(net_T.to(dev, memory_format=M.memory_format(dev)), compute_dtype)
+        M.check(
+            method != 'prior' or getattr(net_T, 'has_prior', True),
+            f'{teacher} makes no images from its prior: use --method=synthetic'
         )
-        if isinstance(net_T, M.Autoencoder) and method == 'prior':
-            raise M.UserError(
-                f'{teacher}: a {type(net_T.net).__name__} makes no images from its prior: use '
-                '--method=synthetic'
-            )
     if method != 'prior':
         images, _ = M.load_images(data, channels=net_T.in_channels if net_T else 0)
-        fits = device.type != 'cuda' or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
-        images = images.to(device if fits else 'cpu')  # uint8
+        images = M.on_device(images, dev)  # uint8
     if net_T is None:
         channels = images.shape[1]
     elif hasattr(net_T, 'in_channels'):
@@ -227,50 +243,45 @@ if __name__ == '__main__':
     # ---- student ----
     if student:
         net = M.build_from_file(student)
-    elif foreign:
-        raise M.UserError(f'{teacher} needs a student: --student=FILE.py with build()')
+    elif net_T is None:
+        whole = {'class': 'LVAE', 'image_size': images.shape[-1], 'in_channels': channels}
+        whole['width'] = 128
+        net = build_vae(whole | student_config, whole)
     else:
-        base = (
-            {'class': 'LVAE', 'image_size': images.shape[-1], 'in_channels': channels, 'width': 128}
-            if net_T is None
-            else net_T.config
-        )
-        net = build_vae(base | student_config, base)
-    net = net.to(device, memory_format=M.memory_format(device))
+        M.check(not foreign, f'{teacher} needs a student: --student=FILE.py with build()')
+        net = build_vae(net_T.config | student_config, net_T.config)
+    net = net.to(dev, memory_format=M.memory_format(dev))
     both = [n for n in (net_T, net) if n is not None]
-    with autocast, torch.no_grad():  # check that the levels of both have the same shapes
-        if images is not None:
-            x = images[:2].to(device).float() / 255
-            levels = [[mean.shape[1:] for mean, _ in n.eval().encode(x)] for n in both]
-        else:
-            levels = [n.eval().decode(both[0].noise(2)) for n in both]
-            levels = [
-                (
-                    made.shape
-                    if torch.is_tensor(made)
-                    else [v.shape for v in (made[0], *sum(made[2], ()))]
-                )
-                for made in levels
-            ]
-    if levels[0] != levels[-1]:
-        raise M.UserError(
-            f'the teacher has the levels {levels[0]}, the student {levels[-1]}: image_size, '
-            'in_channels and the latents must be the same'
-        )
+    with autocast, torch.no_grad():
+        x = None if images is None else images[:2].to(dev).float() / 255
+        noise = both[0].noise(2) if x is None else None
+        shapes = [shapes_of(n, noise, x) for n in both]
+    M.check(
+        shapes[0] == shapes[-1],
+        f'the teacher has the levels {shapes[0]}, the student {shapes[-1]}: image_size, '
+        'in_channels and the latents must be the same'
+    )
     checkpoint = M.resume(settings, rank, net)
-    if method == 'prior' and isinstance(net, M.LVAE):  # the encoder is not trained
+    if method == 'prior' and type(net).__name__ == 'LVAE':  # its encoder is not trained
         for name, p in net.named_parameters():
             p.requires_grad_(name.startswith('d'))
-    trained = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.Adam(trained, lr, weight_decay=weight_decay, fused=True)
+    graph_on = graph and dev.type == 'cuda' and world == 1
+    if images is not None and images.device != dev:  # drawn by the host
+        graph_on = False
+    opt = torch.optim.Adam(
+        [p for p in net.parameters() if p.requires_grad],
+        torch.tensor(lr, device=dev) if graph_on else lr, weight_decay=weight_decay, fused=True,
+        capturable=graph_on
+    )
     torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
 
+    # ---- the step ----
     def loss_of(net, x):
         if not distilling:  # the negative ELBO, in nats per image
             nll, kl = net.elbo(x, net.noise(len(x)), beta)
             return {'nll': nll.mean(), 'kl': sum(kl).mean()}
         # n rows from the prior, then the images
-        n = 0 if isinstance(net_T, M.Autoencoder) else micro_batch
+        n = micro_batch if getattr(net_T, 'has_prior', True) else 0
         return distill_losses(net, net_T, channels, n, x, beta, lam_z)
 
     model = Losses(net, loss_of)
@@ -282,17 +293,38 @@ if __name__ == '__main__':
         model = torch.nn.parallel.DistributedDataParallel(
             model, gradient_as_bucket_view=True, broadcast_buffers=False
         )
+    kl_weight = torch.ones((), device=dev)  # grows in the first steps of 'data'
+
+    def one_step():
+        """All that a step does on the device: a CUDA graph, where there is a GPU."""
+        x = None
+        if images is not None:
+            idx = torch.randint(len(images), (micro_batch,), device=images.device)
+            x = images[idx].to(dev, non_blocking=True).float() / 255
+            if flip:
+                x = torch.where(torch.rand(len(x), 1, 1, 1, device=dev) < 0.5, x.flip(-1), x)
+        with autocast:
+            terms = model(x)
+        if not distilling:
+            terms['kl'] = terms['kl'] * kl_weight
+        sum(terms.values()).backward()
+        return terms | {'grad_norm': M.optimizer_step(net, opt, grad_clip)}
 
     # ---- results on disk ----
     path = os.path.join(out_dir, 'student')  # a file of ours, or a folder of diffusers
-    if not isinstance(net, M.Autoencoder):
+    of_diffusers = hasattr(net, 'save_pretrained')
+    if not of_diffusers:
         path += '.safetensors'
 
     def save_student():
-        if isinstance(net, M.Autoencoder):
-            net.net.save_pretrained(path)
+        if of_diffusers:
+            net.save_pretrained(path)
         else:
             M.save_model(net, path)
+
+    def save_checkpoint():
+        own = {'sums': meter.sums}
+        M.save_checkpoint(settings, step, net, opt, {}, own, rank, step == max_steps)
 
     @torch.no_grad()
     @autocast
@@ -300,91 +332,74 @@ if __name__ == '__main__':
         """Writes samples.png from the same noise, and reconstructions.png of the same images, the
         teacher's rows above the student's."""
         net.eval()
-        g = torch.Generator(device).manual_seed(seed)
+        g = torch.Generator(dev).manual_seed(seed)
         low, high = getattr(both[0], 'image_range', (0, 1))  # the range of decode()'s images
 
         def shown(out):
             return (out[:, :channels] - low) / (high - low) * 2 - 1
 
-        if not isinstance(net, M.Autoencoder):
+        if getattr(net, 'has_prior', True):
             noise = both[0].noise(36, g)
             M.save_grid(f'{out_dir}/samples.png', [shown(decode(n, noise)[0]) for n in both], 12)
         if images is not None:
-            picked = torch.randperm(len(images), generator=g, device=device)[:36]
-            x = images[picked.to(images.device)].to(device).float() / 255
+            picked = torch.randperm(len(images), generator=g, device=dev)[:36]
+            x = images[picked.to(images.device)].to(dev).float() / 255
             made = [x]
             for n in both:
                 seen = n.encode(x)
                 made.append(n.decode([torch.zeros_like(mean) for mean, _ in seen], seen)[0])
             M.save_grid(f'{out_dir}/reconstructions.png', [shown(out) for out in made], 12)
 
-    # ==== the loop ====
-    step, sums, count = 0, {}, 0  # tensors on the device: no wait for the GPU between rows
+    # ---- where a run begins, or goes on ----
+    step = 0
+    meter = M.Meter(dev)
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
-        step, count = shared['step'], own['count']
-        sums = {k: v.to(device) for k, v in own['sums'].items()}
+        step = shared['step']
+        meter = M.Meter(dev, own['sums'])
+    else:
+        M.set_aside(out_dir, rank)
     if rank == 0:
         for role, n in (('teacher', net_T), ('student', net)):
             if n is not None:
                 size = sum(p.numel() for p in n.parameters())
                 print(f'{role}: {type(n).__name__}, {size / 1e6:.3f} M parameters')
-        print(f'{method}, {max_steps:,} steps of {batch_size} images on {world} x {device.type}')
+        print(f'{method}, {max_steps:,} steps of {batch_size} images on {world} x {dev.type}')
         log = M.Log(os.path.join(out_dir, 'log.csv'), step)
+    run_step = M.Graphed(one_step, dev, graph_on)
     stop = M.StopFlag()
     net.train()
-    begin, first, leaving = time.time(), step, 0
+    begin = time.time()
+    first, leaving = step, 0
     bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
+
+    # ==== the loop ====
     while step < max_steps:
-        if lr_decay:
-            opt.param_groups[0]['lr'] = lr * 0.5 * (1 + math.cos(math.pi * step / max_steps))
-        x = None
-        if images is not None:
-            idx = torch.randint(len(images), (micro_batch,), device=images.device)
-            x = images[idx].to(device, non_blocking=True).float() / 255
-            if flip:
-                x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
-        with autocast:
-            terms = model(x)
-        if not distilling and kl_warmup:
-            terms['kl'] = terms['kl'] * min(1.0, (step + 1) / kl_warmup)
-        sum(terms.values()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
-        opt.found_inf = (~norm.isfinite()).float()  # if 1, the fused optimiser skips the step
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        for name, value in (terms | {'grad_norm': norm}).items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
-        count += 1
+        M.set_learning_rate(opt, lr * M.learning_rate_factor(step, max_steps, 0, lr_decay))
+        if kl_warmup:
+            kl_weight.fill_(min(1.0, (step + 1) / kl_warmup))
+        meter.add(run_step())
         step += 1
         bar.update()
         if world == 1 or step % 5 == 0:
             leaving = M.all_reduce_max(stop.signal)
         saving = step % save_every == 0 or step == max_steps or leaving
         logging = step % log_every == 0 or step == max_steps
-        if logging or saving:  # also before saving: found_inf does not protect BatchNorm
-            totals = torch.stack(list(sums.values())).tolist()  # the one wait
-            means = {k: v / count for k, v in zip(sums, totals)}
-            if not math.isfinite(means['grad_norm']):  # the same on all ranks
-                bar.close()
-                raise M.UserError(
-                    f'step {step}: the gradient was not finite in one of the last {count} steps; '
-                    'that step changed no weights. Try a smaller --lr, or --grad_clip'
-                )
+        if logging or saving:
+            means = meter.means(step, net, save_checkpoint, 'try a smaller --lr, or --grad_clip')
+        if logging and rank == 0:
+            norm = means.pop('grad_norm')
+            total = sum(means.values())
+            bar.set_postfix(loss=f'{total:.4g}')
+            seconds = time.time() - begin
+            log(
+                step=step, loss=total, **means, grad_norm=norm,
+                images_per_s=(step - first) * batch_size / seconds, seconds=log.seconds + seconds
+            )
         if logging:
-            if rank == 0:
-                norm = means.pop('grad_norm')
-                loss = sum(means.values())
-                bar.set_postfix(loss=f'{loss:.4g}')
-                seconds = time.time() - begin
-                log(
-                    step=step, loss=loss, **means, grad_norm=norm,
-                    images_per_s=(step - first) * batch_size / seconds,
-                    seconds=log.seconds + seconds
-                )
-            sums, count = {}, 0
+            meter.clear()
         if saving:
-            M.save_checkpoint(settings, step, net, opt, {}, {'sums': sums, 'count': count}, rank)
+            save_checkpoint()
             if rank == 0:
                 save_student()
                 if not leaving:  # last: after SIGTERM there may be little time
@@ -401,13 +416,7 @@ if __name__ == '__main__':
             f'step {step} of {max_steps}, {time.time() - begin:.0f} s; student: {path}, pictures: '
             f'{out_dir}/*.png'
         )
-        if not isinstance(net, M.Autoencoder):
+        if not of_diffusers:
             spec = f'{student}:{path}' if student else path
-            command = ['eval_fid.py', f'--models={spec}' + (f',{teacher}' if distilling else '')]
-            if channels == 3:
-                command += [
-                    '--features=pretrained/cifar10_resnet.safetensors',
-                    '--reference=pretrained/cifar10_stats.npz',
-                ]
-            print('evaluate: python ' + shlex.join(command))
+            print('evaluate: python ' + shlex.join(['eval_fid.py', f'--models={spec}']))
     M.finish(leaving)

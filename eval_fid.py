@@ -4,10 +4,12 @@ Inception Score, precision, recall, KID, EMD, MMD and 1-NN accuracy, with each m
 size, FLOPs and time per image. If a denoiser has the classifier's classes, it also measures how
 often the classifier predicts the requested class.
 
-    python eval_fid.py --models=out/dkdm/student.safetensors,pretrained/mnist_classes.safetensors --guidance=2.0
-    python eval_fid.py --models=samples.npz,folder/ --reference=VIRTUAL_imagenet256_labeled.npz --features=inception
-    torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 --features=inception \\
-        --reference=cifar10
+    python eval_fid.py --models=out/dkdm/student.safetensors
+    python eval_fid.py --models=pretrained/mnist_classes.safetensors --guidance=2.0
+    python eval_fid.py --models=samples.npz,folder/ --features=inception \\
+        --reference=VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc_per_node=8 eval_fid.py --models=student.safetensors --num_samples=50000 \\
+        --features=inception --reference=cifar10
 
 --save_stats computes the statistics of a reference once; without data, use the teacher's own
 samples:
@@ -26,9 +28,11 @@ import os
 models = ''                  # comma-separated: denoisers and VAEs (sampled), .npz files, folders,
                              # torchvision names; with a network of your own
                              # my_student.py:student.safetensors
-model_config = {}            # what an original checkpoint does not record (models.load_denoiser)
-reference = 'pretrained/mnist_stats.npz'  # as above, or stored statistics, ours or ADM's
-features = 'pretrained/mnist_resnet.safetensors'  # 'inception' (downloaded once), or a classifier
+model_config = {}            # what an original checkpoint does not record (adapters/original.py)
+reference = ''               # as above, or stored statistics, ours or ADM's; '' is the bundled ones
+                             # of MNIST for grey images, of CIFAR-10 for others
+features = ''                # 'inception' (downloaded once), or a classifier; '' is the one of the
+                             # stored statistics
 inception_weights = ''       # a file with Inception's weights, for machines that are offline
 save_stats = ''              # write the reference's statistics to this .npz
 n_two_sample = 1000          # EMD, MMD and 1-NN compare at most this many images of each set;
@@ -45,7 +49,8 @@ spacing = ''                 # of the steps; '' is what the file says, or else '
                              # 'trailing', 'even' (Improved DDPM's) or 'leading' (DDIM's)
 guidance = 1.0               # scale for conditional checkpoints; students distilled with guidance
                              # are sampled without it
-prompts = ''                 # text-conditional checkpoints: a file of texts, one per line
+prompts = ''                 # text-conditional checkpoints: a file of texts, one per line; '' is
+                             # the one that the student's file names
 batch_size = 100             # per rank, for sampling and for the feature network. The samples
                              # depend on it, because each batch has one seed
 # system
@@ -267,32 +272,56 @@ def measure_set(batches, total, keep, extract, sizes, device, progress=True):
 def is_images(spec):
     """Whether a spec names images; otherwise it is a network."""
     if os.path.isdir(spec):
-        # a folder with this file is a diffusers pipeline, which is a network
-        return not os.path.exists(os.path.join(spec, 'model_index.json'))
+        # a folder with one of these files is a pipeline or a network of diffusers
+        marks = ('model_index.json', 'config.json')
+        return not any(os.path.exists(os.path.join(spec, mark)) for mark in marks)
     path, _ = M.split_classes(spec)
-    return path.endswith('.npz') or os.path.isdir(path) or M.torchvision_dataset(path) is not None
+    endings = ('.npz', '.npy', '.txt')
+    return path.endswith(endings) or os.path.isdir(path) or M.is_dataset(path)
 
 
 def load_network(spec, dtype, **known):
     """(net, diffusion) of a denoiser, (net, None) of a VAE or another generator."""
     file, weights = M.split_file(spec)
-    if file and weights:
+    is_denoiser = True
+    if file and os.path.isfile(weights):
         is_denoiser = 'diffusion' in M.read_weights(weights)[1]
     elif file:
-        is_denoiser = isinstance(M.function_of(file, 'load')(), tuple)
+        is_denoiser = isinstance(M.load_from_file('denoiser', spec, {})[0], tuple)
     elif os.path.isfile(spec):
-        is_denoiser = M.read_model(spec)[1].get('net', {}).get('class') != 'LVAE'
-    else:
-        is_denoiser = True
+        is_denoiser = M.kind_of(M.read_model(spec)[1]) != 'LVAE'
     if not is_denoiser:
         return M.load_vae(spec), None
     return M.load_denoiser(spec, dtype, **known if M.is_plain(spec) else {})
 
 
-def image_batches(images, batch_size, rank, world):
-    """This rank's share of a set of images."""
-    for i in range(rank * batch_size, len(images), world * batch_size):
-        yield range(i, min(i + batch_size, len(images))), images[i : i + batch_size]
+class ImageSet:
+    """uint8 images (N, C, H, W). They are measured in random order if only some of them are, or if
+    they are sorted by class: the first ones would be those of the first classes."""
+
+    def __init__(self, images, labels, batch_size):
+        self.images = images
+        self.n = len(images)
+        self.batch_size = batch_size
+        self.sorted = labels is not None and bool((labels.diff() >= 0).all())
+
+    def one(self):
+        return self.images[:1]
+
+    def take(self, n):
+        """Only n images are measured; 0 for all."""
+        self.sorted = self.sorted or 0 < n < self.n
+        self.n = min(n or self.n, self.n)
+        return self
+
+    def batches(self, rank, world):
+        """This rank's share: (places, images)."""
+        order = torch.arange(len(self.images))
+        if self.sorted:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(0))
+        for i in range(rank * self.batch_size, self.n, world * self.batch_size):
+            picked = order[i : min(i + self.batch_size, self.n)]
+            yield range(i, i + len(picked)), self.images[picked]
 
 
 class Samples:
@@ -302,7 +331,9 @@ class Samples:
 
     def __init__(self, net, diffusion, n, batch_size, seed, device, autocast, guidance=1.0, **how):
         self.net, self.diffusion = net, diffusion
-        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
         self.device, self.autocast = device, autocast
         said = getattr(net, 'sampling', {})  # what the student's file says
         usual = dict(sampler='ddim', steps=8, spacing='trailing') | said
@@ -334,6 +365,12 @@ class Samples:
             shape = size, net.in_channels, net.image_size, net.image_size
             x = M.sample(net, self.diffusion, shape, y=y, generator=g, **self.how)
             return M.decode(net, x)
+
+    def one(self):
+        """One image (1, C, H, W), to see what the network makes."""
+        g = self.generator(0)
+        classes = self.diffusion is not None and self.net.num_classes
+        return self.make(1, self.labels(0, g)[:1] if classes else None, g)
 
     def batches(self, rank, world):
         """This rank's share: (places, uint8 images on the CPU)."""
@@ -369,6 +406,17 @@ class Samples:
         return row | {'ms/image': 1000 * np.mean(seconds), '+-': 1000 * np.std(seconds)}
 
 
+def feature_space(features, reference, channels):
+    """(features, reference), where '' stands for what the stored statistics say, or else for the
+    bundled ones for images of so many channels."""
+    if not features and reference.endswith('.npz'):
+        with M.open_npz(reference) as z:
+            if 'mu' in z:  # ADM's files do not name their space, Inception's
+                features = str(z.get('features', '' if 'space' in z else 'inception'))
+    usual_features, usual_reference = M.SPACES[1 if channels == 1 else 3]
+    return features or usual_features, reference or usual_reference
+
+
 def written(v):
     """A value formatted as a cell of the table."""
     if v is None:
@@ -390,67 +438,64 @@ if __name__ == '__main__':
         raise M.UserError(f'save_stats={save_stats} must end in .npz')
     if num_samples < 0 or n_two_sample < 0 or steps < 0 or batch_size < 1:
         raise M.UserError('num_samples, n_two_sample and steps must be >= 0, batch_size > 0')
-    device, autocast, rank, world = M.init_distributed(device, dtype, seed)
-    compute_dtype = M.pick_dtype(device, dtype)
+    dev, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    compute_dtype = M.pick_dtype(dev, dtype)
     # the device for float64, which mps does not have
-    exact = torch.device('cpu') if device.type == 'mps' else device
-    inception = features == 'inception'
+    exact = torch.device('cpu') if dev.type == 'mps' else dev
+
+    def open_source(spec):
+        """The ImageSet that a spec names, or the Samples of a network."""
+        if is_images(spec):
+            return ImageSet(*M.load_images(spec), batch_size)
+        net, diffusion = load_network(spec, compute_dtype, **model_config)
+        M.check(num_samples, 'num_samples=0 means all images of a set; a network needs a number')
+        net = M.cast_frozen(net.to(dev, memory_format=M.memory_format(dev)), compute_dtype)
+        if getattr(net, 'condition', '') == 'text':
+            texts = prompts or getattr(net, 'prompts', '')
+            M.check(texts, f'{spec} takes texts: --prompts=file.txt')
+            net.set_prompts(M.read_lines(texts))
+        M.check(
+            guidance == 1 or diffusion is None or net.num_classes,
+            f'guidance={guidance}: {spec} is unconditional and cannot be guided'
+        )
+        return Samples(
+            net, diffusion, num_samples, batch_size, seed, dev, autocast, guidance,
+            sampler=sampler, steps=steps, spacing=spacing
+        )
+
+    # ---- what is measured, and the features ----
+    sources = [open_source(spec) for spec in specs]
+    ref = None
+    ref_source = None
+    if not sources or reference and not reference.endswith('.npz'):
+        ref_source = open_source(reference)
+    of_models = (sources or [ref_source])[0].one().shape[1]
+    spec_F, spec_ref = feature_space(features, reference, of_models)
+    inception = spec_F == 'inception'
     if inception:
         net_F, space = load_inception(inception_weights)
-        net_F = net_F.to(device)
+        net_F = net_F.to(dev)
         in_F = inception_features(net_F)
         channels, sizes = 3, (2048, 1008, 2023)
     else:
-        net_F, space, D = M.load_features(features, device)
+        net_F, space, D = M.load_features(spec_F, dev)
 
         def in_F(x):
             return *M.features(net_F, x), None
 
         channels, sizes = net_F.in_channels, (D, net_F.num_classes, 0)
+    for spec, source in zip(specs, sources):
+        made = source.one().shape[1]
+        M.check(
+            isinstance(source, ImageSet) or made == channels or inception and made == 1,
+            f'{spec} makes images of {made} channels, but features={spec_F} takes {channels}: use '
+            "a classifier of such images, or 'inception'"
+        )
+        if isinstance(source, ImageSet) and channels < made and rank == 0:
+            print(f'{spec}: colour images are converted to grey')
 
     def extract(x):
-        return in_F(x.to(device))
-
-    def open_source(spec):
-        """The uint8 images that a spec names, or the Samples of a network."""
-        if is_images(spec):
-            images, labels = M.load_images(spec, channels=channels)
-            # a part of a folder that is sorted by class would be its first classes
-            if labels is not None and (labels.diff() >= 0).all() and not spec.endswith('.npz'):
-                order = torch.Generator().manual_seed(0)
-                images = images[torch.randperm(len(images), generator=order)]
-            return images
-        net, diffusion = load_network(spec, compute_dtype, **model_config)
-        if not num_samples:
-            raise M.UserError('num_samples=0 means all images of a set; a network needs a number')
-        net = M.cast_frozen(net.to(device, memory_format=M.memory_format(device)), compute_dtype)
-        if getattr(net, 'condition', '') == 'text':
-            if not prompts:
-                raise M.UserError(f'{spec} takes texts: --prompts=file.txt')
-            net.set_prompts(M.read_lines(prompts))
-        if guidance != 1 and diffusion and not net.num_classes:
-            raise M.UserError(f'guidance={guidance}: {spec} is unconditional and cannot be guided')
-        source = Samples(
-            net, diffusion, num_samples, batch_size, seed, device, autocast, guidance,
-            sampler=sampler, steps=steps, spacing=spacing
-        )
-        made = source.make(
-            1, source.labels(0, source.generator(0))[:1] if diffusion and net.num_classes else None,
-            source.generator(0)
-        ).shape[1]
-        if made != channels and not (inception and made == 1):
-            raise M.UserError(
-                f'{spec} makes images of {made} channels, but features={features} takes '
-                f'{channels}: use a classifier of such '
-                "images, or 'inception'"
-            )
-        return source
-
-    def batches_of(source):
-        """(batches, number of images) of a source from `open_source`."""
-        if torch.is_tensor(source):
-            return image_batches(source, batch_size, rank, world), len(source)
-        return source.batches(rank, world), source.n
+        return in_F(M.with_channels(x, channels).to(dev))
 
     def first(batches, kept):
         """Yields all batches and keeps images of the first one for the picture."""
@@ -460,34 +505,35 @@ if __name__ == '__main__':
             yield places, x
 
     # ---- the reference ----
-    sources = [open_source(spec) for spec in specs]
-    ref = None
-    if reference.endswith('.npz') and not save_stats:
-        ref = M.read_statistics(reference, space)
+    if spec_ref.endswith('.npz') and not save_stats:
+        ref = M.read_statistics(spec_ref, space)
     if ref is None:
-        ref = measure_set(
-            *batches_of(open_source(reference)), KEEP[0], extract, sizes, exact, rank == 0
-        )
+        if ref_source is None:
+            ref_source = open_source(spec_ref)
+        batches = ref_source.batches(rank, world)
+        ref = measure_set(batches, ref_source.n, KEEP[0], extract, sizes, exact, rank == 0)
     moments = {
         k: torch.as_tensor(ref[k], dtype=torch.float64, device=exact)
         for k in ('mu', 'sigma', 'mu_s', 'sigma_s')
         if k in ref
     }
     if save_stats and rank == 0:
-        arrays = {k: v.cpu().numpy() for k, v in moments.items()} | {'n': ref['n'], 'space': space}
+        arrays = {k: v.cpu().numpy() for k, v in moments.items()}
+        arrays |= {'n': ref['n'], 'space': space, 'features': spec_F}
         M.write_atomically(save_stats, lambda tmp: np.savez(tmp, **arrays))
         print(
-            f"{save_stats}: statistics of {ref['n']:,} images of {reference} in the space of "
+            f"{save_stats}: statistics of {ref['n']:,} images of {spec_ref} in the space of "
             f"{space}"
         )
 
     # ==== the models ====
     table = []
     for spec, source in zip(specs, sources):
-        if torch.is_tensor(source):
-            source = source[: num_samples or None]
-        kept, row, how = [], {'model': spec}, {}
-        batches, total = batches_of(source)
+        kept, how = [], {}
+        row = {'model': spec}
+        if isinstance(source, ImageSet):
+            source.take(num_samples)
+        batches, total = source.batches(rank, world), source.n
         found = measure_set(first(batches, kept), total, KEEP[1], extract, sizes, exact, rank == 0)
         if rank:
             continue
@@ -525,9 +571,9 @@ if __name__ == '__main__':
             print(f'{spec}: the product of the covariances is near singular, its root inaccurate')
         table.append(row)
         said = dict(
-            features=space, reference=reference,
+            features=space, reference=spec_ref,
             reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
-            n_two_sample=n_two_sample, device=device.type, batch_size=batch_size
+            n_two_sample=n_two_sample, device=dev.type, batch_size=batch_size
         )
         os.makedirs(out_dir, exist_ok=True)
         with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
@@ -541,11 +587,14 @@ if __name__ == '__main__':
                 f"{how['guidance']:g}"
             )
     if table:
-        columns = list(dict.fromkeys(k for row in table for k in row))
+        columns = {}
+        for row in table:
+            columns |= dict.fromkeys(row)
+        columns = list(columns)
         cells = [columns] + [[written(row.get(k)) for k in columns] for row in table]
         widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
         n = f" ({int(ref['n']):,} images)" if 'n' in ref else ''
-        print(f'features of {space}; reference {reference}{n}; seed {seed}')
+        print(f'features of {space}; reference {spec_ref}{n}; seed {seed}')
         for r in cells:
             rest = [c.rjust(w) for c, w in zip(r[1:], widths[1:])]
             print('  '.join([r[0].ljust(widths[0])] + rest))

@@ -15,9 +15,9 @@ DDIMScheduler: the pipeline samples it with num_inference_steps set to its numbe
 """
 import os
 
-model = 'out/dkdm/student.safetensors'  # a student of dkdm.py, or another file of a denoiser
-                             # (models.load_denoiser)
-model_config = {}            # what an original checkpoint does not record (models.load_denoiser)
+model = 'out/dkdm/student.safetensors'  # a student of dkdm.py or few_steps.py, or another file
+                             # (adapters/original.py)
+model_config = {}            # what an original checkpoint does not record (adapters/original.py)
 link = True                  # symbolic links to the teacher's other parts; False: copies
 out_dir = 'out/pipeline'     # a new folder, or an empty one
 if __name__ == '__main__':
@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 
 import models as M
+
+hub = M.adapter('hub')
 
 
 # ==== networks of ours as networks of diffusers ====
@@ -173,7 +175,7 @@ def unet_to_diffusers(net):
 
 def to_diffusers(net):
     """Converts a network of ours to diffusers. Raises UserError if diffusers has no such class."""
-    if isinstance(net, M.Pipeline):
+    if isinstance(net, hub.Pipeline):
         return net.net
     if isinstance(net, M.DiT):
         return dit_to_diffusers(net)
@@ -235,19 +237,19 @@ if __name__ == '__main__':
     network = to_diffusers(net)
     kind = type(network).__name__
     spec = getattr(net, 'source', '')  # the teacher's pipeline, if it has one
-    root, parts = M.read_pipeline(spec) if spec else ('', {})
+    root, parts = hub.read_pipeline(spec) if spec else ('', {})
     name = next((k for k in ('unet', 'transformer') if (parts.get(k) or [0, 0])[1] == kind), '')
     others, lost = {}, []  # the teacher's other parts, and those that are missing
     theirs = None
     if name:
-        theirs = M.load_part(spec, 'scheduler')
+        theirs = hub.load_part(spec, 'scheduler')
         if not os.path.isdir(spec):  # on the hub: download what is missing
-            M.open_pipeline(spec, torch.float32, **{name: network})
+            hub.open_pipeline(spec, torch.float32, **{name: network})
         for k, v in parts.items():
             if isinstance(v, list) and v[0] and k not in (name, 'scheduler'):
                 others[k] = os.path.abspath(os.path.join(root, k))
         lost = [k for k, path in others.items() if not os.path.isdir(path)]
-        if set(lost) - set(M.UNUSED):
+        if set(lost) - set(hub.UNUSED):
             raise M.UserError(f"{spec} lacks its {', '.join(lost)}")
     sampling = getattr(net, 'sampling', {})
     scheduler = make_scheduler(diffusion, sampling, theirs)

@@ -2,17 +2,18 @@
 Everything that the scripts share, in two parts.
 
 Part 1, to copy from. It uses nothing from part 2 and imports only math and torch:
-    networks     UNet, DiT, DENOISERS; classifier, preprocess; LVAE, combine, gaussian_kl
+    networks     UNet, DiT, DENOISERS; resize, preprocess
     diffusion    Diffusion: the process, its steps and losses; betas_from_alpha_bar
     sampling     guided, sampling_steps, sample
+    files        read_safetensors; to_float, to_uint8, with_channels
 
 Part 2, the plumbing:
-    weights      save_model, make, read_weights, unwrap, load_state, digest
-    user files   run_file, build_from_file, load_from_file
-    diffusers    Pipeline, decode, open_pipeline, load_part
-    loaders      load_denoiser, load_classifier, load_vae
-    images       load_images, to_tensor, to_float, to_uint8, save_grid
-    measuring    features, load_features, read_statistics, frechet_distance
+    files        save_model, read_weights, load_state, digest, make
+    the door     adapter, load_from_file: Python files bring what comes from elsewhere
+    loaders      load_denoiser, load_classifier, load_vae, load_images
+    measuring    features, load_features, read_statistics, frechet_distance, save_grid
+    training     optimizer_step, update_ema, Meter, compile_blocks, Graphed
+    denoisers    load_teacher, make_teacher, build_denoiser, save_samples
     running      init_distributed, pick_dtype, cast_frozen, all_reduce_max, finish
     checkpoints  lock_out_dir, save_checkpoint, resume, restore, Log
 
@@ -248,6 +249,13 @@ class UNet(nn.Module):
     def first_layer(self):
         return self.input_blocks[0]
 
+    @property
+    def last_layer(self):
+        return self.out[2], self.config['out_channels'], True
+
+    def predict_channels(self, channels):
+        self.config['out_channels'] = channels
+
     def forward(self, x, t, y=None):
         emb = self.time_embed(timestep_embedding(t * self.time_scale, self.model_channels))
         dtype = emb.dtype  # what autocast computes in
@@ -365,6 +373,14 @@ class DiT(nn.Module):
     def first_layer(self):
         return self.x_embedder
 
+    @property
+    def last_layer(self):
+        return self.final_layer['linear'], self.out_channels, False
+
+    def predict_channels(self, channels):
+        self.out_channels = channels
+        self.config['learn_sigma'] = channels > self.in_channels
+
     def forward(self, x, t, y=None):
         B, p = len(x), self.patch_size
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 rounds small noise away
@@ -386,263 +402,6 @@ class DiT(nn.Module):
 # --student=NAME. A third one is added here: a class of (image_size, in_channels, num_classes, ...)
 # with these attributes. Its argument out_channels or learn_sigma says how many it predicts.
 DENOISERS = {'unet': UNet, 'dit': DiT}
-
-
-# ==== Networks: classifiers
-
-
-class ResidualBlock(nn.Module):
-    """Convolutions with BatchNorm and ReLU plus a shortcut: 3x3 twice, or as a bottleneck
-    1x1 - 3x3 - 1x1 at a quarter of the width.
-
-    skip: the shortcut's name, which differs between families. kind: 'conv' (1x1 with BatchNorm)
-    or 'pad' (zeros for the new channels) where the shape changes, or 'bare' (always a 1x1 without
-    BatchNorm, as in the ladder VAE). side: if given, x is first resized to this side.
-    """
-
-    def __init__(self, in_ch, out_ch, stride, skip, kind='conv', bottleneck=False, side=None):
-        super().__init__()
-        self.skip = skip
-        self.side = side
-        mid = out_ch // 4
-        if bottleneck:
-            convs = [(in_ch, mid, 1, 1), (mid, mid, 3, stride), (mid, out_ch, 1, 1)]
-        else:
-            convs = [(in_ch, out_ch, 3, stride), (out_ch, out_ch, 3, 1)]
-        self.depth = len(convs)
-        if kind == 'bare':
-            self.add_module(skip, nn.Conv2d(in_ch, out_ch, 1, stride, bias=False))
-        for i, (a, b, kernel, by) in enumerate(convs, 1):
-            self.add_module(f'conv{i}', nn.Conv2d(a, b, kernel, by, kernel // 2, bias=False))
-            self.add_module(f'bn{i}', nn.BatchNorm2d(b))
-        if kind == 'bare':
-            return
-        if in_ch == out_ch and stride == 1:
-            shortcut = nn.Identity()
-        elif kind == 'pad':
-            extra = (out_ch - in_ch) // 2
-            shortcut = nn.Sequential(
-                nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, extra, extra))
-            )
-        else:
-            conv = nn.Conv2d(in_ch, out_ch, 1, stride, bias=False)
-            shortcut = nn.Sequential(conv, nn.BatchNorm2d(out_ch))
-        self.add_module(skip, shortcut)
-
-    def forward(self, x):
-        if self.side:
-            x = F.interpolate(x, size=(self.side, self.side))
-        h = x
-        for i in range(1, self.depth + 1):
-            h = self.get_submodule(f'bn{i}')(self.get_submodule(f'conv{i}')(h))
-            if i == self.depth:
-                h = h + self.get_submodule(self.skip)(x)
-            h = F.relu(h)
-        return h
-
-
-class WideBlock(nn.Module):
-    """BN-ReLU-conv twice; where the width changes, the shortcut starts after the first BN-ReLU."""
-
-    def __init__(self, in_ch, out_ch, stride):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_ch)
-        self.conv1 = nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_ch)
-        self.conv2 = nn.Conv2d(out_ch, out_ch, 3, 1, 1, bias=False)
-        if in_ch != out_ch:
-            self.convShortcut = nn.Conv2d(in_ch, out_ch, 1, stride, bias=False)
-
-    def forward(self, x):
-        h = F.relu(self.bn1(x))
-        skip = self.convShortcut(h) if hasattr(self, 'convShortcut') else x
-        return skip + self.conv2(F.relu(self.bn2(self.conv1(h))))
-
-
-def stages(name, block, counts, in_ch, widths, *more):
-    """{name1: blocks, name2: blocks, ...}; every stage after the first halves the resolution."""
-    found = {}
-    for i, (count, out_ch) in enumerate(zip(counts, widths), 1):
-        blocks = []
-        for j in range(count):
-            stride = 2 if j == 0 and i > 1 else 1
-            blocks.append(block(in_ch, out_ch, stride, *more))
-            in_ch = out_ch
-        found[f'{name}{i}'] = nn.Sequential(*blocks)
-    return found
-
-
-class Classifier(nn.Module):
-    """Named layers applied in sequence; those in `ends` end a stage. The last layer is linear and
-    takes the spatial mean of the last map."""
-
-    def __init__(self, layers, ends):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.ends = ends
-        self.head_name = name
-
-    def forward_features(self, x):
-        """(logits (B, num_classes), [the last map (B, C, h, w) of each stage])."""
-        maps = []
-        *layers, (_, head) = self.named_children()
-        for name, layer in layers:
-            x = layer(x)
-            if name in self.ends:
-                maps.append(x)
-        return head(x.mean((2, 3))), maps
-
-    def forward(self, x):
-        return self.forward_features(x)[0]
-
-
-def resnet(depth, num_classes=10, in_channels=3, width=None, shortcut='conv', max_pool=False):
-    """CIFAR ResNets: depth 6n+2 has three stages (He et al. 2016); 18, 34 and 50 are ImageNet's
-    with a 3x3 stem, followed by ImageNet's max pool if `max_pool`."""
-    deep = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-    if depth in deep:
-        counts = deep[depth]
-        width = width or 64
-        skip, head = 'shortcut', 'linear'
-    else:
-        counts = [(depth - 2) // 6] * 3
-        width = width or 16
-        skip, head = 'downsample', 'fc'
-    bottleneck = depth == 50
-    expansion = 4 if bottleneck else 1
-    widths = [width * 2**i * expansion for i in range(len(counts))]
-    layers = {
-        'conv1': nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), 'bn1': nn.BatchNorm2d(width),
-        'relu': nn.ReLU()
-    }
-    if max_pool:
-        layers['maxpool'] = nn.MaxPool2d(3, 2, 1)
-    maps = stages('layer', ResidualBlock, counts, width, widths, skip, shortcut, bottleneck)
-    return Classifier(layers | maps | {head: nn.Linear(widths[-1], num_classes)}, [*maps])
-
-
-def wide_resnet(depth, widen, num_classes=10, in_channels=3):
-    """Wide ResNet (Zagoruyko & Komodakis 2016), depth 6n+4."""
-    widths = [16 * widen, 32 * widen, 64 * widen]
-    layers = {'conv1': nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)}
-    for name, blocks in stages('block', WideBlock, [(depth - 4) // 6] * 3, 16, widths).items():
-        layers[name] = nn.Sequential()
-        layers[name].add_module('layer', blocks)
-    layers['bn1'] = nn.BatchNorm2d(widths[-1])
-    layers['relu'] = nn.ReLU()
-    layers['fc'] = nn.Linear(widths[-1], num_classes)
-    return Classifier(layers, ('block1', 'block2', 'relu'))
-
-
-class PoolLarge(nn.MaxPool2d):
-    """The fourth pooling of a VGG. It acts only on maps of at least 8x8, so that images of 32 and
-    of 64 pixels both end at 4x4."""
-
-    def forward(self, x):
-        return super().forward(x) if x.shape[-1] >= 8 else x
-
-
-def vgg(depth, num_classes=10, in_channels=3):
-    """VGG with BatchNorm and one linear layer (Simonyan & Zisserman 2015), as used on CIFAR."""
-    counts = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-    layers = {}
-    ch = in_channels
-    for i, (count, out_ch) in enumerate(zip(counts[depth], (64, 128, 256, 512, 512))):
-        block = []
-        for _ in range(count):
-            block += [nn.Conv2d(ch, out_ch, 3, padding=1), nn.BatchNorm2d(out_ch), nn.ReLU()]
-            ch = out_ch
-        layers[f'block{i}'] = nn.Sequential(*block)
-        if i < 3:
-            layers[f'pool{i}'] = nn.MaxPool2d(2)
-        elif i == 3:
-            layers[f'pool{i}'] = PoolLarge(2)
-    layers['classifier'] = nn.Linear(ch, num_classes)
-    return Classifier(layers, [f'block{i}' for i in range(5)])
-
-
-def hooked_features(net, layers, x):
-    """(logits, outputs of `layers`) of one forward pass; of a layer called twice, the last."""
-    outputs = {}
-
-    def keep(layer, args, output):
-        outputs[layer] = output
-
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        logits = net(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, [outputs[layer] for layer in layers if layer in outputs]
-
-
-class Torchvision(nn.Module):
-    """A torchvision classifier; its maps are the last map of each resolution, at most four."""
-
-    def __init__(self, name, num_classes=1000, in_channels=3, weights=None):
-        super().__init__()
-        import torchvision
-
-        if in_channels != 3:
-            raise ValueError('torchvision classifiers take colour images only')
-        self.net = torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
-        linear = [k for k, m in self.net.named_modules() if isinstance(m, nn.Linear)]
-        self.head_name = 'net.' + linear[-1]
-
-    def forward_features(self, x):
-        layers = list(getattr(self.net, 'features', self.net).children())
-        logits, outputs = hooked_features(self.net, layers, x)
-        maps = {out.shape[2:]: out for out in outputs if out.dim() == 4 and out.shape[-1] > 1}
-        return logits, list(maps.values())[-4:]
-
-    def forward(self, x):
-        return self.net(x)
-
-
-def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **kw):
-    """An image classifier by its name: resnet8 ... resnet110 (6n+2), resnet18/34/50, wrn16_1 ...
-    wrn40_2, vgg11/13/16/19 or torchvision:NAME.
-
-    `forward(x)` gives logits (B, num_classes), `forward_features(x)` also the last map of every
-    stage. `image_size`, `mean` and `std` (of images in [0, 1]) are used by `preprocess`. kw:
-    in_channels; width, shortcut ('conv' or 'pad') and max_pool of the ResNets. Raises UserError for
-    an unknown name.
-    """
-    family, _, sizes = name.partition(':')
-    if family != 'torchvision':
-        family = name.rstrip('0123456789_')
-        sizes = name[len(family) :]
-    depth, _, widen = sizes.partition('_')
-    depth = int(depth) if depth.isdecimal() else 0
-    if family == 'torchvision':
-        net = Torchvision(sizes, num_classes, **kw)
-    elif family == 'resnet' and (depth in (18, 34, 50) or depth >= 8 and depth % 6 == 2):
-        net = resnet(depth, num_classes, **kw)
-    elif family == 'wrn' and depth >= 10 and depth % 6 == 4 and widen.isdecimal():
-        net = wide_resnet(depth, int(widen), num_classes, **kw)
-    elif family == 'vgg' and depth in (11, 13, 16, 19):
-        net = vgg(depth, num_classes, **kw)
-    else:
-        raise UserError(
-            f'no classifier {name!r}: resnet8, 14, 20 ... 110, resnet18, 34 or 50, wrn16_1 ... '
-            'wrn40_2, vgg11, 13, 16 or 19, torchvision:resnet34 and its like, or a Python file '
-            'with build()'
-        )
-    for key, values in (('mean', mean), ('std', std)):
-        if len(values) not in (1, kw.get('in_channels', 3)):
-            raise UserError(f'{key}={values} must be one number, or one per channel')
-    net.config = {
-        'class': 'classifier', 'name': name, 'num_classes': num_classes, 'image_size': image_size,
-        'mean': mean, 'std': std
-    } | kw
-    net.num_classes = num_classes
-    net.image_size = image_size
-    net.in_channels = kw.get('in_channels', 3)
-    net.mean = mean
-    net.std = std
-    return net
 
 
 def resize(images, size):
@@ -668,126 +427,13 @@ def preprocess(net, images):
     return ((images + 1) / 2 - mean) / std
 
 
-# ==== Networks: the ladder VAE
-
-
-class LadderLevel(nn.Module):
-    """Two residual blocks, the first of which may resample, and a 1x1 convolution to a Gaussian.
-    `resample` is None, 'downsample' (by 2) or 'upsample' (to `side`)."""
-
-    def __init__(self, in_ch, width, out_ch, resample=None, side=None):
-        super().__init__()
-        stride = 2 if resample == 'downsample' else 1
-        kind = 'bare' if resample else 'conv'
-        first = ResidualBlock(in_ch, width, stride, resample or 'same', kind, side=side)
-        self.net = nn.Sequential(first, ResidualBlock(width, width, 1, 'same'))
-        self.out = nn.Conv2d(width, out_ch, 1, bias=False)
-
-
-def gaussian(out):
-    """Splits 2C channels into (mean, std); an output of zeros gives the standard normal. 0.6931 is
-    ln 2 as the original code rounds it."""
-    mean, s = out.float().chunk(2, dim=1)
-    return mean, F.softplus(s) / 0.6931 + 1e-6
-
-
-class LVAE(nn.Module):
-    """Ladder VAE (Sonderby et al. 2016) with 16-channel latents at every halving of the image.
-
-    The levels have 16, 8, 4, 2, 1 pixels a side for images of 32, and 14, 7, 4, 2, 1 for 28. Width
-    128 at 32 pixels is the slides' teacher, 8 their student. Images (B, C, H, W) are in [0, 1]
-    here. Lists over levels start at the finest; noise is a list of (B, 16, h, w). A decoder's
-    output has 2C channels, of which the first C are the mean of the pixels; their std is sqrt(beta
-    / 2).
-    """
-
-    castable = True  # its weights may be cast once, see cast_frozen
-
-    def __init__(self, image_size=32, in_channels=3, width=128):
-        super().__init__()
-        self.config = arguments(locals()) | {'class': 'LVAE'}
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.sides = [image_size]
-        while self.sides[-1] > 1:
-            self.sides.append(-(-self.sides[-1] // 2))
-        self.levels = len(self.sides) - 1
-        stem = nn.Conv2d(in_channels, width, 5, stride=2, padding=2)
-        self.u1 = nn.Sequential(stem, LadderLevel(width, width, 32))
-        for i in range(2, self.levels + 1):
-            self.add_module(f'u{i}', LadderLevel(width, width, 32, 'downsample'))
-        for i in reversed(range(self.levels)):
-            out_ch = 32 if i else 2 * in_channels
-            self.add_module(f'd{i}', LadderLevel(16, width, out_ch, 'upsample', self.sides[i]))
-
-    def noise(self, n, generator=None):
-        """Standard normal noise for n images: a list of (n, 16, h, w), finest level first."""
-        device = self.d0.out.weight.device
-        return [
-            torch.randn(n, 16, side, side, generator=generator, device=device)
-            for side in self.sides[1:]
-        ]
-
-    def encode(self, x):
-        """The Gaussian (mean, std) of each level from the image alone, finest level first. Raises
-        ValueError for images that are not in [0, 1]."""
-        if x.is_cpu and (x.min() < 0 or x.max() > 1):  # not on a GPU: the check would synchronise
-            raise ValueError(f'images in [{x.min():.2f}, {x.max():.2f}]: a VAE takes [0, 1]')
-        h = self.u1[0](x)
-        found = []
-        for i in range(1, self.levels + 1):
-            level = self.u1[1] if i == 1 else self.get_submodule(f'u{i}')
-            h = level.net(h)
-            found.append(gaussian(level.out(h)))
-        return found
-
-    def decode(self, noise, seen=None):
-        """(out, q, p) of the top-down pass, with z = mean + std * noise at every level.
-
-        p: the prior Gaussians, each given the z of the level above; q: the Gaussians that z is
-        drawn from. Without `seen` the two are equal. With `seen`, the output of `encode`, q is the
-        normalised product of `seen` and p; at the top level q is `seen` alone.
-        """
-        p = [None] * self.levels
-        q = [None] * self.levels
-        p[-1] = torch.zeros_like(noise[-1]), torch.ones_like(noise[-1])
-        q[-1] = seen[-1] if seen else p[-1]
-        z = q[-1][0] + q[-1][1] * noise[-1]
-        for i in reversed(range(self.levels - 1)):
-            level = self.get_submodule(f'd{i + 1}')
-            p[i] = gaussian(level.out(level.net(z)))
-            q[i] = combine(seen[i], p[i]) if seen else p[i]
-            z = q[i][0] + q[i][1] * noise[i]
-        return self.d0.out(self.d0.net(z)).float(), q, p
-
-    def forward(self, x, noise):
-        """(out, q, p): the reconstruction of x in [0, 1], the posterior and the prior Gaussians."""
-        return self.decode(noise, self.encode(x))
-
-    def elbo(self, x, noise, beta=0.1):
-        """(nll (B,), [KL of each level (B,)]) of images in [0, 1]; their sum is the negative ELBO
-        in nats, for pixels of variance beta / 2."""
-        out, q, p = self(x, noise)
-        mean = out[:, : x.shape[1]]
-        nll = 0.5 * ((mean - x) ** 2 * 2 / beta + math.log(math.pi * beta))
-        return nll.sum((1, 2, 3)), [gaussian_kl(a, b) for a, b in zip(q, p)]
-
-
-def combine(a, b):
-    """The product of two Gaussians (mean, std), each weighted by its precision."""
-    precision_a = a[1] ** -2
-    precision_b = b[1] ** -2
-    var = 1 / (precision_a + precision_b)
-    return var * (precision_a * a[0] + precision_b * b[0]), var.sqrt()
+# ==== Diffusion
 
 
 def gaussian_kl(q, p):
     """KL(q || p) of diagonal Gaussians (mean, std), summed over all but the batch: (B,)."""
     kl = (p[1] / q[1]).log() + (q[1] ** 2 + (q[0] - p[0]) ** 2) / (2 * p[1] ** 2) - 0.5
     return kl.sum((1, 2, 3))
-
-
-# ==== Diffusion
 
 
 def betas_from_alpha_bar(alpha_bar):
@@ -898,7 +544,7 @@ class Diffusion:
 
     def predict_x0(self, out, x_t, t, clip=None):
         """The x_0 that a network's output implies, clamped to [-1, 1] if `clip` (None:
-        `self.clip`)."""
+        `self.clip`). Where it is clamped no gradient passes: clip=False to differentiate."""
         out = out[:, : x_t.shape[1]].float()
         a, b = self.ab(t, x_t)
         if self.prediction == 'eps':
@@ -922,16 +568,16 @@ class Diffusion:
         return torch.cat([mean, out[:, x_t.shape[1] :].float()], dim=1)
 
     def posterior(self, x0, x_t, t, s=None):
-        """(mean, var, jump) of q(x_s | x_t, x_0), DKDM Eqs. (5)-(7) generalised to any s < t: its
+        """(mean, var, beta) of q(x_s | x_t, x_0), DKDM Eqs. (5)-(7) generalised to any s < t: its
         mean and variance, and the variance of q(x_t | x_s), which is beta_t for s = t-1. s = None
         is t-1."""
         s = t - 1 if s is None else s
         a_t, b_t = self.ab(t, x_t)
         a_s, b_s = self.ab(s, x_t)
         ratio = a_t / a_s
-        jump = (b_t**2 - ratio**2 * b_s**2).clamp(min=0)
-        mean = (a_s * jump / b_t**2).to(x_t) * x0 + (ratio * b_s**2 / b_t**2).to(x_t) * x_t
-        return mean, b_s**2 * jump / b_t**2, jump
+        beta = (b_t**2 - ratio**2 * b_s**2).clamp(min=0)
+        mean = (a_s * beta / b_t**2).to(x_t) * x0 + (ratio * b_s**2 / b_t**2).to(x_t) * x_t
+        return mean, b_s**2 * beta / b_t**2, beta
 
     def mean_logvar(self, out, x_t, t, s=None, clip=None):
         """Mean and log variance (B, C, H, W) of p(x_s | x_t), DKDM Eqs. (8) and (12). s = None is
@@ -941,12 +587,12 @@ class Diffusion:
         place, as in Improved DDPM.
         """
         C = x_t.shape[1]
-        mean, var, jump = self.posterior(self.predict_x0(out, x_t, t, clip), x_t, t, s)
+        mean, var, beta = self.posterior(self.predict_x0(out, x_t, t, clip), x_t, t, s)
         low = var.clamp(min=self.floor).log()
         if out.shape[1] == C:  # no learned variance: the posterior's
             return mean, low.to(x_t).expand_as(x_t)
         v = (out[:, C:].float() + 1) / 2
-        return mean, (v * jump.log() + (1 - v) * low).to(x_t)  # Eq. (12)
+        return mean, (v * beta.log() + (1 - v) * low).to(x_t)  # Eq. (12)
 
     def ddpm_step(self, out, x_t, t, s, noise=None):
         """x_s ~ p(x_s | x_t); no noise where s = -1."""
@@ -966,17 +612,6 @@ class Diffusion:
         if eta:
             x_s = x_s + sigma * (torch.randn_like(x_t) if noise is None else noise)
         return x_s.to(x_t)
-
-    def jump_x0(self, x_t, t, x_s, s):
-        """The x_0 whose deterministic DDIM step from x_t lands on x_s (B, C, H, W).
-
-        It solves x_s = a_s x_0 + b_s (x_t - a_t x_0) / b_t for x_0. At s = -1 that is x_s itself
-        (Luhman & Luhman 2021); where x_s comes from two DDIM steps, it is the target of progressive
-        distillation (Salimans & Ho 2022).
-        """
-        a_t, b_t = self.ab(t, x_t)
-        a_s, b_s = self.ab(s, x_t)
-        return ((x_s - b_s / b_t * x_t) / (a_s - a_t * b_s / b_t)).to(x_t)
 
     def losses(self, out, target, x_t, true_mean, true_logvar, t, lam, x0=None):
         """L_simple + lam T KL, DKDM Eqs. (13) and (19): {'loss', 'mse', 'vb'}, each (B,).
@@ -1063,17 +698,18 @@ def random_normal(shape, generator, device):
     return torch.randn(shape, generator=generator, device=on).to(device)
 
 
-def dpm_solver(diffusion, timesteps):
-    """diffusers' second-order DPM-Solver++, for the variance-preserving version of a process."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    betas = betas_from_alpha_bar(diffusion.alpha_bar[:-1].cpu().clamp(min=1e-9))
-    solver = DPMSolverMultistepScheduler(
-        trained_betas=betas.numpy(), num_train_timesteps=diffusion.T, prediction_type='sample',
-        lower_order_final=True
-    )
-    solver.set_timesteps(timesteps=timesteps)
-    return solver
+def dpm_step(diffusion, x_t, t, s, x0, before=None):
+    """One step of DPM-Solver++(2M) (Lu et al. 2022, Alg. 2) from x_t to x_s. `before`: the (t, x0)
+    of the step before; without it, and to the clean image, the step is of first order."""
+    a_t, b_t = diffusion.ab(t, x_t)
+    a_s, b_s = diffusion.ab(s, x_t)
+    if before is not None and s >= 0:
+        a_r, b_r = diffusion.ab(before[0], x_t)
+        h = ((a_s * b_t) / (a_t * b_s)).log()  # lambda = log(a / b) grows by h
+        h_before = ((a_t * b_r) / (a_r * b_t)).log()
+        x0 = x0 + (0.5 * h / h_before).to(x_t) * (x0 - before[1])
+    ratio = b_s / b_t
+    return ratio.to(x_t) * x_t + (a_s - a_t * ratio).to(x_t) * x0
 
 
 @torch.inference_mode()
@@ -1084,7 +720,7 @@ def sample(
     """Images (B, C, H, W), float32, from a network and its process.
 
     shape_or_noise: (B, C, H, W), or the noise itself. y: labels (B,), -1 for none. sampler: 'ddpm'
-    (ancestral), 'ddim' or 'dpm++' (diffusers' second-order solver). generator:
+    (ancestral), 'ddim' or 'dpm++' (DPM-Solver++ of second order). generator:
     draws the starting noise and the noise of every step. spacing: see `sampling_steps`. Raises
     UserError for more steps than the process has.
     """
@@ -1092,17 +728,15 @@ def sample(
     x = shape_or_noise
     if not torch.is_tensor(x):
         x = random_normal(x, generator, device)
-    ts = sampling_steps(diffusion.T, steps, spacing)
-    if sampler == 'dpm++':
-        solver = dpm_solver(diffusion, ts)
-        norm = (diffusion.a**2 + diffusion.b**2).sqrt().tolist()  # x / norm is variance-preserving
-        x = x / norm[ts[0]]
-    for t, s in zip(ts, ts[1:] + [-1]):
+    times = sampling_steps(diffusion.T, steps, spacing)
+    before = None
+    for t, s in zip(times, times[1:] + [-1]):
         tt = torch.full((len(x),), t, device=device)
-        x_t = x * norm[t] if sampler == 'dpm++' else x
-        out = guided(net, x_t, tt, y, guidance)
+        out = guided(net, x, tt, y, guidance)
         if sampler == 'dpm++':
-            x = solver.step(diffusion.predict_x0(out, x_t, tt), t, x, return_dict=False)[0]
+            x0 = diffusion.predict_x0(out, x, tt)
+            x = dpm_step(diffusion, x, t, s, x0, before)
+            before = t, x0
         elif sampler == 'ddpm':
             x = diffusion.ddpm_step(out, x, tt, s, random_normal(x.shape, generator, device))
         else:
@@ -1110,9 +744,67 @@ def sample(
     return x
 
 
+# ==== Images and files
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float in [-1, 1] -> uint8."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def with_channels(images, channels):
+    """uint8 images (N, 1 or 3, H, W) with 1 or 3 channels, or as they are if `channels` is 0."""
+    if channels == 1 and images.shape[1] == 3:
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+        parts = [(i * weights).sum(1, keepdim=True).round().byte() for i in images.split(500)]
+        return torch.cat(parts)
+    if channels == 3 and images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1)
+    return images
+
+
+def read_safetensors(path):
+    """(state dict, header dict) of a .safetensors: the header is the JSON that `save_model` puts
+    under the key 'config' of the file's metadata, {} in other files. Raises UserError if the file
+    is not complete."""
+    import json
+
+    dtypes = {
+        'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+        'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8,
+        'U8': torch.uint8, 'BOOL': torch.bool
+    }
+    with open(path, 'rb') as f:
+        data = bytearray(f.read())
+    begin = 8 + int.from_bytes(data[:8], 'little')
+    try:
+        index = json.loads(data[8:begin])
+        metadata = index.pop('__metadata__', {})
+        ends = [entry['data_offsets'][1] for entry in index.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{path} is not a file of weights in the format safetensors') from e
+    if begin + max(ends, default=0) != len(data):
+        raise UserError(f'{path} is incomplete')
+    state = {}
+    for name, entry in index.items():
+        low, high = (begin + offset for offset in entry['data_offsets'])
+        if low == high:
+            state[name] = torch.zeros(entry['shape'], dtype=dtypes[entry['dtype']])
+        else:  # a copy, so that it is aligned
+            values = torch.frombuffer(data[low:high], dtype=dtypes[entry['dtype']])
+            state[name] = values.view(entry['shape'])
+    return state, json.loads(metadata.get('config', '{}'))
+
+
 # ==== Part 2, the plumbing: files
 import contextlib
 import csv
+import errno
 import glob
 import hashlib
 import importlib.util
@@ -1121,16 +813,26 @@ import json
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import signal
 import sys
+import time
+import zipfile
 from datetime import timedelta
 
 import numpy as np
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save
+from tqdm import tqdm
 
-WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')  # files, as against hub ids
+WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')  # endings of files of weights
+
+
+def check(ok, message):
+    """Raises UserError(message) unless ok."""
+    if not ok:
+        raise UserError(message)
 
 
 def existing(path):
@@ -1151,13 +853,17 @@ def read_lines(path):
 
 def write_atomically(path, write):
     """Calls write(temporary path) and renames the result: no reader sees a half-written file, and a
-    failed write leaves nothing behind."""
+    failed write leaves nothing behind. Raises UserError if the disk is full."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     tmp = os.path.join(folder, '.tmp-' + name)
     try:
         write(tmp)
         os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:  # torch.save has its own words for a full disk
+        full = getattr(e, 'errno', 0) == errno.ENOSPC or shutil.disk_usage(folder).free < 2**16
+        why = f'no space left in {folder}' if full else e
+        raise UserError(f'{path} could not be written: {why}; what was there before is intact') from e
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
@@ -1165,8 +871,10 @@ def write_atomically(path, write):
 
 def description(net):
     """The dict that a saved file holds of its network: net.config, or for a network from a user's
-    Python file the arguments of its build()."""
-    return getattr(net, 'built_as', None) or net.config
+    Python file the arguments of its build(). A module that has neither is saved as one of an
+    unnamed Python file, and is loaded as FILE.py:WEIGHTS."""
+    own = getattr(net, 'built_as', None) or getattr(net, 'config', None)
+    return own or {'class': 'file', 'file': 'FILE.py'}
 
 
 def save_model(net, path, diffusion=None, **more):
@@ -1191,40 +899,31 @@ def save_model(net, path, diffusion=None, **more):
 
 
 def read_weights(path):
-    """(state dict, header dict) of a .safetensors or a torch file. Code in a file is never run."""
-    if existing(path).endswith('.safetensors'):
-        with safe_open(path, 'pt') as f:
-            header = json.loads((f.metadata() or {}).get('config', '{}'))
-            return {k: f.get_tensor(k) for k in f.keys()}, header
-    return torch.load(path, map_location='cpu', weights_only=True), {}
+    """(state dict, header dict) of a .safetensors or a torch file. Code in a file is never run.
+    Raises UserError for other files, and says what they are."""
+    with open(existing(path), 'rb') as f:
+        start = f.read(64)
+    kinds = {
+        b'': 'is empty',
+        b'version https://git-lfs': 'is a pointer of Git LFS, not the file itself: git lfs pull',
+        b'<': 'is a web page, not a file of weights',
+    }
+    for begins, what in kinds.items():
+        if start == b'' or begins and start.startswith(begins):
+            raise UserError(f'{path} {what}')
+    if path.endswith('.safetensors'):
+        return read_safetensors(path)
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True), {}
+    except Exception as e:  # torch's own message would advise to run the code in the file
+        whole = zipfile.is_zipfile(path) or not start.startswith(b'PK')
+        what = 'holds objects other than tensors, which are not loaded because they could run code'
+        raise UserError(f"{path} {what if whole else 'is incomplete'}") from e
 
 
 def is_plain(spec):
     """Whether `spec` is a file of weights without a description of their network."""
     return os.path.isfile(spec) and not spec.endswith('.py') and not read_weights(spec)[1]
-
-
-def unwrap(state, path):
-    """The tensors of a checkpoint, without the dicts and prefixes in which trainers, EMAs,
-    DataParallel and torch.compile wrap them. Raises UserError if it holds anything else."""
-    wrappers = (
-        'ema', 'params_ema', 'ema_state_dict', 'state_dict', 'model_state_dict', 'model', 'net',
-        'params'
-    )
-    for name in wrappers * 2:
-        if isinstance(state.get(name), dict):
-            state = state[name]
-    state = {k: v for k, v in state.items() if k != 'n_averaged'}
-    odd = [k for k, v in state.items() if not torch.is_tensor(v)]
-    if odd or not state:
-        raise UserError(
-            f'{path} holds more than the tensors of one network: {list(state)[:9]}. Save only '
-            "the network you mean: torch.save(checkpoint['NAME'], ...)"
-        )
-    for prefix in ('module.', '_orig_mod.', 'model.') * 2:
-        if all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
 
 
 def load_state(net, state, path):
@@ -1260,21 +959,29 @@ def digest(net):
 
 
 def make(config):
-    """Builds the network of a `net.config` or of a file's header, with random weights."""
+    """Builds the network of a `net.config` or of a file's header, with random weights. A header may
+    name one of the project's own adapters, which builds the network; it can name no other file."""
     config = dict(config)
     kind = config.pop('class')
     ours = {c.__name__: c for c in DENOISERS.values()} | {'LVAE': LVAE, 'classifier': classifier}
     if kind in ours:
         return ours[kind](**config)
-    if kind not in PIPELINE_NETWORKS:
-        raise UserError(f'no network {kind!r}')
-    import diffusers
-
-    config.pop('image_size', None)
-    return Pipeline(getattr(diffusers, kind)(**config))
+    return adapter(config.pop('adapter', 'hub')).build(kind, config)
 
 
-# ==== the user's Python files: they are named on the command line, and run
+# ==== The door: what comes from elsewhere is loaded by a Python file with load(). A user's own file
+# ==== and the files in adapters/ are the same thing.
+ADAPTERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'adapters')
+
+
+def adapter(name):
+    """The module of one of the project's own adapters."""
+    path = os.path.join(ADAPTERS, f'{name}.py')
+    if not re.fullmatch('[a-z_]+', name) or not os.path.exists(path):
+        raise UserError(f'the project has no adapter {name!r}')
+    return run_file(path)
+
+
 def split_file(spec):
     """Splits 'my.py:weights.pt' into ('my.py', 'weights.pt') and 'my.py' into ('my.py', '');
     anything else gives ('', spec)."""
@@ -1313,15 +1020,32 @@ def build_from_file(path, **kw):
     return net
 
 
-def load_from_file(path, weights):
-    """(net, header) of a user's file: the result of its load(); or, if `weights` are given, the
-    network of its build() with these weights."""
-    if not weights:
-        return function_of(path, 'load')(), {}
-    state, header = read_weights(weights)
-    kw = {k: v for k, v in header.get('net', {}).items() if k not in ('class', 'file')}
-    state = state if header else unwrap(state, weights)
-    return load_state(build_from_file(path, **kw), state, weights), header
+def load_from_file(kind, spec, known, **context):
+    """(what was loaded, the header of its weights or {}) of 'FILE.py' or 'FILE.py:ARGUMENT'.
+
+    The file's load_KIND(ARGUMENT, **known) is called if it has one, else its load(ARGUMENT,
+    **known), with those of `context` that it has parameters for. Where ARGUMENT is a file of
+    weights for the network that its build() makes, they are loaded into it. Raises UserError.
+    """
+    path, argument = split_file(spec)
+    module = run_file(path)
+    load = getattr(module, f'load_{kind}', None) or getattr(module, 'load', None)
+    takes = inspect.signature(load).parameters if load else {}
+    if argument.endswith(WEIGHTS) and os.path.isfile(argument):
+        state, header = read_weights(argument)
+        if kind_of(header) == 'file' or hasattr(module, 'build') and not takes:
+            refuse_known(spec, known)
+            kw = {k: v for k, v in header.get('net', {}).items() if k not in ('class', 'file')}
+            state = state if header else adapter('original').unwrap(state, argument)
+            return load_state(build_from_file(path, **kw), state, argument), header
+    check(load, f'{path} has no load(): a teacher has load(), a student build()')
+    known = known | {k: v for k, v in context.items() if k in takes}
+    arguments = [argument] if argument else []
+    try:
+        inspect.signature(load).bind(*arguments, **known)
+    except TypeError as e:
+        raise UserError(f'{spec}: its load() was called with {arguments}, {known}: {e}') from e
+    return load(*arguments, **known), {}
 
 
 def read_model(spec):
@@ -1334,117 +1058,6 @@ def read_model(spec):
             f"{net['file']}:{spec}"
         )
     return state, header
-
-
-# ==== diffusers
-
-PIPELINE_NETWORKS = (
-    'UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel'
-)
-# parts of diffusers pipelines that are not loaded
-UNUSED = ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker')
-
-
-class Shared(dict):
-    """Tensors shared by a network and its copies: not copied by EMA, not sent by DDP."""
-
-    def __deepcopy__(self, memo):
-        return self
-
-
-class Pipeline(nn.Module):
-    """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t
-    (B,), y (B,).
-
-    `condition` is '', 'class' or 'text'. y indexes the classes, or the texts given to
-    `set_prompts`; -1 is the null condition. `source` is the folder or hub id of its pipeline,
-    `pipe` the pipeline while its text encoders are needed; `shared` holds the embedded texts.
-    Raises UserError for a network that is not supported.
-    """
-
-    def __init__(self, net, pipe=None):
-        super().__init__()
-        kind = type(net).__name__
-        c = getattr(net, 'config', {})
-        if kind not in PIPELINE_NETWORKS:
-            raise UserError(f"a {kind} is not supported; {', '.join(PIPELINE_NETWORKS)} are")
-        known = dict(
-            class_embed_type=None, addition_embed_type='text', encoder_hid_dim_type='text_proj',
-            time_cond_proj_dim=None
-        )
-        for key, supported in known.items():
-            if c.get(key) not in (None, supported):
-                raise UserError(
-                    f'this {kind} takes a condition that is not supported: {key}={c[key]!r}'
-                )
-        out_channels = c.get('out_channels') or c.in_channels
-        if out_channels not in (c.in_channels, 2 * c.in_channels):
-            raise UserError(
-                f'this {kind} predicts {out_channels} channels from {c.in_channels}: it takes an '
-                'image as its condition (super-resolution, inpainting), which is not supported'
-            )
-        self.net = net
-        self.pipe = pipe
-        self.source = ''
-        self.shared = Shared()
-        self.register_buffer('times', None, persistent=False)  # the network's own time for each t
-        for m in net.modules():
-            # DiT: in train mode it would drop labels, independently in each layer
-            if type(m).__name__ == 'LabelEmbedding':
-                m.dropout_prob = 0.0
-        classes = max(0, (c.get('num_class_embeds') or 0) - 1)
-        self.num_classes = c.get('num_embeds_ada_norm') or classes
-        takes_text = 'encoder_hidden_states' in inspect.signature(net.forward).parameters
-        self.condition = 'class' if self.num_classes else ''
-        if takes_text:
-            self.condition = 'text'
-        self.image_size = c.sample_size
-        self.in_channels = c.in_channels
-        self.config = {k: v for k, v in c.items() if not k.startswith('_')}
-        self.config |= {'class': kind, 'image_size': c.sample_size, 'out_channels': out_channels}
-
-    def set_prompts(self, prompts):
-        """Embeds the texts with all text encoders of the pipeline, and then frees the encoders."""
-        if self.pipe is None:  # load the text encoders only
-            self.pipe, _ = open_pipeline(
-                self.source, self.net.dtype, unet=self.net, transformer=self.net, vae=None
-            )
-        for name in ('text_encoder', 'text_encoder_2', 'text_encoder_3'):
-            if getattr(self.pipe, name, None) is not None:
-                getattr(self.pipe, name).to(self.net.device)
-        embedded = self.embed([*prompts, ''])  # the last one, -1, is the null condition
-        self.shared |= {k: v.to(self.net.device, self.net.dtype) for k, v in embedded.items()}
-        self.num_classes = len(prompts)
-        self.pipe = None
-
-    @torch.no_grad()
-    def embed(self, texts):
-        """{'prompts': (N, L, D)} of N texts, and 'pooled' (N, D) if the pipeline has it; on the
-        CPU."""
-        parts = {}
-        encode = self.pipe.encode_prompt
-        kw = dict(
-            device=self.net.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        for name in {'prompt_2', 'prompt_3'} & inspect.signature(encode).parameters.keys():
-            kw[name] = None  # every encoder gets the same text
-        for i in range(0, len(texts), 256):
-            outputs = encode(prompt=texts[i : i + 256], **kw)[::2]  # skip the negative prompts
-            for name, out in zip(('prompts', 'pooled'), outputs):
-                parts.setdefault(name, []).append(out.cpu())
-        return {name: torch.cat(rows) for name, rows in parts.items()}
-
-    def forward(self, x, t, y=None):
-        y = torch.full_like(t, -1) if y is None else y
-        kw = {}
-        if self.condition == 'class':
-            kw['class_labels'] = torch.where(y < 0, self.num_classes, y)
-        elif self.condition == 'text':
-            kw['encoder_hidden_states'] = self.shared['prompts'][y].to(self.net.dtype)
-            if 'pooled' in self.shared:
-                kw['pooled_projections'] = self.shared['pooled'][y].to(self.net.dtype)
-        t = t if self.times is None else self.times[t]
-        return self.net(x.to(self.net.dtype), timestep=t, **kw).sample.float()
 
 
 def decode(net, z):
@@ -1463,67 +1076,7 @@ def attach_vae(net, vae):
     net.__dict__['vae'] = frozen(vae) if vae is not None else None
 
 
-def read_pipeline(spec):
-    """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises
-    UserError if it contains code."""
-    path = os.path.join(spec, 'model_index.json')
-    if not os.path.isdir(spec):
-        import huggingface_hub
-
-        with local_rank_0_first():
-            path = huggingface_hub.hf_hub_download(spec, 'model_index.json')
-    with open(path) as f:
-        parts = json.load(f)
-    # older versions of diffusers always run the code in a folder; newer ones only if asked to
-    code = glob.glob(f'{glob.escape(spec)}/*/*.py') + glob.glob(f'{glob.escape(spec)}/None.py')
-    for name, part in parts.items():
-        known = part[0] in (None, 'diffusers', 'transformers') if isinstance(part, list) else True
-        if not known and name not in UNUSED:
-            code.append(part[0])
-    if code:
-        raise UserError(f'{spec} contains code ({code[0]}); pipelines with code are not loaded')
-    return os.path.dirname(path), parts
-
-
-def from_pretrained(kind, spec, **kw):
-    """kind.from_pretrained; if there are only half-precision files, it loads those."""
-    with local_rank_0_first():
-        try:
-            return kind.from_pretrained(spec, low_cpu_mem_usage=False, **kw)
-        except (OSError, ValueError) as e:
-            try:
-                return kind.from_pretrained(spec, variant='fp16', low_cpu_mem_usage=False, **kw)
-            except (OSError, ValueError):
-                raise e
-
-
-def open_pipeline(spec, dtype, **given):
-    """(the pipeline, its model_index.json) of a folder or hub id; the parts in `given` replace
-    those on disk, which are not loaded."""
-    from diffusers import DiffusionPipeline
-
-    _, parts = read_pipeline(spec)
-    given = {k: v for k, v in (dict.fromkeys(UNUSED) | given).items() if k in parts}
-    return from_pretrained(DiffusionPipeline, spec, **given).to(dtype), parts
-
-
-def load_part(spec, *names):
-    """The first of the named parts that a pipeline has; a VAE or a scheduler."""
-    import diffusers
-
-    root, parts = read_pipeline(spec)
-    name = next((n for n in names if parts.get(n, [None])[0]), None)
-    kind = parts[name][1] if name else ''
-    if not re.fullmatch('Autoencoder.*|VQModel|.*Scheduler', kind):
-        raise UserError(
-            f"{spec} has no {' or '.join(names)} of a diffusers class (found: {kind or 'none'})"
-        )
-    return from_pretrained(
-        getattr(diffusers, kind), root if os.path.isdir(spec) else spec, subfolder=name
-    )
-
-
-# ==== Loaders: denoisers
+# ==== Loaders
 
 
 def refuse_known(spec, known):
@@ -1536,232 +1089,92 @@ def load_denoiser(spec, dtype=torch.float32, **known):
     """(net, diffusion) from one string; the network is in eval mode and frozen.
 
     spec: a file of ours (.safetensors); an original ADM, DDPM-IP, Improved DDPM, DKDM, LDM or DiT
-        checkpoint (.pt, .ckpt, .safetensors), whose architecture follows from its shapes; a
-        diffusers folder or hub id; or a user's Python file, whose load() returns both, or
-        `my.py:weights.safetensors`, whose build() makes the network.
+        checkpoint (.pt, .ckpt, .safetensors; adapters/original.py); a diffusers folder or hub id
+        (adapters/hub.py); or a Python file, `my.py` or `my.py:ARGUMENT`, whose load() returns
+        both, or `my.py:weights.safetensors`, whose build() makes the network.
     dtype: of the weights of a diffusers pipeline (`pick_dtype`); all others are float32, and
         `cast_frozen` can cast them.
     known: what an original checkpoint does not record, where the defaults (which are printed) are
-        wrong: image_size, num_head_channels or num_heads, use_new_attention_order,
-        rescale_timesteps, schedule, steps, beta_range, prediction, clip, and any other argument of
-        the network.
+        wrong (adapters/original.py), or the arguments of a load().
     Raises UserError if it is not a denoiser, or if it needs inputs other than x_t, t and y.
     """
-    file, weights = split_file(spec)
-    hub_id = spec.count('/') == 1 and not spec.endswith(WEIGHTS) and not os.path.exists(spec)
-    header = {}
-    if file or hub_id or os.path.isdir(spec):
-        refuse_known(spec, known)
-    if file:
-        net, header = load_from_file(file, weights)
-        if weights and 'diffusion' not in header:
-            raise UserError(
-                f'{weights} does not record its diffusion process; give {file} a load() that '
-                'returns (net, diffusion)'
-            )
-        net, diffusion = (net, Diffusion(**header['diffusion'])) if weights else net
-    elif os.path.isdir(spec) or hub_id:
-        net, diffusion = load_pipeline(spec, dtype)
-    else:
+    state, header = {}, {}
+    file, argument = split_file(spec)
+    if not file and (os.path.isfile(spec) or spec.endswith(WEIGHTS)):
         state, header = read_model(spec)
-        if header and 'diffusion' not in header:
-            raise UserError(
-                f"{spec} is not a denoiser but a {header.get('net', {}).get('class', 'model')}"
-            )
-        if header:
-            refuse_known(spec, known)
-            net = load_state(make(header['net']), state, spec)
-            diffusion = Diffusion(**header['diffusion'])
-        else:
-            net, diffusion = load_original(spec, state, known)
     if header:
+        check('diffusion' in header, f'{spec} is not a denoiser but a {kind_of(header)}')
+        refuse_known(spec, known)
+        net = load_state(make(header['net']), state, spec)
+    else:
+        foreign = spec
+        if not file:
+            foreign = f"{ADAPTERS}/{'original' if state else 'hub'}.py:{spec}"
+        net, header = load_from_file('denoiser', foreign, known, dtype=dtype)
+    if header:
+        check(
+            'diffusion' in header,
+            f'{argument} does not record its diffusion process; give {file} a load() that '
+            'returns (net, diffusion)'
+        )
+        diffusion = Diffusion(**header['diffusion'])
         net.guided = header.get('guided', False)  # guidance is distilled into it
         net.sampling = header.get('sampling', {})
         net.source = header.get('pipeline') or header.get('vae', '')
+        net.prompts = header.get('prompts', '')
         if header.get('vae'):
-            attach_vae(net, load_part(header['vae'], 'vae', 'vqvae'))
-        if isinstance(net, Pipeline):
+            attach_vae(net, adapter('hub').load_part(header['vae'], 'vae', 'vqvae'))
+        if getattr(net, 'dtype_as_loaded', False):
             net.to(dtype)
-    match_times(net, diffusion)
-    return frozen(net), diffusion
-
-
-def match_times(net, diffusion):
-    """On a flow, sets the time that a diffusers network is given for t: b_t T, as in SD3."""
-    if isinstance(net, Pipeline) and diffusion.config['schedule'] == 'flow':
-        net.times = (diffusion.b[:-1] * diffusion.T).float().to(next(net.parameters()).device)
-
-
-def load_pipeline(spec, dtype):
-    """(net, diffusion) of a diffusers folder or hub id; the process is that of its scheduler."""
-    pipe, parts = open_pipeline(spec, dtype)
-    scheduler = pipe.scheduler
-    process = scheduler.config
-    network = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None)
-    net = Pipeline(network, pipe if 'text_encoder' in parts else None)
-    if net.config.get('num_class_embeds') is not None:
-        raise UserError(f'{spec}: class-conditional {type(network).__name__}s are not supported')
-    net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
-    net.guided = parts.get('_guided', False)  # export.py writes this
-    attach_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
-    unsupported = (
-        'use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas',
-        'use_exponential_sigmas', 'use_beta_sigmas'
-    )
-    if type(scheduler).__name__ == 'FlowMatchEulerDiscreteScheduler' and not any(
-        process.get(k) for k in unsupported
-    ):
-        steps, shift = process.num_train_timesteps, process.shift
-        return net, Diffusion('flow', steps, 'flow', learn_sigma=False, clip=False, shift=shift)
-    predictions = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}
-    prediction = predictions.get(process.get('prediction_type'))
-    scaled = process.get('thresholding')  # for DeepFloyd IF, clamping x_0 replaces it
-    if (
-        prediction is None
-        or not hasattr(scheduler, 'betas')
-        or scaled
-        and type(pipe).__name__ != 'IFPipeline'
-    ):
-        raise UserError(
-            f'{spec}: its {type(scheduler).__name__} is not supported: it must have betas and a '
-            'prediction_type, and no thresholding; or be flow matching with a fixed shift'
-        )
-    learn_sigma = net.config['out_channels'] == 2 * net.in_channels
-    clip = bool(process.get('clip_sample') or scaled)
-    return net, Diffusion(
-        scheduler.betas.tolist(), prediction=prediction, learn_sigma=learn_sigma, clip=clip
-    )
-
-
-def assume(spec, assumed, known):
-    """Prints the values that are assumed because a file does not record them."""
-    rows = [f'{k}={v!r}' for k, v in assumed.items() if k not in known]
-    if rows and rank_and_world()[0] == 0:
-        print(
-            f"{spec} does not say {', '.join(rows)}: assumed; "
-            'teacher_config, prior_config or model_config changes it'
-        )
-
-
-def count_blocks(state, prefix):
-    """How many blocks `prefix`0, `prefix`1, ... there are among the names of a state dict."""
-    return 1 + max(int(k.split('.')[1]) for k in state if k.startswith(prefix))
-
-
-def load_original(spec, state, known):
-    """(net, diffusion) of an original checkpoint. The shapes give its architecture, except the
-    image size, the number of heads, the order of qkv and the process. LDM keeps the network, its
-    EMA (which is used) and the autoencoder in one dict."""
-    inner = state.get('state_dict', state)
-    betas = inner.get('betas')
-    names = [k.removeprefix('model.') for k in inner if k.startswith('model.diffusion_model.')]
-    if names:
-        state = {
-            k.removeprefix('diffusion_model.'): inner.get(
-                'model_ema.' + k.replace('.', ''), inner['model.' + k]
-            )
-            for k in names
-        }
     else:
-        state = unwrap(state, spec)
-    if 'x_embedder.proj.weight' in state:
-        read, assumed, process = read_dit(state)
-        kind = DiT
-    elif 'input_blocks.0.0.weight' in state and any(k.startswith('output_blocks.') for k in state):
-        read, assumed, process = read_unet(state, betas, known)
-        kind = UNet
-    else:
-        raise UserError(
-            f'{spec} is not a denoiser of a known kind: it has no keys of a U-Net (input_blocks... '
-            f'and output_blocks...) or a DiT (x_embedder...), but {list(state)[:3]}; a Python file '
-            'with load() can be a teacher all the same'
+        check(
+            isinstance(net, tuple) and len(net) == 2,
+            f'{spec} is not a denoiser: its load() must return (net, diffusion)'
         )
-    outputs = read.get('out_channels', read['in_channels'])
-    upscales = read['in_channels'] == 6 and 'in_channels' not in known
-    if outputs not in (read['in_channels'], 2 * read['in_channels']) or upscales:
-        raise UserError(
-            f"{spec} predicts {outputs} channels from {read['in_channels']}: it takes an image as "
-            "its condition (super-resolution, inpainting), which is not supported"
-        )
-    said = dict(known)
-    if said.pop('rescale_timesteps', False):
-        said['time_scale'] = 1000 / said.get('steps', 1000)
-    if 'num_heads' in said and kind is UNet:
-        said.setdefault('num_head_channels', -1)
-    for k in process.keys() & said.keys() | {'steps', 'beta_range'} & said.keys():
-        process[k] = said.pop(k)
-    odd = said.keys() - inspect.signature(kind).parameters.keys()
-    if odd:
-        raise UserError(f'{spec}: a {kind.__name__} and its process have no {min(odd)!r}')
-    # the shapes give learn_sigma, so it is not listed as assumed
-    assume(spec, assumed | process | {'steps': 1000}, known | {'learn_sigma': 0})
-    net = load_state(kind(**read | assumed | said), state, spec)
-    return net, Diffusion(**process)
+        net, diffusion = net
+    return frozen(paired(net, diffusion)), diffusion
 
 
-def read_dit(state):
-    """(arguments that the shapes of a DiT give, assumed arguments, arguments of Diffusion)."""
-    hidden, channels, patch, _ = state['x_embedder.proj.weight'].shape
-    learn_sigma = len(state['final_layer.linear.bias']) == 2 * channels * patch**2
-    table = state.get('y_embedder.embedding_table.weight')
-    read = dict(
-        patch_size=patch, in_channels=channels, hidden_size=hidden,
-        depth=count_blocks(state, 'blocks.'),
-        image_size=patch * math.isqrt(state['pos_embed'].shape[1]), learn_sigma=learn_sigma,
-        mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
-        num_classes=0 if table is None else len(table) - 1
-    )
-    assumed = dict(num_heads=hidden // (72 if hidden == 1152 else 64))
-    return (
-        read, assumed,
-        dict(schedule='linear', prediction='eps', learn_sigma=learn_sigma, clip=False)
-    )
+def paired(net, diffusion):
+    """`net`, told its process if it wants to know (`set_process`)."""
+    if hasattr(net, 'set_process'):
+        net.set_process(diffusion)
+    return net
 
 
-def read_unet(state, betas, known):
-    """The same for a U-Net of ADM, Improved DDPM or LDM."""
-    outputs = count_blocks(state, 'output_blocks.')
-    width = state['time_embed.0.weight'].shape[1]
-    # the first output block with an upsampling ends a level, which has `blocks` + 1 of them
-    ups = []
-    for k in state:
-        parts = k.split('.')
-        if (
-            parts[0] == 'output_blocks'
-            and parts[2] != '0'
-            and k.endswith(('.in_layers.0.weight', '.conv.weight'))
-        ):
-            ups.append(int(parts[1]))
-    blocks = min(ups, default=outputs - 1)
-    tops = [f'input_blocks.{1 + level * (blocks + 1)}' for level in range(outputs // (blocks + 1))]
-    mults = [state[f'{top}.0.out_layers.3.weight'].shape[0] / width for top in tops]
-    strided = f'input_blocks.{blocks + 1}.0.op.weight' in state
-    latent = strided and betas is not None
-    assumed = dict(
-        image_size=64 if latent else 32, num_head_channels=32, use_new_attention_order=not strided
-    )
-    size = known.get('image_size', assumed['image_size'])
-    attention = [size // 2**i for i, top in enumerate(tops) if f'{top}.1.qkv.weight' in state]
-    classes = len(state.get('label_emb.weight', ()))
-    read = dict(
-        in_channels=state['input_blocks.0.0.weight'].shape[1],
-        out_channels=len(state['out.2.bias']), model_channels=width, num_res_blocks=blocks,
-        resblock_updown=not strided,
-        channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
-        attention_resolutions=tuple(attention), num_classes=classes,
-        use_scale_shift_norm=len(state[f'{tops[0]}.0.emb_layers.1.bias']) == 2 * width * mults[0]
-    )
-    learn_sigma = read['out_channels'] == 2 * read['in_channels']
-    process = dict(schedule='cosine', prediction='eps', learn_sigma=learn_sigma, clip=not latent)
-    if latent:
-        process['schedule'] = betas.tolist()
-    return read, assumed, process
+def kind_of(header):
+    return header.get('net', {}).get('class', 'model')
 
 
-# ==== Loaders: classifiers and VAEs
+def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **kw):
+    """An image classifier by its name: resnet8 ... resnet110 (6n+2), resnet18/34/50, wrn16_1 ...
+    wrn40_2, vgg11/13/16/19 or torchvision:NAME.
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-CIFAR10 = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+    `forward(x)` gives logits (B, num_classes), `forward_features(x)` also the last map of every
+    stage. `image_size`, `mean` and `std` (of images in [0, 1]) are used by `preprocess`. kw:
+    in_channels; width, shortcut ('conv' or 'pad') and max_pool of the ResNets. Raises UserError for
+    an unknown name.
+    """
+    net = adapter('classifiers').build(name, num_classes, kw)
+    for key, values in (('mean', mean), ('std', std)):
+        if len(values) not in (1, kw.get('in_channels', 3)):
+            raise UserError(f'{key}={values} must be one number, or one per channel')
+    net.config = {
+        'class': 'classifier', 'name': name, 'num_classes': num_classes, 'image_size': image_size,
+        'mean': mean, 'std': std
+    } | kw
+    net.num_classes = num_classes
+    net.image_size = image_size
+    net.in_channels = kw.get('in_channels', 3)
+    net.mean = mean
+    net.std = std
+    return net
+
+
+def LVAE(image_size=32, in_channels=3, width=128):
+    """A ladder VAE of the slides: width 128 at 32 pixels is their teacher, 8 their student
+    (adapters/ladder_vae.py)."""
+    return adapter('ladder_vae').LVAE(image_size, in_channels, width)
 
 
 def complete_classifier(net):
@@ -1776,6 +1189,22 @@ def complete_classifier(net):
         with torch.no_grad():
             net.num_classes = net.eval()(torch.zeros(1, net.in_channels, side, side)).shape[1]
     return net
+
+
+def hooked_features(net, layers, x):
+    """(logits, outputs of `layers`) of one forward pass; of a layer called twice, the last."""
+    outputs = {}
+
+    def keep(layer, args, output):
+        outputs[layer] = output
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        logits = net(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, [outputs[layer] for layer in layers if layer in outputs]
 
 
 def forward_features(net, x):
@@ -1794,184 +1223,66 @@ def forward_features(net, x):
 
 def load_classifier(spec, **known):
     """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) of a ResNet,
-    Wide ResNet or VGG from common public repositories; torchvision:NAME with its ImageNet
-    weights (downloaded); or a user's Python file.
+    Wide ResNet or VGG from common public repositories, or torchvision:NAME with its ImageNet
+    weights, downloaded (adapters/original.py); or a user's Python file.
 
     known: what a state dict does not record and the defaults (which are printed) get wrong:
     image_size, mean, std (of images in [0, 1]), max_pool. Raises UserError.
     """
-    file, weights = split_file(spec)
-    if file:
-        refuse_known(spec, known)
-        return complete_classifier(frozen(load_from_file(file, weights)[0]))
-    if spec.startswith('torchvision:'):
-        from torchvision.models import get_model_weights
-
-        weights = get_model_weights(spec.partition(':')[2]).DEFAULT
-        usual = weights.transforms()
-        usual = dict(image_size=usual.crop_size[0], mean=usual.mean, std=usual.std) | known
-        net = classifier(spec, len(weights.meta['categories']), **usual, weights=weights)
-        del net.config['weights']
-        return frozen(net)
-    state, header = read_model(spec)
-    if header:
-        if header.get('net', {}).get('class') != 'classifier':
-            raise UserError(
-                f"{spec} is not a classifier but a {header.get('net', {}).get('class', 'model')}"
+    if split_file(spec)[0]:
+        net, _ = load_from_file('classifier', spec, known)
+        return complete_classifier(frozen(net))
+    if not spec.startswith('torchvision:'):
+        state, header = read_model(spec)
+        if header:
+            check(
+                kind_of(header) == 'classifier',
+                f'{spec} is not a classifier but a {kind_of(header)}'
             )
-        refuse_known(spec, known)
-        return frozen(load_state(make(header['net']), state, spec))
-
-    state = unwrap(state, spec)
-    blocks = sum(k.endswith('.conv1.weight') for k in state)
-    first, head = 'conv1', 'fc' if 'fc.bias' in state else 'linear'
-    read = {}
-    assumed = dict(image_size=32) | CIFAR10
-    if 'block1.layer.0.conv1.weight' in state:
-        name = f"wrn{2 * blocks + 4}_{state['fc.weight'].shape[1] // 64}"
-    elif 'block4.0.weight' in state:
-        name = f'vgg{sum(v.dim() == 4 for v in state.values()) + 3}'
-        first, head = 'block0.0', 'classifier'
-    elif 'layer4.0.conv1.weight' in state:
-        depth = {8: 18, 16: 50 if 'layer1.0.conv3.weight' in state else 34}.get(blocks)
-        if state['conv1.weight'].shape[2] == 7:
-            name = f'torchvision:resnet{depth}'
-            assumed = dict(image_size=224) | IMAGENET
-        else:
-            name = f'resnet{depth}'
-            read['width'] = len(state['conv1.weight'])
-            assumed['max_pool'] = False
-    elif 'layer1.0.conv1.weight' in state:
-        name = f'resnet{2 * blocks + 2}'
-        read['width'] = len(state['conv1.weight'])
-        read['shortcut'] = 'conv' if 'layer2.0.downsample.0.weight' in state else 'pad'
-        assumed |= IMAGENET
-    else:
-        raise UserError(
-            f'{spec} is not a classifier of a known kind: it has no keys of a ResNet (layer1...), '
-            f'Wide ResNet (block1.layer...) or VGG (block0...), but {list(state)[:3]}; a Python '
-            'file with load() can be a teacher all the same'
-        )
-    read |= dict(
-        num_classes=len(state[f'{head}.bias']), in_channels=state[f'{first}.weight'].shape[1]
-    )
-    odd = known.keys() - assumed.keys() - read.keys()
-    if odd:
-        raise UserError(f'{spec}: a classifier has no {min(odd)!r}; it has ' + ', '.join(assumed))
-    assume(spec, assumed, known)
-    net = classifier(name, **read | assumed | known)
-    if isinstance(net, Torchvision):
-        state = {f'net.{k}': v for k, v in state.items()}
-    elif net.head_name == 'fc':
-        state = {k.replace('linear.', 'fc.'): v for k, v in state.items()}
-    elif net.head_name == 'linear':  # timm's names
-        state = {
-            re.sub('^fc[.]', 'linear.', k).replace('.downsample.', '.shortcut.'): v
-            for k, v in state.items()
-        }
-    return frozen(load_state(net, state, spec))
-
-
-class Autoencoder(nn.Module):
-    """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1],
-    one level, and no noise (std 0) where the class has no posterior."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.in_channels = net.config.in_channels
-        self.image_size = 0  # any
-        self.config = {k: v for k, v in net.config.items() if not k.startswith('_')} | {
-            'class': type(net).__name__
-        }
-
-    def encode(self, x):
-        """[(mean, std)] of the latents (B, C, h, w)."""
-        found = self.net.encode(x * 2 - 1)
-        if hasattr(found, 'latent_dist'):
-            return [(found.latent_dist.mean.float(), found.latent_dist.std.float())]
-        return [(found.latents.float(), torch.zeros_like(found.latents.float()))]
-
-    def decode(self, noise, seen):
-        """(out (B, C, H, W), q, p) of latents mean + std noise."""
-        ((mean, std),) = seen
-        out = (self.net.decode(mean + std * noise[0]).sample.float() + 1) / 2
-        return out, seen, [(torch.zeros_like(mean), torch.ones_like(std))]
-
-    def forward(self, x, noise):
-        return self.decode(noise, self.encode(x))
-
-
-def check_image_range(net, spec):
-    """Raises UserError if the images of a user's generator do not lie in its `image_range`."""
-    low, high = getattr(net, 'image_range', (0, 1))
-    slack = (high - low) / 4  # an output without bounds exceeds its range a little
-    with torch.no_grad():
-        images = net.decode(net.noise(16))
-    images = images if torch.is_tensor(images) else images[0]
-    outside = (images < low - slack) | (images > high + slack)
-    if outside.float().mean() > 0.05:
-        raise UserError(
-            f'{spec}: the images have values from {images.min():.2f} to {images.max():.2f}, but '
-            f'the image_range of the network is {low, high}'
-        )
+            refuse_known(spec, known)
+            return frozen(load_state(make(header['net']), state, spec))
+    net, _ = load_from_file('classifier', f'{ADAPTERS}/original.py:{spec}', known)
+    return frozen(net)
 
 
 def load_vae(spec):
     """A frozen VAE or generator in eval mode: an LVAE of ours (.safetensors); diffusers'
-    AutoencoderKL or AutoencoderTiny as a folder or hub id, alone or in a pipeline; or a
-    user's Python file. Raises UserError for anything else."""
-    file, weights = split_file(spec)
-    if file:
-        net = frozen(load_from_file(file, weights)[0])
-        if not weights:
-            check_image_range(net, spec)
-        return net
+    AutoencoderKL or AutoencoderTiny as a folder or hub id, alone or in a pipeline
+    (adapters/hub.py); or a user's Python file. Raises UserError for anything else."""
+    if split_file(spec)[0]:
+        return frozen(load_from_file('vae', spec, {})[0])
     if spec.endswith(WEIGHTS):
         state, header = read_model(spec)
-        if header.get('net', {}).get('class') != 'LVAE':
-            raise UserError(
-                f"{spec} is not a VAE but a {header.get('net', {}).get('class', 'model')}"
-            )
+        check(kind_of(header) == 'LVAE', f'{spec} is not a VAE but a {kind_of(header)}')
         return frozen(load_state(make(header['net']), state, spec))
-    import diffusers
-
-    try:
-        kind = diffusers.AutoencoderKL.load_config(spec).get('_class_name')
-    except OSError:  # no config.json: a pipeline
-        kind = None
-    net = load_part(spec, 'vae') if kind is None else None
-    if kind in ('AutoencoderKL', 'AutoencoderTiny'):  # others may run code
-        net = from_pretrained(getattr(diffusers, kind), spec)
-    if type(net).__name__ not in ('AutoencoderKL', 'AutoencoderTiny'):
-        raise UserError(f'{spec} is no AutoencoderKL or AutoencoderTiny of diffusers')
-    return frozen(Autoencoder(net.float()))
+    return frozen(load_from_file('vae', f'{ADAPTERS}/hub.py:{spec}', {})[0])
 
 
 # ==== Images
 
 
-def torchvision_dataset(name):
-    """The class of a torchvision dataset (mnist, cifar10, ...), None for other names."""
-    from torchvision import datasets
+def is_dataset(name):
+    """Whether torchvision has a data set of this name (mnist, cifar10, ...)."""
+    return adapter('images').torchvision_dataset(name) is not None
 
-    names = {n.lower(): n for n in datasets.__all__}
-    return getattr(datasets, names[name.lower()]) if name.lower() in names else None
+
+def class_names(spec):
+    """The names of the class folders of a folder of images; [] for all else."""
+    path, _ = split_classes(spec)
+    return [] if shards_of(spec) else adapter('images').class_names(path)
 
 
 def split_classes(spec):
-    """Splits 'mnist:0-4' into ('mnist', range(0, 5)), the classes 0 to 4; without such an ending,
-    or if `spec` is an existing path, (spec, None)."""
-    match = re.fullmatch(r'(.+):(\d+)-(\d+)', spec)
+    """Splits 'mnist:0-4' into ('mnist', [0, 1, 2, 3, 4]) and 'list.txt:7,3' into ('list.txt', [7,
+    3]); without such an ending, or if `spec` is an existing path, (spec, None)."""
+    match = re.fullmatch(r'(.+):(?:(\d+)-(\d+)|(\d+(?:,\d+)*))', spec)
     if os.path.exists(spec) or not match:
         return spec, None
-    path = match[1]
-    low, high = int(match[2]), int(match[3])
-    if not os.path.exists(path) and not torchvision_dataset(path):
-        return spec, None
-    if low > high:
-        raise UserError(f'{spec}: in NAME:a-b, a must not be greater than b')
-    return path, range(low, high + 1)
+    path, low, high, numbers = match.groups()
+    if numbers:
+        return path, [int(number) for number in numbers.split(',')]
+    check(int(low) <= int(high), f'{spec}: in NAME:a-b, a must not be greater than b')
+    return path, list(range(int(low), int(high) + 1))
 
 
 def shards_of(spec):
@@ -1985,196 +1296,36 @@ def shards_of(spec):
 def load_images(spec, train=True, image_size=0, channels=0):
     """(images uint8 (N, C, H, W), labels int64 (N,) or None) from one string.
 
-    spec: an ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards; a folder
-        of images, in one subfolder per class or none, or Tiny-ImageNet's `val`; a .txt of lines
-        `file label`, the files relative to its folder (DomainNet's lists); or a torchvision dataset
-        (mnist, cifar10, ...), downloaded to ./data; `train` picks the split. A suffix `:a-b`
-        keeps only the classes a to b.
+    spec: an ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards; an .npy
+        (uint8 NHWC, labels in NAME.labels.npy), which is mapped and not read; a folder of images, a
+        list of files, or a torchvision dataset (mnist, cifar10, ...), of which `train` picks the
+        split (adapters/images.py); or a Python file whose load() returns both. A suffix `:a-b`
+        keeps only the classes a to b, and `:a,b,c` those classes, numbered in this order.
     image_size: the central square of every image is resized to it; 0 for neither. channels: 1 or 3
     converts the images; 0 leaves them. Raises UserError for files that are not images, or whose
     range of values is not known.
     """
     path, classes = split_classes(spec)
-    shards = shards_of(spec)
-    if shards:
-        parts = [load_npz(f) for f in shards]
-        if len({p[0].shape[1:] for p in parts}) > 1 or len({p[1] is None for p in parts}) > 1:
-            raise UserError(f'{spec}: its shards differ in image size, channels or labels')
-        images = torch.cat([p[0] for p in parts])
-        labels = None if parts[0][1] is None else torch.cat([p[1] for p in parts])
-    else:
-        found = []
-        labels = []
-        for image, label in open_images(path, train):
-            if classes is None or label is None or label in classes:
-                found.append(resize_images(image[None], image_size))
-                labels.append(label)
-        if not found:
-            raise UserError(f'no images in {spec}')
-        if len({i.shape[2:] for i in found}) > 1:
-            raise UserError(
-                f'{spec}: its images differ in size ({tuple(found[0].shape[2:])} and others); set '
-                '--image_size, or resize them first if the script has no such key'
-            )
-        most = max(i.shape[1] for i in found)  # grey only if all images are grey
-        images = torch.cat([i.expand(-1, most, -1, -1) for i in found])
-        labels = torch.tensor(labels) if isinstance(labels[0], int) else None
+    foreign = path if split_file(path)[0] else f'{ADAPTERS}/images.py:{path}'
+    (images, labels), _ = load_from_file(
+        'images', foreign, {}, train=train, image_size=image_size, classes=classes
+    )
     if classes:
-        if labels is None:
-            raise UserError(f'{spec} has no labels to choose classes by')
-        chosen = (labels >= classes[0]) & (labels <= classes[-1])
-        if not chosen.any():
-            raise UserError(f'{spec} has no images of the classes {classes[0]} to {classes[-1]}')
+        check(labels is not None, f'{spec} has no labels to choose classes by')
+        chosen = torch.isin(labels, torch.tensor(classes))
+        check(chosen.any(), f'{spec} has no images of these classes')
         images, labels = images[chosen], labels[chosen]
-    if image_size:
-        images = torch.cat([resize_images(i, image_size) for i in images.split(500)])
-    if channels == 1 and images.shape[1] == 3:
-        print(f'{spec}: colour images are converted to grey')
-        weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        images = torch.cat(
-            [(i * weights).sum(1, keepdim=True).round().byte() for i in images.split(500)]
-        )
-    elif channels == 3 and images.shape[1] == 1:
-        images = images.expand(-1, 3, -1, -1)
-    return images, labels
+        if ',' in spec.removeprefix(path):
+            labels = torch.tensor([classes.index(label) for label in labels.tolist()])
+    return adapter('images').converted(spec, images, image_size, channels), labels
 
 
-def load_npz(path):
-    with np.load(existing(path), allow_pickle=False) as z:
-        images, labels = z['arr_0'], z.get('arr_1')
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise UserError(
-            f"{path}: 'arr_0' must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}"
-        )
-    if labels is not None:
-        if (
-            labels.shape != images.shape[:1]
-            or labels.dtype.kind not in 'iu'
-            or labels.min(initial=0) < 0
-        ):
-            raise UserError(
-                f"{path}: 'arr_1' must be {len(images)} labels from 0, not {labels.dtype}"
-            )
-        labels = torch.from_numpy(labels.astype(np.int64))
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
-
-
-def open_images(spec, train):
-    """Pairs (uint8 (C, H, W), label or None) of the files in a folder or list, or of a torchvision
-    dataset."""
-    from PIL import Image
-
-    if os.path.isdir(spec) or spec.endswith('.txt'):
-        for file, label in image_files(spec):
-            with Image.open(file) as image:
-                yield to_tensor(image, file), label
-        return
-    dataset = torchvision_dataset(spec)
-    if dataset is None:
-        raise UserError(
-            f'no images at {spec!r}: an .npz, a folder, or a torchvision dataset such as mnist or '
-            'cifar10'
-        )
-    split = {'split': 'train' if train else 'test'}
-    if 'train' in inspect.signature(dataset).parameters:
-        split = {'train': train}
-    with local_rank_0_first():
-        pairs = dataset('data', download=True, **split)
-    for image, label in pairs:
-        yield to_tensor(image, spec), label
-
-
-def image_files(spec):
-    """[(file, label or None)] of a .txt of lines `file label`, or of a folder. Hidden files and
-    folders are skipped."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    if spec.endswith('.txt'):
-        rows = [line.rsplit(' ', 1) for line in read_lines(spec)]
-        if any(len(row) < 2 or not row[1].isdecimal() for row in rows):
-            raise UserError(f'{spec}: every line must be a file and a label')
-        return [(os.path.join(os.path.dirname(spec), file), int(label)) for file, label in rows]
-    notes = os.path.join(spec, 'val_annotations.txt')
-    # Tiny-ImageNet's: file, class and box; classes are numbered as the folders of `train`
-    if os.path.exists(notes):
-        rows = [line.split('\t') for line in read_lines(notes)]
-        names = sorted({row[1] for row in rows})
-        return [(os.path.join(spec, 'images', row[0]), names.index(row[1])) for row in rows]
-    classes = {}
-    for folder, folders, names in os.walk(spec):
-        folders[:] = sorted(f for f in folders if not f.startswith(('.', '__MACOSX')))
-        name = os.path.relpath(folder, spec).split(os.sep)[0]
-        found = classes.setdefault(name, [])
-        for file in sorted(names):
-            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith('.'):
-                found.append(os.path.join(folder, file))
-    alone = classes.pop('.')
-    empty = [name for name, files in classes.items() if not files]
-    classes = {name: files for name, files in classes.items() if files}
-    if alone and classes:
-        raise UserError(
-            f'{spec} holds both images ({len(alone)}) and folders of images ({min(classes)}, ...): '
-            'keep one kind only'
-        )
-    if classes and empty:
-        print(f"{spec}: {', '.join(empty)}: no images; not counted as classes")
-    pairs = [(file, None) for file in alone]
-    for label, files in enumerate(classes.values()):
-        pairs += [(file, label) for file in files]
-    return pairs
-
-
-def to_tensor(image, name):
-    """A PIL image as uint8 (C, H, W), C 1 or 3: rotated by its EXIF tag, transparency on white,
-    16-bit grey divided by 65,535, floats taken to be in [0, 1], CMYK and palettes as RGB, palettes
-    of greys as grey. Raises UserError for other modes, whose range of values is not known."""
-    from PIL import Image, ImageOps
-
-    mode, kind = image.mode, image.format
-    if getattr(image, 'n_frames', 1) > 1:
-        raise UserError(f'{name} holds {image.n_frames} images: one file per image is wanted')
-    image = ImageOps.exif_transpose(image)
-    if mode.startswith('I;16') or mode == 'I' and kind in ('PNG', 'PPM') or mode == 'F':
-        values = np.asarray(image).astype(np.float64) / (1 if mode == 'F' else 65535)
-        if not (values.min() >= 0 and values.max() <= 1):  # also false for nan
-            raise UserError(f'{name}: its values are floats outside [0, 1]')
-        return torch.from_numpy((values * 255).round().astype(np.uint8))[None]
-    grey = mode in ('1', 'L', 'LA', 'La')
-    if mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in image.info:
-        white = Image.new('RGBA', image.size, 'white')
-        white.alpha_composite(image.convert('RGBA'))
-        image = white
-    elif mode not in ('1', 'L', 'P', 'RGB', 'CMYK', 'YCbCr', 'LAB', 'HSV'):
-        raise UserError(
-            f'{name}: the range of mode {mode!r} ({kind}) is not known; 8 or 16 bit, or float in '
-            '[0, 1]'
-        )
-    values = np.asarray(image.convert('L' if grey else 'RGB'))
-    if mode == 'P' and (values == values[:, :, :1]).all():  # a palette of greys
-        values = values[:, :, 0]
-    return torch.from_numpy(values.copy()).view(*values.shape[:2], -1).permute(2, 0, 1)
-
-
-def resize_images(images, size):
-    """uint8 images (N, C, H, W): the central square, resized to `size`; unchanged if size
-    is 0."""
-    H, W = images.shape[2:]
-    if size == 0 or size == H == W:
-        return images
-    side = min(H, W)
-    top, left = (H - side) // 2, (W - side) // 2
-    square = images[:, :, top : top + side, left : left + side]
-    return to_uint8(resize(to_float(square), size))
-
-
-def to_float(images):
-    """uint8 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images):
-    """float in [-1, 1] -> uint8."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def open_npz(path):
+    """np.load(path) of a file of arrays. Raises UserError if it is none, or incomplete."""
+    try:
+        return np.load(existing(path), allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f'{path} is not a file of arrays, or it is incomplete: {e}') from e
 
 
 def save_grid(path, sets, columns):
@@ -2217,15 +1368,22 @@ def load_features(spec, device):
         return net, space, features(net, blank)[0].shape[1]
 
 
+# the classifier and the statistics that go with images of 1 or 3 channels, where none are named
+SPACES = {
+    1: ('pretrained/mnist_resnet.safetensors', 'pretrained/mnist_stats.npz'),
+    3: ('pretrained/cifar10_resnet.safetensors', 'pretrained/cifar10_stats.npz'),
+}
+
+
 def read_statistics(path, space):
     """The statistics that eval_fid.py or ADM stored for a set of images: 'mu', 'sigma', perhaps
     'mu_s', 'sigma_s', 'n'; None if the file holds images. Raises UserError for statistics of
     another feature space."""
-    with np.load(existing(path), allow_pickle=False) as z:
-        arrays = dict(z)
-    if 'mu' not in arrays:
-        return None
-    named = str(arrays.pop('space', 'inception'))  # ADM's files do not name theirs
+    with open_npz(path) as z:
+        if 'mu' not in z:
+            return None
+        arrays = {k: z[k] for k in z}
+    named = str(arrays.get('space', 'inception'))  # ADM's files do not name theirs
     if named != space:
         raise UserError(
             f'{path} holds statistics in the feature space {named!r}, not {space!r}; make new ones '
@@ -2248,6 +1406,433 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(distance), bool(product[0] < 1e-14 * product[-1])
 
 
+# ==== Training: what several scripts do at every step
+
+
+def mean_and_backward(terms, loss_scale=1.0):
+    """Backpropagates the sum of loss terms (B,) times `loss_scale`; returns their means,
+    detached."""
+    (sum(terms.values()).mean() * loss_scale).backward()
+    return {name: term.detach().mean() for name, term in terms.items()}
+
+
+def learning_rate_factor(step, max_steps, warmup=0, decay=True):
+    """What the learning rate is multiplied by: a linear warm-up, and a cosine to 0 at max_steps."""
+    factor = min(1.0, (step + 1) / max(1, warmup))
+    if decay:
+        factor *= 0.5 * (1 + math.cos(math.pi * step / max_steps))
+    return factor
+
+
+def set_learning_rate(opt, value):
+    """Sets the learning rate of all groups, in place where a CUDA graph reads it."""
+    for group in opt.param_groups:
+        if torch.is_tensor(group['lr']):
+            group['lr'].fill_(value)
+        else:
+            group['lr'] = value
+
+
+@torch.no_grad()
+def update_ema(net_ema, net, decay):
+    """net_ema <- decay net_ema + (1 - decay) net; buffers are copied. `decay` is a number, or a
+    tensor () on the device of the networks, which a CUDA graph reads."""
+    averages = list(net_ema.parameters())
+    weights = [p.detach() for p in net.parameters()]
+    if torch.is_tensor(decay):
+        change = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(change, 1 - decay)
+        torch._foreach_add_(averages, change)
+    else:
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+    for average, buffer in zip(net_ema.buffers(), net.buffers()):
+        average.copy_(buffer)
+
+
+def optimizer_step(net, opt, grad_clip=0.0):
+    """Clips the gradients to the norm `grad_clip` (0: not at all), updates the weights and clears
+    the gradients. Returns the norm, a tensor (). If it is not finite, the weights do not change; a
+    fused optimiser finds that out without a wait for the device."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or float('inf'))
+    if opt.defaults.get('fused'):
+        opt.found_inf = (~norm.isfinite()).float()  # if 1, the fused optimiser skips the step
+        opt.step()
+    elif norm.isfinite():
+        opt.step()
+    opt.zero_grad(set_to_none=True)
+    return norm
+
+
+class Meter:
+    """Sums of what a step returns, on the device: the host waits only where `means` is called."""
+
+    def __init__(self, device, sums=None):
+        self.sums = {k: v.to(device) for k, v in (sums or {}).items()}
+
+    def add(self, values):
+        """Adds {name: tensor ()}; one of them is 'grad_norm'."""
+        one = torch.ones_like(values['grad_norm'])
+        for name, value in (values | {'steps': one}).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+
+    def means(self, step, net, save, advice):
+        """{name: mean} since the last `clear`. If a gradient was not finite, which is so on all
+        ranks or on none, the run ends: with `save()`, if the step left no other trace in `net`."""
+        means = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist()))  # the one wait
+        n = means.pop('steps')
+        means = {name: value / n for name, value in means.items()}
+        if not math.isfinite(means['grad_norm']):
+            self.clear()
+            state = [v for v in net.state_dict().values() if v.is_floating_point()]
+            kept = bool(torch.stack([v.isfinite().all() for v in state]).all())  # BatchNorm's too
+            if kept:
+                save()
+            how = '--init_from=resume goes on after it' if kept else 'the last checkpoint is intact'
+            raise UserError(
+                f'step {step}: the gradient was not finite in one of the last {n:.0f} steps; that '
+                f'step changed no weights, and {how}. If it happens again, {advice}'
+            )
+        return means
+
+    def clear(self):
+        self.sums = {}
+
+
+BLOCKS = (ResBlock, AttentionBlock, DiTBlock)
+
+
+def compile_blocks(net):
+    """torch.compile for each kind of block of a network, which takes seconds where the whole
+    network takes minutes; a network without such blocks is compiled as a whole."""
+    torch._dynamo.config.cache_size_limit = 64  # blocks of one class differ in their shapes
+    blocks = [m for m in net.modules() if isinstance(m, BLOCKS)]
+    if hasattr(getattr(net, 'net', None), 'compile_repeated_blocks'):  # of diffusers
+        net.net.compile_repeated_blocks(dynamic=False)
+    else:
+        for block in blocks or [net]:
+            block.compile(dynamic=False)
+    return net
+
+
+class Graphed:
+    """f(*tensors) -> a dict of tensors or a tensor, as one CUDA graph: the host starts a whole step
+    with one call instead of thousands.
+
+    The first calls run as they are, on a stream of their own (lazy set-up must not be captured);
+    the next one is captured, and from then on the graph is replayed. f must read and write the same
+    memory in every call, and must not wait for the device. If it cannot be captured, one line says
+    why and the calls go on as they are. Results are overwritten by the next call.
+    """
+
+    def __init__(self, f, device, enabled=True, warmup=3):
+        self.f = f
+        self.enabled = enabled and device.type == 'cuda'
+        self.warmup = warmup
+        self.graph = None
+
+    def __call__(self, *tensors):
+        if not self.enabled:
+            return self.f(*tensors)
+        if self.graph is None and self.warmup:
+            self.warmup -= 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.f(*tensors)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if self.graph is None:
+            try:
+                self.capture(tensors)
+            except RuntimeError as e:
+                print(f'not run as a CUDA graph: {str(e).splitlines()[0]}')
+                torch.cuda.synchronize()
+                self.enabled = False
+                self.graph = None
+                return self.f(*tensors)
+        for mine, given in zip(self.inputs, tensors):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.result
+
+    def capture(self, tensors):
+        self.inputs = [t.clone() for t in tensors]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = self.f(*self.inputs)
+
+
+# ==== Teachers and students of dkdm.py and few_steps.py
+
+SIZES = {  # default sizes of the student; student_config overrides them
+    'unet': dict(patch_size=2, model_channels=28, num_res_blocks=1, channel_mult=(1, 1),
+                 attention_resolutions=(7,)),
+    'dit': dict(patch_size=2, hidden_size=128, depth=6, num_heads=4)}
+
+
+def load_teacher(spec, known, guidance, prompts, device, dtype):
+    """(net, diffusion, guidance): a denoiser on the device, its texts embedded, and the guidance at
+    which it is distilled (0: 2 where it has a condition, else 1). `net.digest` names its weights.
+    Raises UserError for texts or guidance that it cannot take."""
+    net, diffusion = load_denoiser(spec, dtype, **known)
+    digest_of_weights = digest(net)
+    net = cast_frozen(net.to(device, memory_format=memory_format(device)), dtype)
+    net.digest = digest_of_weights
+    takes_text = getattr(net, 'condition', '') == 'text'
+    wanted = 'texts: --prompts=file.txt' if takes_text else 'no texts (prompts)'
+    check(bool(prompts) == takes_text, f'{spec} takes {wanted}')
+    if takes_text:
+        net.set_prompts(read_lines(prompts))
+    guided_before = getattr(net, 'guided', False)  # it is a student of a guided teacher itself
+    if guidance == 0:
+        guidance = 2.0 if net.num_classes and not guided_before else 1.0
+    check(
+        guidance == 1 or not guided_before,
+        f'{spec} already makes guided predictions: leave out guidance'
+    )
+    check(
+        guidance == 1 or net.num_classes,
+        f'guidance={guidance} needs classes or texts, which {spec} does not have'
+    )
+    return net, diffusion, guidance
+
+
+def make_teacher(net, guidance=1.0, autocast=contextlib.nullcontext()):
+    """teacher(x_t, t, y): the network's guided output (B, C or 2C, H, W) in float32, without
+    gradients."""
+
+    @torch.no_grad()
+    def teacher(x_t, t, y=None):
+        with autocast:
+            return guided(net, x_t, t, y, guidance).float()
+
+    return teacher
+
+
+def make_labels(num_classes, uncond_prob=0.0, device='cpu'):
+    """draw_labels(n): labels (n,) of new images, -1 for the null condition; None for networks
+    without classes."""
+
+    def draw_labels(n):
+        if not num_classes:
+            return None
+        y = torch.randint(num_classes, (n,), device=device)
+        return torch.where(torch.rand(n, device=device) < uncond_prob, -1, y)
+
+    return draw_labels
+
+
+def build_denoiser(
+    spec, image_size, in_channels, num_classes, learn_sigma=True, config={}, teacher=None
+):
+    """A denoiser with random weights: a name in DENOISERS with `config` as its sizes; a Python
+    file, whose build(image_size, in_channels, num_classes, **config) is called; or the config.json
+    of a diffusers network, which shares the teacher's embedded texts. Raises UserError if it does
+    not fit the images or the condition."""
+    size = dict(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
+    if spec in DENOISERS:
+        takes = inspect.signature(DENOISERS[spec]).parameters.keys()
+        sizes = takes - size.keys() - {'out_channels', 'learn_sigma'}
+        if odd := config.keys() - sizes:
+            raise UserError(
+                f"student_config: {spec} has no {min(odd)!r}; it has {', '.join(sorted(sizes))}"
+            )
+        if 'out_channels' in takes:
+            size['out_channels'] = in_channels * (2 if learn_sigma else 1)
+        elif 'learn_sigma' in takes:
+            size['learn_sigma'] = learn_sigma
+        kw = SIZES.get(spec, {}) | config | size
+        net = DENOISERS[spec](**kw)
+        if 'class' not in getattr(net, 'config', {}):
+            net.config = kw | {'class': type(net).__name__}
+        return net
+    if spec.endswith('.py'):
+        net = build_from_file(spec, **config | size)
+    elif spec.endswith('.json'):
+        net = adapter('hub').build_student(existing(spec), config, num_classes, teacher)
+    else:
+        raise UserError(
+            f"student={spec!r}: {', '.join(map(repr, DENOISERS))}, 'teacher', a Python file with "
+            'build(), or the config.json of a network of diffusers'
+        )
+    for key, value in size.items():
+        if getattr(net, key) != value:
+            raise UserError(f'{spec}: its {key} is {getattr(net, key)}, it should be {value}')
+    return net
+
+
+def output_channels(net, device):
+    """The number of channels that a user's or a diffusers network predicts. Raises UserError if it
+    is neither C nor 2C."""
+    C, H = net.in_channels, net.image_size
+    t = torch.zeros(1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        out = net.eval()(torch.zeros(1, C, H, H, device=device), t, t if net.num_classes else None)
+    check(
+        out.shape in ((1, C, H, H), (1, 2 * C, H, H)),
+        f'the student turns {(C, H, H)} into {tuple(out.shape[1:])}; it must return the same '
+        'number of channels, or twice as many'
+    )
+    return out.shape[1]
+
+
+def build_student(spec, config, prediction, image_shape, num_classes, process, teacher, device):
+    """(net, diffusion): a student on the device and its process.
+
+    spec, config: see `build_denoiser`; 'teacher' is a copy of the teacher's network. config's entry
+    'learn_sigma' says whether it predicts its variance (the default). prediction: 'eps', 'v', 'x0',
+    'flow' or 'teacher'. process: the arguments of the teacher's `Diffusion`. teacher: (its spec,
+    its config, its network) or None. Raises UserError.
+    """
+    C, H = image_shape[:2]
+    if prediction == 'teacher':
+        prediction = process.get('prediction', 'v')
+    config = dict(config)
+    learn_sigma = config.pop('learn_sigma', True)
+    if spec == 'teacher':
+        net = copy_of_teacher(*teacher, prediction, learn_sigma)
+    else:
+        net = build_denoiser(
+            spec, H, C, num_classes, learn_sigma, config, teacher[2] if teacher else None
+        )
+    net = net.to(device, memory_format=memory_format(device))
+    diffusion = Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
+    paired(net, diffusion)
+    if spec not in DENOISERS:
+        learn_sigma = output_channels(net, device) == 2 * C
+        diffusion = Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
+    return net, diffusion
+
+
+def copy_of_teacher(spec, known, net_T, prediction, learn_sigma):
+    """The teacher's network with its weights, in float32, to be trained. It goes on predicting what
+    the teacher predicts, unless another prediction is asked for: then its last layer is told so.
+    v = -x_0 at t = T-1, so between `v` and `x0` the layer is negated; for other pairs it begins at
+    zero. Rows of a variance are dropped, or begin at zero. Raises UserError where the last layer is
+    not known."""
+    net, diffusion = load_denoiser(spec, torch.float32, **known)
+    if hasattr(net_T, 'shared'):  # a pipeline's embedded texts
+        net.shared, net.num_classes, net.pipe = net_T.shared, net_T.num_classes, None
+    net.requires_grad_(True)
+    if prediction == diffusion.prediction and learn_sigma == diffusion.learn_sigma:
+        return net
+    factor = 1.0
+    if prediction != diffusion.prediction:
+        factor = -1.0 if {prediction, diffusion.prediction} == {'v', 'x0'} else 0.0
+    if not hasattr(net, 'last_layer'):
+        raise UserError(
+            f"{spec}: the last layer of a {type(net).__name__} is not known, so its copy predicts "
+            "what it predicts: --student_prediction=teacher, and learn_sigma as it has"
+        )
+    change_outputs(net, factor, learn_sigma)
+    return net
+
+
+@torch.no_grad()
+def change_outputs(net, factor, learn_sigma):
+    """Multiplies the rows of a network's last layer that predict by `factor`, and lets it predict
+    its variance or not; new rows begin at zero. `net.last_layer` is (layer, number of channels,
+    whether the channels are the first index of its rows)."""
+    layer, channels, first = net.last_layer
+    C = net.in_channels
+    wanted = 2 * C if learn_sigma else C
+    for name in ('weight', 'bias'):
+        old = getattr(layer, name)
+        rows = old.unflatten(0, (channels, -1) if first else (-1, channels))
+        rows = rows if first else rows.transpose(0, 1)
+        new = torch.zeros(wanted, *rows.shape[1:])
+        kept = min(wanted, channels)
+        new[:kept] = rows[:kept]
+        new[:C] *= factor
+        new = new if first else new.transpose(0, 1)
+        setattr(layer, name, nn.Parameter(new.flatten(0, 1).contiguous()))
+    net.predict_channels(wanted)
+
+
+@torch.no_grad()
+def warn_if_y_is_ignored(net, name, diffusion, device, autocast):
+    """Prints a warning if the network has classes, but gives the same output for two of them."""
+    if net.num_classes < 2:
+        return
+    noise = torch.Generator(device).manual_seed(0)
+    x_t = random_normal((1, net.in_channels, net.image_size, net.image_size), noise, device)
+    t = torch.full((2,), diffusion.T // 2, device=device)
+    y = torch.tensor([0, net.num_classes - 1], device=device)
+    with autocast:
+        first, last = net(x_t.expand(2, -1, -1, -1), t, y).float()
+    if torch.allclose(first, last, rtol=1e-5, atol=1e-6):
+        print(f'WARNING: {name} gives the same output for all {net.num_classes} classes; does its '
+              'forward use y?')
+
+
+def save_samples(path, rows, decoder, seed, autocast, seconds_per_pass, since):
+    """Writes a picture with a row of images for each of `rows`, (net, diffusion, guidance, steps,
+    sampler), all from the same noise and labels; the VAE of `decoder` decodes latents. There are 36
+    images in a row, or fewer if they would take more than 20 s and more than a tenth of the time
+    since the last ones (at `since`)."""
+    passes = 0
+    for _, _, guidance, steps, _ in rows:
+        passes += steps * (2 if guidance != 1 else 1)
+    budget = max(20.0, 0.1 * (time.time() - since))
+    n = int(min(36, budget / max(1e-9, passes * seconds_per_pass)))
+    n = n if n < 12 else n // 12 * 12
+    if n == 0:
+        print(f'no {path}: even one image would take more than a tenth of the training')
+        return
+    sets = []
+    for net, diffusion, guidance, steps, sampler in rows:
+        device = next(net.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = n, net.in_channels, net.image_size, net.image_size
+        x = random_normal(shape, generator, device)
+        y = None
+        if net.num_classes:
+            y = torch.arange(n, device=device) % 12 % net.num_classes
+        at_once = n if x.numel() < 2**18 else 1  # large images: one by one, with a progress bar
+        images = []
+        for k in tqdm(range(0, n, at_once), 'pictures', leave=False, disable=at_once == n):
+            part = slice(k, k + at_once)
+            label = None if y is None else y[part]
+            with autocast, torch.no_grad():
+                z = sample(net, diffusion, x[part], steps, sampler, label, guidance, generator)
+                images.append(decode(decoder, z))
+        sets.append(torch.cat(images))
+    save_grid(path, sets, 12)
+
+
+def about_student(net, net_T, guided, prompts=''):
+    """What a student's file says beside the network: whether guidance is distilled into it, the
+    texts, and the pipeline that its VAE and its text encoders come from."""
+    about = {'guided': guided, 'prompts': prompts}
+    source = getattr(net_T, 'source', '')  # the teacher's pipeline, if it has one
+    if getattr(net_T, 'vae', None):
+        about['vae'] = source
+    if getattr(net, 'dtype_as_loaded', False):  # a network of diffusers
+        about['pipeline'] = source
+    return about
+
+
+def introduce(student, net, diffusion, teacher, net_T, diffusion_T):
+    """Prints the sizes of student and teacher."""
+    for role, name, n, d in (
+        ('student', student, net, diffusion), ('teacher', teacher, net_T, diffusion_T)
+    ):
+        if n is not None:
+            size = sum(p.numel() for p in n.parameters()) / 1e6
+            print(f'{role} {name}: {size:.2f} M parameters, predicts {d.prediction}')
+
+
+def say_what_next(out_dir, student, net, done):
+    """Prints where the student lies and the command that measures it."""
+    path = os.path.join(out_dir, 'student.safetensors')
+    spec = f'{student}:{path}' if student.endswith('.py') else path
+    print(f'{done}; student: {spec}')
+    print(f"evaluate: python {shlex.join(['eval_fid.py', f'--models={spec}'])}")
+    if getattr(net, 'dtype_as_loaded', False):
+        command = ['export.py', f'--model={path}', f'--out_dir={out_dir}/pipeline']
+        print(f'for diffusers: python {shlex.join(command)}')
+
+
 # ==== Running: ranks, devices, signals
 
 
@@ -2257,12 +1842,29 @@ def rank_and_world():
 
 def init_distributed(device='auto', dtype='auto', seed=0):
     """(device, autocast, rank, world) of this process, alone or under torchrun (NCCL on GPUs, gloo
-    on CPUs). autocast is a context for the networks' forward passes: bfloat16 or none."""
+    on CPUs). autocast is a context for the networks' forward passes: bfloat16 or none. Raises
+    UserError for a device that this machine does not have, or an incomplete set-up of ranks."""
     rank, world = rank_and_world()
+    missing = [k for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
+    check(
+        world == 1 or not missing,
+        f"WORLD_SIZE={world} is set, but not {', '.join(missing)}: start several ranks with "
+        'torchrun, or unset WORLD_SIZE for one'
+    )
     if device == 'auto':
         device = 'mps' if torch.backends.mps.is_available() else 'cpu'
         if torch.cuda.is_available():
             device = 'cuda'
+    kind, _, index = device.partition(':')
+    check(
+        kind in ('cpu', 'cuda', 'mps') and (not index or index.isdecimal()),
+        f"no device {device!r}: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
+    )
+    check(
+        kind != 'cuda' or int(index or 0) < torch.cuda.device_count(),
+        f'device={device}: torch sees {torch.cuda.device_count()} GPUs here'
+    )
+    check(kind != 'mps' or torch.backends.mps.is_available(), 'device=mps: torch has no MPS here')
     device = torch.device(device)
     if device.type == 'cuda':
         local = int(os.environ.get('LOCAL_RANK', 0))
@@ -2320,6 +1922,13 @@ def cast_frozen(net, dtype):
             if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 m.to(dtype)
     return net
+
+
+def on_device(images, device):
+    """A tensor on the device; on the CPU if it would take more than half of a GPU's memory."""
+    if device.type == 'cuda' and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return images
+    return images.to(device)
 
 
 def memory_format(device):
@@ -2433,10 +2042,11 @@ def lock_out_dir(out_dir, rank):
         )
 
 
-def save_checkpoint(settings, step, net, opt, shared, own, rank):
+def save_checkpoint(settings, step, net, opt, shared, own, rank, finished=False):
     """Writes `shared`, the state of all ranks (on rank 0), and `own`, the state of this rank, to
     which it adds the random generators. A run that is killed at any moment leaves a complete
-    checkpoint: `ckpt.pt` names the step, and is renamed into place after all ranks have written."""
+    checkpoint: `ckpt.pt` names the step, and is renamed into place after all ranks have written.
+    Other runs may only take the place of a `finished` one."""
     out_dir = settings['out_dir']
     mine = f'ckpt_{step}_rank{rank}.pt'
     own = own | {'random': torch.get_rng_state()}
@@ -2447,7 +2057,7 @@ def save_checkpoint(settings, step, net, opt, shared, own, rank):
     if rank == 0:
         shared = {
             'net': net.state_dict(), 'opt': opt.state_dict(), **shared, 'step': step,
-            'settings': lasting(settings)
+            'settings': lasting(settings), 'finished': finished
         }
         write_atomically(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(shared, tmp))
     all_reduce_max()
@@ -2456,36 +2066,51 @@ def save_checkpoint(settings, step, net, opt, shared, own, rank):
             os.remove(os.path.join(out_dir, f))
 
 
+RESULTS = ('student.safetensors', 'best.safetensors', 'student')
+
+
 def resume(settings, rank, net):
-    """(shared, own) of the checkpoint that a run resumes from, with its weights already in `net`.
-    None for a new run: then older checkpoints are removed, and `net` gets the weights of
-    `init_from`, if that is a file. Locks out_dir."""
+    """(shared, own) of the checkpoint that a run resumes from, with its weights already in `net`;
+    None for a new run, where `net` gets the weights of `init_from`, if that is a file. Locks
+    out_dir. Raises UserError where a new run would take the place of an unfinished one."""
     out_dir, init_from, teacher = (settings[k] for k in ('out_dir', 'init_from', 'teacher'))
-    for name in ('student.safetensors', 'best.safetensors', 'student'):
-        if os.path.realpath(teacher) == os.path.realpath(os.path.join(out_dir, name)):
-            raise UserError(
-                f'teacher={teacher} would be overwritten by its student: use another --out_dir'
-            )
-    if init_from not in ('scratch', 'resume'):
+    for name in RESULTS:
+        check(
+            os.path.realpath(teacher) != os.path.realpath(os.path.join(out_dir, name)),
+            f'teacher={teacher} would be overwritten by its student: use another --out_dir'
+        )
+    if init_from not in ('scratch', 'resume', 'overwrite', 'teacher'):
         state, header = read_weights(init_from)
-        load_state(net, state if header else unwrap(state, init_from), init_from)
+        load_state(net, state if header else adapter('original').unwrap(state, init_from), init_from)
     lock_out_dir(out_dir, rank)
+    path = os.path.join(out_dir, 'ckpt.pt')
+    found = os.path.exists(path)
+    check(
+        found == all_reduce_max(found), f'out_dir={out_dir} must be a folder that all ranks share'
+    )
     # a restart by torchrun --max-restarts resumes, whatever init_from says
-    if init_from != 'resume' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
-        if rank == 0:
-            for name in ('ckpt.pt', 'ckpt_*_rank*.pt'):
-                for f in glob.glob(os.path.join(glob.escape(out_dir), name)):
-                    os.remove(f)
-                    print(f'removed {f} of an earlier run')
+    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    if init_from != 'resume' and not (restarted and found):
+        if found and init_from != 'overwrite':
+            shared, _ = read_weights(path)
+            check(
+                shared.get('finished', False),
+                f"{out_dir} holds an unfinished run, at step {shared['step']}: continue it with "
+                '--init_from=resume, use another --out_dir, or begin anew with '
+                '--init_from=overwrite'
+            )
         return None
-    found = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
-    if found != all_reduce_max(found):
-        raise UserError(f'out_dir={out_dir} must be a folder that all ranks share')
     if not found:
+        for name in RESULTS:
+            check(
+                not os.path.exists(os.path.join(out_dir, name)),
+                f'{out_dir} has a {name}, but no checkpoint to resume from: start from its '
+                'weights, --init_from=FILE, in another --out_dir'
+            )
         if rank == 0:
             print(f'{out_dir} has no checkpoint yet: starting from the beginning')
         return None
-    shared, _ = read_weights(os.path.join(out_dir, 'ckpt.pt'))
+    shared, _ = read_weights(path)
     for k, v in lasting(settings).items():
         if shared['settings'].get(k) != v:
             raise UserError(
@@ -2495,6 +2120,25 @@ def resume(settings, rank, net):
     own, _ = read_weights(os.path.join(out_dir, f"ckpt_{shared['step']}_rank{rank}.pt"))
     net.load_state_dict(shared['net'])
     return shared, own
+
+
+def set_aside(out_dir, rank):
+    """Moves what an earlier run left in out_dir to out_dir/earlier-1, -2 ..., right before a new
+    run writes its first file: no run removes what another one has made."""
+    names = [*RESULTS, 'ckpt.pt', 'ckpt_*_rank*.pt', 'log.csv', '*.png']
+    found = []
+    for name in names:
+        found += glob.glob(os.path.join(glob.escape(out_dir), name))
+    if rank == 0 and found:
+        k = 1
+        while os.path.exists(os.path.join(out_dir, f'earlier-{k}')):
+            k += 1
+        folder = os.path.join(out_dir, f'earlier-{k}')
+        os.makedirs(folder)
+        for path in found:
+            os.rename(path, os.path.join(folder, os.path.basename(path)))
+        print(f'the earlier run in {out_dir} was moved to {folder}')
+    all_reduce_max()
 
 
 def restore(checkpoint, opt):

@@ -7,7 +7,6 @@ arXiv 2504.00870). With a VAE as the teacher, they move towards what it reconstr
     python synthesize.py  # MNIST digits from the bundled models, on a laptop
     python synthesize.py config/synth_sd15.py  # the paper's CIFAR-10, Stable Diffusion 1.5
     torchrun --nproc_per_node=8 synthesize.py config/synth_sd15.py
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 synthesize.py ...
     # DM-KD, with the same prompts (Table I)
     python synthesize.py config/synth_sd15.py --eta=0 --lca=none
     python synthesize.py config/synth_mnist_deepinversion.py      # DeepInversion: no prior at all
@@ -390,29 +389,24 @@ def read_prompts(prompt, class_names):
 # ==== set-up ====
 if __name__ == '__main__':
     config = {k: globals()[k] for k in _defaults}
-    for wrong, message in [
-        (
-            steps < 1 or (keep - 1) * keep_every >= steps,
-            f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} '
-            'steps',
-        ),
-        (
-            min(keep, keep_every, batch_size, lca_every, num_images, grad_batch) < 1,
-            'keep, keep_every, lca_every, batch_size, grad_batch and num_images must be above 0',
-        ),
-        (
-            prior == 'none' and (class_names != '' or guidance != 1 or prior_config),
-            'class_names, guidance and prior_config need a prior, but --prior=none has none',
-        ),
-        (
-            prior != 'none' and lca in ('cutmix', 'mixup') and batch_size < 2,
-            f'batch_size=1: {lca} mixes two walks; use 2 or more, or --lca=none',
-        ),
-    ]:
-        if wrong:
-            raise M.UserError(message)
-    device, autocast, rank, world = M.init_distributed(device, dtype, seed)
-    compute_dtype = M.pick_dtype(device, dtype)
+    M.check(
+        steps > (keep - 1) * keep_every,
+        f'keep={keep} images, keep_every={keep_every} steps apart, need more than {steps} steps'
+    )
+    M.check(
+        min(keep, keep_every, batch_size, lca_every, num_images, grad_batch) > 0,
+        'keep, keep_every, lca_every, batch_size, grad_batch and num_images must be above 0'
+    )
+    M.check(
+        prior != 'none' or class_names == '' and guidance == 1 and not prior_config,
+        'class_names, guidance and prior_config need a prior, but --prior=none has none'
+    )
+    M.check(
+        prior == 'none' or lca not in ('cutmix', 'mixup') or batch_size > 1,
+        f'batch_size=1: {lca} mixes two walks; use 2 or more, or --lca=none'
+    )
+    dev, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    compute_dtype = M.pick_dtype(dev, dtype)
 
     # ---- teacher ----
     vae = teacher.startswith('vae:')
@@ -430,11 +424,11 @@ if __name__ == '__main__':
         'teacher_digest': M.digest(net_T),
         'student_digest': M.digest(net_S) if student else '',
     }
-    net_T = net_T.to(device)
-    net_S = net_S.to(device) if student else None
+    net_T = net_T.to(dev)
+    net_S = net_S.to(dev) if student else None
     num_classes = 1 if vae else net_T.num_classes
     channels = net_T.in_channels
-    image_size = image_size or net_T.image_size
+    side_kept = image_size or net_T.image_size
     noted = BatchNormInputs(net_T)
     if alpha and not vae and not noted.layers:
         raise M.UserError(
@@ -451,7 +445,7 @@ if __name__ == '__main__':
     times = list(range(steps))[::-1]
     if prior != 'none':
         net, diffusion = M.load_denoiser(prior, compute_dtype, **prior_config)
-        net = net.to(device, memory_format=M.memory_format(device))
+        net = net.to(dev, memory_format=M.memory_format(dev))
         text = getattr(net, 'condition', '') == 'text'
         times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
         if edit == 'paper' and eta and diffusion.config['schedule'] == 'flow':
@@ -474,17 +468,17 @@ if __name__ == '__main__':
                 f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes'
             )
         net.set_prompts(texts)
-    side = net.image_size if net else image_size or 32
+    side = net.image_size if net else side_kept or 32
     shape = batch_size, net.in_channels if net else channels, side, side
-    if not image_size:  # the teacher takes any size: keep the size of the prior's images
-        image_size = M.decode(net, torch.zeros(1, *shape[1:], device=device)).shape[-1]
+    if not side_kept:  # the teacher takes any size: keep the size of the prior's images
+        side_kept = M.decode(net, torch.zeros(1, *shape[1:], device=dev)).shape[-1]
     kept_times = times[-1 - (keep - 1) * keep_every :: keep_every]
 
     def denoise(x_t, t, y=None):
         return M.guided(net, x_t, t, y, guidance).float()  # Eq. (3)
 
     def images_of(z):
-        return as_kept(M.decode(net, z), channels, image_size)
+        return as_kept(M.decode(net, z), channels, side_kept)
 
     def loss_of(images, y):
         if vae:
@@ -500,7 +494,7 @@ if __name__ == '__main__':
         if net is None:
             y = (shard * batch_size + torch.randperm(batch_size, generator=g)) % num_classes
             kept, rows = deep_inversion(
-                x_t.to(device), loss_of, y.to(device), times, kept_times, g, lr, tv, l2, jitter,
+                x_t.to(dev), loss_of, y.to(dev), times, kept_times, g, lr, tv, l2, jitter,
                 flip
             )
             return kept, y, rows
@@ -515,11 +509,11 @@ if __name__ == '__main__':
             cond = [y]
         elif net.num_classes:  # other classes, or prompts without class names: at random
             cond = [torch.randint(net.num_classes, (batch_size,), generator=g)]
-        draws = [v.to(device) for v in (x_t, noise, partners, numbers)]
+        draws = [v.to(dev) for v in (x_t, noise, partners, numbers)]
         guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
         kept, rows = synthesize(
-            denoise, diffusion, images_of, loss_of, draws, y.to(device),
-            [c.to(device) for c in cond], times, kept_times, autocast, guiding, edit, eta, lca,
+            denoise, diffusion, images_of, loss_of, draws, y.to(dev),
+            [c.to(dev) for c in cond], times, kept_times, autocast, guiding, edit, eta, lca,
             lca_every, sampler, ddim_eta, grad_batch
         )
         return kept, y, rows
@@ -535,7 +529,7 @@ if __name__ == '__main__':
         if not os.path.exists(path):
             todo.append((shard, path))
             continue
-        with np.load(path, allow_pickle=False) as made:
+        with M.open_npz(path) as made:
             before, now = json.loads(str(made['settings'])), json.loads(settings)
         for k in before | now:
             if before.get(k) != now.get(k):
@@ -550,8 +544,8 @@ if __name__ == '__main__':
         )
         n = shards * batch_size
         print(
-            f'teacher {teacher}, prior {prior}; {n * keep:,} images of {image_size}x{image_size} '
-            f'from {n:,} walks of {steps} steps, in {shards} shard(s) on {world} x {device.type}'
+            f'teacher {teacher}, prior {prior}; {n * keep:,} images of {side_kept}x{side_kept} '
+            f'from {n:,} walks of {steps} steps, in {shards} shard(s) on {world} x {dev.type}'
         )
         if world == 1 and len(todo) < shards:
             print(f'{shards - len(todo)} of the shards were made before')

@@ -42,11 +42,12 @@ import distill_vae
 import dkdm
 import eval_fid
 import export
+import few_steps
 import models as M
 import synthesize
 
 ROOT = Path(os.path.abspath(__file__)).parent
-MODULES = (dkdm, synthesize, distill_classifier, distill_vae, eval_fid, export, bench)
+MODULES = (dkdm, few_steps, synthesize, distill_classifier, distill_vae, eval_fid, export, bench)
 SCRIPTS = {f'{module.__name__}.py': module for module in MODULES}
 
 
@@ -161,7 +162,7 @@ def test_vae_losses_have_the_closed_form():
     kl = kl_divergence(Normal(*a), Normal(*b)).sum((1, 2, 3))
     assert torch.allclose(M.gaussian_kl(a, b), kl, rtol=1e-5)
     p, q = Normal(*a), Normal(*b)
-    product = Normal(*M.combine(a, b))
+    product = Normal(*M.adapter('ladder_vae').combine(a, b))
     wanted = (p.log_prob(b[0]) + q.log_prob(b[0])) - (p.log_prob(a[0]) + q.log_prob(a[0]))
     assert torch.allclose(product.log_prob(b[0]) - product.log_prob(a[0]), wanted, atol=1e-4)
     distance = F.mse_loss(a[0], b[0]) + F.mse_loss(a[1], b[1])
@@ -234,9 +235,9 @@ def test_predictions_agree_on_the_same_point(schedule):
         ddpm = d.ddpm_step(out, x_t, t, t - 1, noise)
         steps.append(torch.stack([ddpm, d.ddim_step(out, x_t, t, t // 2)]))
         assert torch.allclose(steps[-1], steps[0], atol=2e-3)
-    for s in (t // 2, torch.full_like(t, -1)):  # jump_x0 inverts a DDIM step to anywhere
+    for s in (t // 2, torch.full_like(t, -1)):  # it inverts a DDIM step to anywhere
         x_s = torch.randn_like(x_t)
-        out = d.target(d.jump_x0(x_t, t, x_s, s), x_t, t, d.prediction)
+        out = d.target(few_steps.jump_x0(d, x_t, t, x_s, s), x_t, t, d.prediction)
         assert torch.allclose(d.ddim_step(out, x_t, t, s), x_s, atol=2e-2)
 
 
@@ -345,7 +346,7 @@ def test_one_step_of_dkdm():
     d = M.Diffusion('cosine', 50, clip=False)
     net_T, net = (fill(M.UNet(8, 1, 2, 16, 1, (1, 2), (4,))) for _ in range(2))
     net.out[2].weight.data *= 0.5
-    teacher = dkdm.make_teacher(net_T)
+    teacher = M.make_teacher(net_T)
     pool = dkdm.Pool(6, (1, 8, 8), d)
     assert pool.fill(teacher, 10, 3, progress=False) > 0 and len(pool.t.unique()) > 3
     pool.t[0] = 0
@@ -354,7 +355,7 @@ def test_one_step_of_dkdm():
     wanted = d.distill_loss(net(x_t, t), out_T, x_t, t, 0.01)
     grad, = torch.autograd.grad(wanted['loss'].mean(), net.out[2].weight)
     torch.manual_seed(1)
-    terms = dkdm.distill_step(net, teacher, pool, d, 6, lam=0.01, jump=1)
+    terms = dkdm.distill_step(net, teacher, pool, d, 6, lam=0.01, distance=1)
     assert torch.allclose(sum(terms.values()), wanted['loss'].mean())
     assert torch.allclose(net.out[2].weight.grad, grad, rtol=1e-4)
     torch.manual_seed(1)
@@ -369,10 +370,10 @@ def test_evaluations_that_refine():
     d = M.Diffusion('cosine', 50, 'x0', learn_sigma=False, clip=False)
     net_T, net = (fill(M.UNet(8, 1, 1, 16, 1, (1, 2), (4,))) for _ in range(2))
     net.out[2].weight.data *= 0.5
-    walks = dkdm.Walks(6, 1, 6, (1, 8, 8), d, 6)
-    walks.fill(dkdm.make_teacher(net_T), progress=False)
+    walks = few_steps.Walks(6, 1, 6, (1, 8, 8), d, 6)
+    walks.fill(M.make_teacher(net_T), progress=False)
     torch.manual_seed(1)
-    found = dkdm.refine_step(net, net, walks, d, 6, jumps=3)['l1']
+    found = few_steps.refine_step(net, net, walks, d, 6, jumps=3)['l1']
     torch.manual_seed(1)
     k = torch.tensor([0, 0, 1, 1, 2, 2])
     x, x0 = walks.x[:, 3 * torch.randint(2, (6,)) + k]
@@ -578,7 +579,7 @@ def test_images_of_any_size():
         M.load_images('clipart_train.txt')
     images, labels = M.load_images('val')
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2] and labels.tolist() == [1, 1, 0]
-    assert distill_classifier.class_names('val') == []
+    assert M.class_names('val') == []
     net = M.classifier('resnet8', width=4, image_size=32)
     for shape in ((48, 32), (32, 48)):
         assert M.preprocess(net, torch.zeros(1, 3, *shape)).shape == (1, 3, 32, 32)
@@ -620,9 +621,9 @@ def test_folders_as_people_have_them(capsys):
     save_image('a/cat/._1.png', plain(3))
     os.makedirs('a/bird')
     images, labels = M.load_images('a')
-    assert images.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1]
+    assert images.shape == (2, 3, 8, 8) and labels.tolist() == [1, 2]  # bird keeps its number
     images, labels = M.load_images('a', channels=1)
-    assert images[:, 0, 0, 0].tolist() == [2, 1] and labels.tolist() == [0, 1]
+    assert images[:, 0, 0, 0].tolist() == [2, 1] and labels.tolist() == [1, 2]
     said = capsys.readouterr().out
     assert 'bird' in said and 'converted to grey' in said
     save_image('a/1.png', plain(1))
@@ -673,7 +674,9 @@ STEPS_6 = ('--batch_size=8 --max_steps=6 --save_every=2 --log_every=1 --sample_s
            '--lr_decay=False')
 DKDM = f'dkdm.py --teacher=teacher.safetensors {UNET} {STEPS_6}'
 QUICK = 'dkdm.py --stride=250 --batch_size=4 --max_steps=2 --sample_steps=2'
-JUMPS = '--method=jumps --walks=16 --walk_steps=4 --jumps=2 --walk_evals=3 --sample_steps=0'
+FEW = ('few_steps.py --batch_size=8 --max_steps=6 --save_every=2 --log_every=1 --lr_decay=False '
+       '--walks=16 --walk_steps=4 --jumps=2')
+JUMPS = f'{FEW} --teacher=teacher.safetensors {UNET}'
 SYNTH = ('synthesize.py --prior=teacher.safetensors --teacher=classifier.safetensors '
          '--batch_size=8 --steps=4 --lca_every=2 --keep=2 --keep_every=1 --num_images=32')
 CLASSIFIER = ('distill_classifier.py --data=images.npz --teacher=classifier.safetensors '
@@ -806,13 +809,14 @@ def tiny(tiny_models, own_folder):
 
 # ==== dkdm.py ====
 METHODS = """
-    --method=dynamic --pool_dtype=float16 --dtype=bfloat16
+    --method=dynamic --dtype=bfloat16
     --method=dynamic --stride=1 --rho=0.02 --eval_every=6
+    --method=noised --data=images.npz --teacher=classes.safetensors
     --method=shuffled --grad_accum=2
     --method=iterative
-    --method=synthetic --synthetic_images=9 --synthetic_steps=2 --data=images.npz --real_fraction=.2
-    --method=synthetic --synthetic=images.npz --student_prediction=teacher
-    --method=data --data=images.npz --class_cond=True --uncond_prob=0.2 --flip=True --T=50
+    --method=synthetic --synthetic.number=9 --synthetic.steps=2 --data=images.npz --synthetic.real_fraction=.2
+    --method=synthetic --synthetic.images=images.npz --student_prediction=teacher
+    --method=data --data=images.npz --class_cond=True --uncond_prob=0.2 --flip=True --process.steps=50
     --student=dit --student_config="{'hidden_size':16,'depth':1}" --student_prediction=eps
     --teacher=classes.safetensors --guidance=2.0 --uncond_prob=0.1 --student_prediction=flow"""
 
@@ -820,7 +824,8 @@ METHODS = """
 def test_every_method(tiny):
     def one(case):
         i, args = case
-        out = run(f'{DKDM} {args} --out_dir=o{i}')
+        script = '' if args.startswith('few_steps.py') else DKDM
+        out = run(f'{script} {args} --out_dir=o{i}')
         assert len(log(f'o{i}')) == 6 and np.isfinite(log(f'o{i}')['loss']).all()
         assert os.path.getsize(f'o{i}/samples.png') > 0 and not glob.glob(f'o{i}/.tmp*')
         net, _ = M.load_denoiser(f'o{i}/student.safetensors')
@@ -829,9 +834,9 @@ def test_every_method(tiny):
         follow(out, f'{more} --out_dir=e{i}')
         assert metrics(f'e{i}')[0]['steps'] == 2  # of the file's header, or of the command
     few = JUMPS + ' --teacher=classes.safetensors'
-    few_step = few + ' --jump_loss=l2', few + ' --refine=True'
+    few_step = few + ' --loss=l2', few + ' --refine=True'
     at_once(one, enumerate([*lines(METHODS), *few_step]))
-    again = f'{DKDM} --teacher=o8/student.safetensors --max_steps=1 --out_dir=again'
+    again = f'{DKDM} --teacher=o9/student.safetensors --max_steps=1 --out_dir=again'
     assert 'already makes guided' in run(f'{again} --guidance=2.0', ok=False)
     run(again)
     assert M.load_denoiser('again/student.safetensors')[0].guided
@@ -839,8 +844,8 @@ def test_every_method(tiny):
 
 RESUMED = {
     'dkdm': f"{DKDM} --student_config.dropout=0.1 --max_steps=12 --log_every=2 --save_every=3",
-    'jumps': f'{DKDM} {JUMPS} --max_steps=12 --save_every=3',
-    'refine': f'{DKDM} {JUMPS} --refine=True --max_steps=12 --save_every=3',
+    'jumps': f'{JUMPS} --max_steps=12 --save_every=3',
+    'refine': f'{JUMPS} --refine=True --max_steps=12 --save_every=3',
     'classifier': f'{CLASSIFIER} --epochs=4 --batch_size=8 --augment_flip=True',
     'vae': f'{VAE} --method=synthetic --data=images.npz --flip=True --max_steps=12 --save_every=3',
     'synth': f'{SYNTH} --batch_size=4 --num_images=48'}
@@ -881,7 +886,7 @@ def test_resuming_and_the_lock(tiny):
         name = re.split('[=.]', setting)[0]
         assert f'{name}=' in run(f'{args} --init_from=resume --{setting}', ok=False)
     assert 'would be overwritten' in run(f'{args} --teacher=a/student.safetensors', ok=False)
-    (process,), folder = start(f'{args} --max_steps=100000 --save_every=100000')  # begins anew
+    (process,), folder = start(f'{args} --max_steps=100000 --save_every=100000')
     while not os.path.exists('a/log.csv') or len(Path('a/log.csv').read_text()) < 2000:
         assert process.is_alive(), said(folder, 'err')
         time.sleep(0.02)
@@ -901,8 +906,8 @@ def test_the_printed_commands_work(tiny):
     def denoiser():
         known = '--teacher_config.image_size=16 --teacher_config.num_head_channels=8 --rho=0.01'
         follow(run(f"{DKDM} --teacher=adm.pt {known} --out_dir='a b'"), '--num_samples=8')
-        one, two = metrics('out/eval')
-        assert one['model'] == 'a b/student.safetensors' and two['model'] == 'adm.pt'
+        one, = metrics('out/eval')
+        assert one['model'] == 'a b/student.safetensors'
         assert one['features'].startswith('cifar10_resnet')
 
     def classifier():
@@ -1003,22 +1008,22 @@ def users(tiny):
 def test_networks_of_the_user(users):
     """A foreign teacher, a foreign student, both, by several methods; the exported weights."""
     foreign = f'{DKDM} --teacher=classes.safetensors --student=mine.py --student_config={{}}'
+    few = f'{FEW} --teacher=classes.safetensors --student=mine.py'
     outs = at_once(run, [
-        f'{MINE} {UNET} --guidance=2.0 --out_dir=a', f'{MINE} {UNET} {JUMPS} --out_dir=b',
+        f'{MINE} {UNET} --guidance=2.0 --out_dir=a', f'{FEW} {UNET} --teacher=mine.py --out_dir=b',
         f'{foreign} --dtype=bfloat16 --out_dir=c', f'{MINE} --student=mine.py --out_dir=d',
-        f'{foreign} --method=synthetic --synthetic_images=8 --synthetic_steps=2 --uncond_prob=.5 '
+        f'{foreign} --method=synthetic --synthetic.number=8 --synthetic.steps=2 --uncond_prob=.5 '
         '--out_dir=e',
-        f'{foreign} {JUMPS} --max_steps=3 --out_dir=f'])
-    run(f'{foreign} {JUMPS} --init_from=resume --out_dir=f', ranks=0)
-    run(f'{foreign} {JUMPS} --out_dir=g')
+        f'{few} --max_steps=3 --out_dir=f'])
+    run(f'{few} --init_from=resume --out_dir=f', ranks=0)
+    run(f'{few} --out_dir=g')
     assert same_file('f/student.safetensors', 'g/student.safetensors') and rows('f') == rows('g')
     out = run(f'{MINE} --teacher=deaf.py --student=deaf.py --max_steps=2 --out_dir=h')
     assert 'deaf.py gives the same output' in out and 'the student gives the same output' in out
     assert 'same output' not in outs[0] + outs[3]
     follow(outs[2], f'--num_samples=8 --out_dir=ec')
     follow(outs[3], f'--num_samples=8 --out_dir=ed')
-    names = [row['model'] for row in metrics('ed')]
-    assert names == ['mine.py:d/student.safetensors', 'mine.py']
+    assert metrics('ed')[0]['model'] == 'mine.py:d/student.safetensors'
     net = M.run_file('mine.py').build(16, 1, 4)
     net.load_state_dict(load_file('c/student.safetensors'))  # plain PyTorch
 
@@ -1030,7 +1035,7 @@ def test_networks_of_the_user(users):
     process.join()
     err = said(folder, 'err')
     assert process.exitcode == 1 and 'Traceback' in err and "no attribute 'typo'" in err
-    assert 'says itself' in run(f'{MINE} --teacher_config.steps=9', ok=False)
+    assert 'unexpected' in run(f'{MINE} --teacher_config.steps=9', ok=False)
 
 
 def test_generators_and_classifiers_of_the_user(users):
@@ -1038,8 +1043,7 @@ def test_generators_and_classifiers_of_the_user(users):
     assert log('o')['out'][-1] < 0.5 * log('o')['out'][0] and os.path.exists('o/samples.png')
     assert 'z' not in log('o').dtype.names
     follow(out, '--num_samples=16')
-    names = [row['model'] for row in metrics('out/eval')]
-    assert names == ['gan.py:o/student.safetensors', 'gan.py']
+    assert metrics('out/eval')[0]['model'] == 'gan.py:o/student.safetensors'
     bad = 'distill_vae.py --out_dir=p --student=gan.py'
     assert 'image_range of the network is (0, 1)' in run(f'{bad} --teacher=range.py', ok=False)
     assert 'student.py has no load()' in run(f'{bad} --teacher=student.py', ok=False)
@@ -1195,7 +1199,7 @@ def test_students_of_pipelines(pipelines):
         assert made[0].shape == (1, 3, 16, 16) and torch.allclose(*made, atol=1e-5)
     at_once(same_class, TEACHERS)
     at_once(run, [f'{QUICK} {OURS} --teacher=half --out_dir=half_s',  # which is there in fp16 only
-                  f'{QUICK} {OURS} --teacher=sd3 --prompts=names.txt {JUMPS} --out_dir=text'])
+                  f'{FEW} {OURS} --teacher=sd3 --prompts=names.txt --max_steps=2 --out_dir=text'])
     run(f'{QUICK} {OURS} --teacher=half_s/student.safetensors --out_dir=again')
     for name, classes in (('half_s', 0), ('text', 4), ('again', 0)):
         net, _ = M.load_denoiser(f'{name}/student.safetensors')  # its VAE is its teacher's
@@ -1215,8 +1219,8 @@ def test_few_step_students_in_diffusers(student, tiny, pipeline_models):
     from diffusers import DiffusionPipeline
     config = json.loads((pipeline_models / 'ddpm.json').read_text())
     Path('grey.json').write_text(json.dumps(config | dict(in_channels=1, out_channels=1)))
-    sizes = """--student_prediction=x0 --student_config="{'patch_size':1,'model_channels':32}" """
-    args = f'{QUICK} --stride=50 {JUMPS} --student={student} --teacher=teacher.safetensors'
+    sizes = """--student_config="{'patch_size':1,'model_channels':32}" """
+    args = f'{FEW} --student={student} --teacher=teacher.safetensors'
     run(f"{args} --lr=3e-3 --out_dir=o {sizes if student == 'unet' else ''}")
     net, diffusion = M.load_denoiser('o/student.safetensors')
     assert net.sampling == dict(sampler='ddim', steps=2, spacing='trailing') and not diffusion.clip
@@ -1231,7 +1235,7 @@ def test_few_step_students_in_diffusers(student, tiny, pipeline_models):
 def test_few_step_flows_in_diffusers(pipelines):
     """They keep their teacher's scheduler, and are sampled with the sigmas that export.py prints."""
     from diffusers import DiffusionPipeline
-    run(f"{QUICK} {JUMPS} --teacher=sd3 --student=sd3.json {MORE['sd3']} --out_dir=o")
+    run(f"{FEW} --batch_size=4 --max_steps=2 --teacher=sd3 --student=sd3.json {MORE['sd3']} --out_dir=o")
     out = run('export.py --model=o/student.safetensors --out_dir=p')
     sigmas = ast.literal_eval(re.search(r'sigmas=(\[.*?\])', out)[1])
     net, diffusion = M.load_denoiser('o/student.safetensors')
@@ -1465,14 +1469,14 @@ MISTAKES = lines("""
     dkdm.py --teacher=teacher.safetensors --student_config.patch_size=3 : patches of 3
     dkdm.py --teacher=teacher.safetensors --student=resnet8 : build()
     dkdm.py --teacher=teacher.safetensors --batch_size=9 --grad_accum=2 : multiple of
-    dkdm.py --teacher=teacher.safetensors --method=jumps --jumps=3 : multiple of jumps
-    dkdm.py --teacher=teacher.safetensors --method=jumps --student_prediction=eps : 'x0'
-    dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_features=gone.pt : no file gone
-    dkdm.py --teacher=teacher.safetensors --refine=True : for method='jumps'
-    dkdm.py --method=jumps --walks_start=0.5 : only walk_evals fills
-    dkdm.py --method=jumps --refine=True --jumps=4 --batch_size=8 --grad_accum=4 : an image per jump
+    few_steps.py --teacher=teacher.safetensors --jumps=3 : multiple of jumps
+    few_steps.py --teacher=teacher.safetensors --student_prediction=eps : one of 'x0'
+    dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_reference=gone.npz : no file gone
+    few_steps.py --refine=True --jumps=4 --batch_size=8 --grad_accum=4 : an image per jump
     dkdm.py --method=iterative --grad_accum=2 : grad_accum must be 1
-    dkdm.py --method=synthetic --synthetic=i.npz --data=i.npz:0-0 --real_fraction=1 : only
+    dkdm.py --method=synthetic --synthetic.images=i.npz --data=i.npz:0-0 --synthetic.real_fraction=1 : only
+    dkdm.py --synthetic.steps=many : synthetic.steps is
+    dkdm.py --adamw.betas=0.5 : no entry 'betas'
     dkdm.py --method=data : needs images
     dkdm.py --method=data --data=nothing : no images at
     dkdm.py --method=data --data=flat.npz : N x H x W x C
@@ -1612,7 +1616,7 @@ def test_documents_name_what_exists():
     for path, text in documents():
         found = [f'no {link}' for link in re.findall(r'\]\(([^)#:]+)[)#]', text)
                  if not (path.parent / link).exists()]
-        files = re.findall(r'(?<![\w/])(?:config|pretrained|assets|docs)/\w+\.\w+', text)
+        files = re.findall(r'(?<![\w/])(?:config|pretrained|assets|docs|adapters)/\w+\.\w+', text)
         found += [f'no {file}' for file in files if not (ROOT / file).exists()]
         for script, rest in re.findall(command, text.replace('\\\n', ' ')):
             if script in SCRIPTS:
@@ -1627,7 +1631,7 @@ def test_configs_parse():
     for path in ROOT.glob('config/*.py'):
         values = {k: v for k, v in runpy.run_path(str(path)).items() if not k.startswith('_')}
         wrong = []
-        for module in MODULES[:4]:
+        for module in MODULES[:5]:
             problems = [check_setting(module, k, v) for k, v in values.items()]
             wrong.append('; '.join(filter(None, problems)))
         assert '' in wrong, f'{path.name}: {wrong}'

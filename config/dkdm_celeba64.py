@@ -10,8 +10,8 @@ rho = 0.4
 stride = 1
 warmup_steps = 1000
 lam = 0.001
-synthetic_images = 202599    # of the Data-Free Training baseline (Table 4): --method=synthetic
-synthetic_steps = 100
+# of the Data-Free Training baseline (Table 4), --method=synthetic
+synthetic = dict(number=202599, steps=100)
 max_steps = 200000
 batch_size = 256
 lr = 1e-4
@@ -22,7 +22,6 @@ grad_clip = 0.0
 ema = 0.9999
 log_every = 100
 save_every = 10000
-sampler = 'ddpm'
 sample_steps = 50
 compile = True
 out_dir = 'out/dkdm_celeba64'

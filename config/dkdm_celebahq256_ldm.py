@@ -5,12 +5,11 @@
 # python dkdm.py config/dkdm_celebahq256_ldm.py --teacher=ffhq_256.ckpt --batch_size=42 --lr=8.4e-5 --out_dir=out/dkdm_ffhq256_ldm
 teacher = 'celebahq_256.ckpt'
 # teacher: the model.ckpt of "CelebA-HQ 256x256 LDM-VQ-4", linked from the README of github.com/CompVis/latent-diffusion
-teacher_config = dict(image_size=64, num_head_channels=32, schedule='sqrt_linear', beta_range=(0.0015, 0.0195),
-                      clip=False)
+teacher_config = dict(image_size=64, num_head_channels=32, schedule='sqrt_linear',
+                      beta_range=(0.0015, 0.0195), clip=False)
 student_prediction = 'teacher'
-learn_sigma = False
-student_config = dict(patch_size=1, model_channels=128, num_res_blocks=2, channel_mult=(1, 2, 3, 4),
-                      attention_resolutions=(32, 16, 8), num_head_channels=32,
+student_config = dict(learn_sigma=False, patch_size=1, model_channels=128, num_res_blocks=2,
+                      channel_mult=(1, 2, 3, 4), attention_resolutions=(32, 16, 8), num_head_channels=32,
                       resblock_updown=False, use_scale_shift_norm=False,
                       use_new_attention_order=False)
 rho = 0.4

@@ -2,7 +2,7 @@
 # GPU. And its ImageNet 32x32 setting, batch 512 on four GPUs, whose teacher is
 # DDPM_IP_imageNet32.pt of the same page:
 # python dkdm.py config/dkdm_cifar10.py
-# torchrun --nproc_per_node=4 dkdm.py config/dkdm_cifar10.py --teacher=imagenet_32.pt --batch_size=512 --synthetic_images=1281167 --synthetic_steps=100 --out_dir=out/dkdm_imagenet32
+# torchrun --nproc_per_node=4 dkdm.py config/dkdm_cifar10.py --teacher=imagenet_32.pt --batch_size=512 --synthetic.number=1281167 --synthetic.steps=100 --out_dir=out/dkdm_imagenet32
 teacher = 'cifar10_32.pt'
 # teacher: ADM_cifar10_baseline.pt, linked from the README of github.com/forever208/DDPM-IP
 teacher_config = dict(image_size=32, num_head_channels=32)
@@ -13,8 +13,8 @@ rho = 0.4
 stride = 1
 warmup_steps = 1000
 lam = 0.001
-synthetic_images = 50000     # of the Data-Free Training baseline (Table 4): --method=synthetic
-synthetic_steps = 1000
+# of the Data-Free Training baseline (Table 4), --method=synthetic
+synthetic = dict(number=50000, steps=1000)
 max_steps = 200000
 batch_size = 128
 lr = 1e-4
@@ -25,7 +25,6 @@ grad_clip = 0.0
 ema = 0.9999
 log_every = 100
 save_every = 10000
-sampler = 'ddpm'
 sample_steps = 50
 compile = True
 out_dir = 'out/dkdm_cifar10'

@@ -8,6 +8,4 @@ student_config = dict(model_channels=22, channel_mult=(1, 2, 2), attention_resol
 max_steps = 3500
 lr = 2e-3
 lr_warmup = 200
-eval_reference = 'pretrained/cifar10_stats.npz'
-eval_features = 'pretrained/cifar10_resnet.safetensors'
 out_dir = 'out/dkdm_cifar10_small'

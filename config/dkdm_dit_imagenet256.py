@@ -6,7 +6,6 @@ student = 'config/dit_s2_student.json'
 student_prediction = 'teacher'
 guidance = 1.5
 uncond_prob = 0.1
-pool_dtype = 'float16'
 max_steps = 400000
 batch_size = 256
 lr = 1e-4

@@ -3,9 +3,8 @@
 # python dkdm.py config/dkdm_ldm_celebahq_hub.py
 teacher = 'CompVis/ldm-celebahq-256'
 student_prediction = 'teacher'
-learn_sigma = False
-student_config = dict(patch_size=1, model_channels=128, num_res_blocks=2, channel_mult=(1, 2, 3, 4),
-                      attention_resolutions=(32, 16, 8), resblock_updown=False,
+student_config = dict(learn_sigma=False, patch_size=1, model_channels=128, num_res_blocks=2,
+                      channel_mult=(1, 2, 3, 4), attention_resolutions=(32, 16, 8), resblock_updown=False,
                       use_scale_shift_norm=False, use_new_attention_order=False)
 max_steps = 640000
 batch_size = 48

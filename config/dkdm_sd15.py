@@ -7,7 +7,6 @@ student = 'config/sd15_student.json'
 student_prediction = 'teacher'
 guidance = 7.5
 uncond_prob = 0.1
-pool_dtype = 'float16'
 max_steps = 200000
 batch_size = 64
 grad_accum = 2

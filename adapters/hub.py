@@ -1,0 +1,324 @@
+"""
+What diffusers loads: pipelines (a folder or the name of one on the hub), networks by their
+config.json, and VAEs. The scripts call this file for every folder and every name NAME/NAME:
+
+    python dkdm.py --teacher=google/ddpm-cifar10-32
+    # short for --teacher=adapters/hub.py:google/ddpm-cifar10-32
+
+No code that lies in a folder or on the hub is ever run.
+"""
+import glob
+import inspect
+import json
+import os
+import re
+
+import torch
+import torch.nn as nn
+
+import models as M
+
+PIPELINE_NETWORKS = (
+    'UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel'
+)
+VAES = ('AutoencoderKL', 'AutoencoderTiny')
+# parts of diffusers pipelines that are not loaded
+UNUSED = ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker')
+
+
+class Shared(dict):
+    """Tensors shared by a network and its copies: not copied by EMA, not sent by DDP."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Pipeline(nn.Module):
+    """A network of diffusers behind the interface of ours: x (B, C, H, W) of latents or pixels, t
+    (B,), y (B,).
+
+    `condition` is '', 'class' or 'text'. y indexes the classes, or the texts given to
+    `set_prompts`; -1 is the null condition. `source` is the folder or hub id of its pipeline,
+    `pipe` the pipeline while its text encoders are needed; `shared` holds the embedded texts.
+    Raises UserError for a network that is not supported.
+    """
+
+    dtype_as_loaded = True  # its weights are of the dtype that load_denoiser is given
+
+    def __init__(self, net, pipe=None):
+        super().__init__()
+        kind = type(net).__name__
+        c = getattr(net, 'config', {})
+        if kind not in PIPELINE_NETWORKS:
+            raise M.UserError(f"a {kind} is not supported; {', '.join(PIPELINE_NETWORKS)} are")
+        known = dict(
+            class_embed_type=None, addition_embed_type='text', encoder_hid_dim_type='text_proj',
+            time_cond_proj_dim=None
+        )
+        for key, supported in known.items():
+            if c.get(key) not in (None, supported):
+                raise M.UserError(
+                    f'this {kind} takes a condition that is not supported: {key}={c[key]!r}'
+                )
+        out_channels = c.get('out_channels') or c.in_channels
+        if out_channels not in (c.in_channels, 2 * c.in_channels):
+            raise M.UserError(
+                f'this {kind} predicts {out_channels} channels from {c.in_channels}: it takes an '
+                'image as its condition (super-resolution, inpainting), which is not supported'
+            )
+        self.net = net
+        self.pipe = pipe
+        self.source = ''
+        self.shared = Shared()
+        self.register_buffer('times', None, persistent=False)  # the network's own time for each t
+        for m in net.modules():
+            # DiT: in train mode it would drop labels, independently in each layer
+            if type(m).__name__ == 'LabelEmbedding':
+                m.dropout_prob = 0.0
+        classes = max(0, (c.get('num_class_embeds') or 0) - 1)
+        self.num_classes = c.get('num_embeds_ada_norm') or classes
+        takes_text = 'encoder_hidden_states' in inspect.signature(net.forward).parameters
+        self.condition = 'class' if self.num_classes else ''
+        if takes_text:
+            self.condition = 'text'
+        self.image_size = c.sample_size
+        self.in_channels = c.in_channels
+        self.config = {k: v for k, v in c.items() if not k.startswith('_')}
+        self.config |= {'class': kind, 'image_size': c.sample_size, 'out_channels': out_channels}
+        self.config['adapter'] = 'hub'
+
+    def set_process(self, diffusion):
+        """On a flow, the network's own time for t is b_t T, as in SD3."""
+        if diffusion.config['schedule'] == 'flow':
+            self.times = (diffusion.b[:-1] * diffusion.T).float().to(self.net.device)
+
+    def set_prompts(self, prompts):
+        """Embeds the texts with all text encoders of the pipeline, and then frees the encoders."""
+        if self.pipe is None:  # load the text encoders only
+            self.pipe, _ = open_pipeline(
+                self.source, self.net.dtype, unet=self.net, transformer=self.net, vae=None
+            )
+        for name in ('text_encoder', 'text_encoder_2', 'text_encoder_3'):
+            if getattr(self.pipe, name, None) is not None:
+                getattr(self.pipe, name).to(self.net.device)
+        embedded = self.embed([*prompts, ''])  # the last one, -1, is the null condition
+        self.shared |= {k: v.to(self.net.device, self.net.dtype) for k, v in embedded.items()}
+        self.num_classes = len(prompts)
+        self.pipe = None
+
+    @torch.no_grad()
+    def embed(self, texts):
+        """{'prompts': (N, L, D)} of N texts, and 'pooled' (N, D) if the pipeline has it; on the
+        CPU."""
+        parts = {}
+        encode = self.pipe.encode_prompt
+        kw = dict(
+            device=self.net.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        for name in {'prompt_2', 'prompt_3'} & inspect.signature(encode).parameters.keys():
+            kw[name] = None  # every encoder gets the same text
+        for i in range(0, len(texts), 256):
+            outputs = encode(prompt=texts[i : i + 256], **kw)[::2]  # skip the negative prompts
+            for name, out in zip(('prompts', 'pooled'), outputs):
+                parts.setdefault(name, []).append(out.cpu())
+        return {name: torch.cat(rows) for name, rows in parts.items()}
+
+    def forward(self, x, t, y=None):
+        y = torch.full_like(t, -1) if y is None else y
+        kw = {}
+        if self.condition == 'class':
+            kw['class_labels'] = torch.where(y < 0, self.num_classes, y)
+        elif self.condition == 'text':
+            kw['encoder_hidden_states'] = self.shared['prompts'][y].to(self.net.dtype)
+            if 'pooled' in self.shared:
+                kw['pooled_projections'] = self.shared['pooled'][y].to(self.net.dtype)
+        t = t if self.times is None else self.times[t]
+        return self.net(x.to(self.net.dtype), timestep=t, **kw).sample.float()
+def check_name(spec):
+    """Raises UserError for what cannot be the name of a model on the hub: such a string is a path,
+    and there is nothing at it."""
+    if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', spec):
+        raise M.UserError(f'no file or folder {spec}')
+
+
+def read_pipeline(spec):
+    """(folder, model_index.json as a dict) of a diffusers pipeline, local or on the hub. Raises
+    M.UserError if it contains code."""
+    path = os.path.join(spec, 'model_index.json')
+    if not os.path.isdir(spec):
+        import huggingface_hub
+
+        check_name(spec)
+        with M.local_rank_0_first():
+            path = huggingface_hub.hf_hub_download(spec, 'model_index.json')
+    with open(path) as f:
+        parts = json.load(f)
+    # older versions of diffusers always run the code in a folder; newer ones only if asked to
+    code = glob.glob(f'{glob.escape(spec)}/*/*.py') + glob.glob(f'{glob.escape(spec)}/None.py')
+    for name, part in parts.items():
+        known = part[0] in (None, 'diffusers', 'transformers') if isinstance(part, list) else True
+        if not known and name not in UNUSED:
+            code.append(part[0])
+    if code:
+        raise M.UserError(f'{spec} contains code ({code[0]}); pipelines with code are not loaded')
+    return os.path.dirname(path), parts
+
+
+def from_pretrained(kind, spec, **kw):
+    """kind.from_pretrained; if there are only half-precision files, it loads those."""
+    with M.local_rank_0_first():
+        try:
+            return kind.from_pretrained(spec, low_cpu_mem_usage=False, **kw)
+        except (OSError, ValueError) as e:
+            try:
+                return kind.from_pretrained(spec, variant='fp16', low_cpu_mem_usage=False, **kw)
+            except (OSError, ValueError):
+                raise e
+
+
+def open_pipeline(spec, dtype, **given):
+    """(the pipeline, its model_index.json) of a folder or hub id; the parts in `given` replace
+    those on disk, which are not loaded."""
+    from diffusers import DiffusionPipeline
+
+    _, parts = read_pipeline(spec)
+    given = {k: v for k, v in (dict.fromkeys(UNUSED) | given).items() if k in parts}
+    return from_pretrained(DiffusionPipeline, spec, **given).to(dtype), parts
+
+
+def load_part(spec, *names):
+    """The first of the named parts that a pipeline has; a VAE or a scheduler."""
+    import diffusers
+
+    root, parts = read_pipeline(spec)
+    name = next((n for n in names if parts.get(n, [None])[0]), None)
+    kind = parts[name][1] if name else ''
+    if not re.fullmatch('Autoencoder.*|VQModel|.*Scheduler', kind):
+        raise M.UserError(
+            f"{spec} has no {' or '.join(names)} of a diffusers class (found: {kind or 'none'})"
+        )
+    return from_pretrained(
+        getattr(diffusers, kind), root if os.path.isdir(spec) else spec, subfolder=name
+    )
+
+def load_denoiser(spec, dtype=torch.float32):
+    """(net, diffusion) of a diffusers folder or hub id; the process is that of its scheduler.
+    Raises UserError."""
+    pipe, parts = open_pipeline(spec, dtype)
+    scheduler = pipe.scheduler
+    process = scheduler.config
+    network = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None)
+    net = Pipeline(network, pipe if 'text_encoder' in parts else None)
+    if net.config.get('num_class_embeds') is not None:
+        raise M.UserError(f'{spec}: class-conditional {type(network).__name__}s are not supported')
+    net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
+    net.guided = parts.get('_guided', False)  # export.py writes this
+    M.attach_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
+    unsupported = (
+        'use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas',
+        'use_exponential_sigmas', 'use_beta_sigmas'
+    )
+    if type(scheduler).__name__ == 'FlowMatchEulerDiscreteScheduler' and not any(
+        process.get(k) for k in unsupported
+    ):
+        steps, shift = process.num_train_timesteps, process.shift
+        return net, M.Diffusion('flow', steps, 'flow', learn_sigma=False, clip=False, shift=shift)
+    predictions = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}
+    prediction = predictions.get(process.get('prediction_type'))
+    scaled = process.get('thresholding')  # for DeepFloyd IF, clamping x_0 replaces it
+    if (
+        prediction is None
+        or not hasattr(scheduler, 'betas')
+        or scaled
+        and type(pipe).__name__ != 'IFPipeline'
+    ):
+        raise M.UserError(
+            f'{spec}: its {type(scheduler).__name__} is not supported: it must have betas and a '
+            'prediction_type, and no thresholding; or be flow matching with a fixed shift'
+        )
+    learn_sigma = net.config['out_channels'] == 2 * net.in_channels
+    clip = bool(process.get('clip_sample') or scaled)
+    return net, M.Diffusion(
+        scheduler.betas.tolist(), prediction=prediction, learn_sigma=learn_sigma, clip=clip
+    )
+class Autoencoder(nn.Module):
+    """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1],
+    one level, and no noise (std 0) where the class has no posterior."""
+
+    has_prior = False  # noise alone makes no images
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.in_channels = net.config.in_channels
+        self.image_size = 0  # any
+        self.config = {k: v for k, v in net.config.items() if not k.startswith('_')}
+        self.config |= {'class': type(net).__name__, 'adapter': 'hub'}
+
+    def encode(self, x):
+        """[(mean, std)] of the latents (B, C, h, w)."""
+        found = self.net.encode(x * 2 - 1)
+        if hasattr(found, 'latent_dist'):
+            return [(found.latent_dist.mean.float(), found.latent_dist.std.float())]
+        return [(found.latents.float(), torch.zeros_like(found.latents.float()))]
+
+    def decode(self, noise, seen):
+        """(out (B, C, H, W), q, p) of latents mean + std noise."""
+        ((mean, std),) = seen
+        out = (self.net.decode(mean + std * noise[0]).sample.float() + 1) / 2
+        return out, seen, [(torch.zeros_like(mean), torch.ones_like(std))]
+
+    def forward(self, x, noise):
+        return self.decode(noise, self.encode(x))
+
+    def save_pretrained(self, folder):
+        self.net.save_pretrained(folder)
+def load_vae(spec):
+    """An AutoencoderKL or AutoencoderTiny, as a folder or hub id, alone or in a pipeline. Raises
+    UserError for anything else."""
+    import diffusers
+
+    try:
+        kind = diffusers.AutoencoderKL.load_config(spec).get('_class_name')
+    except OSError:  # no config.json: a pipeline
+        kind = None
+    net = load_part(spec, 'vae') if kind is None else None
+    if kind in VAES:  # others may run code
+        net = from_pretrained(getattr(diffusers, kind), spec)
+    if type(net).__name__ not in VAES:
+        raise M.UserError(f'{spec} is no AutoencoderKL or AutoencoderTiny of diffusers')
+    return Autoencoder(net.float())
+
+
+
+def build(class_name, config):
+    """A network of diffusers with random weights: a denoiser (Pipeline) or a VAE (Autoencoder), by
+    the name of its class and its config. Raises UserError for a class that is not supported."""
+    import diffusers
+
+    if class_name in PIPELINE_NETWORKS:
+        config = {k: v for k, v in config.items() if k != 'image_size'}
+        return Pipeline(getattr(diffusers, class_name)(**config))
+    if class_name in VAES:
+        return Autoencoder(getattr(diffusers, class_name).from_config(config))
+    raise M.UserError(f'no network {class_name!r}')
+
+
+def build_student(path, config, num_classes, teacher):
+    """The network of a config.json with changes, and random weights. It shares the embedded texts
+    of its teacher. Raises UserError if it takes another condition."""
+    with open(path) as f:
+        said = json.load(f)
+    M.check('_class_name' in said, f'{path} is not the config.json of a network of diffusers')
+    kind = said['_class_name']
+    said = {k: v for k, v in said.items() if not k.startswith('_')}
+    net = build(kind, said | config)
+    condition = getattr(teacher, 'condition', 'class' if num_classes else '')
+    if net.condition != condition or condition == 'class' and net.num_classes != num_classes:
+        raise M.UserError(
+            f"{path} takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
+            f"{num_classes or ''} {condition or 'none'} (num_class_embeds counts the null class too)"
+        )
+    net.num_classes = num_classes
+    net.shared = getattr(teacher, 'shared', net.shared)
+    return net

@@ -1,0 +1,405 @@
+"""
+Trains a student that makes an image in one, two or four evaluations from a diffusion model that
+takes many, without its training data: the student learns finished walks of the teacher, from noise
+to image. In neither paper; it generalises Luhman & Luhman (2021) and progressive distillation
+(docs/papers.md).
+
+    python few_steps.py  # a digit in one evaluation, minutes on a laptop
+    python few_steps.py --jumps=2                           # in two
+    # the student begins as a copy of its teacher
+    python few_steps.py --student=teacher --student_prediction=teacher --lr=1e-3
+    torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10.py    # a rank per core
+"""
+import os
+
+# teacher
+teacher = 'pretrained/mnist_classes.safetensors'  # a file of ours, an original ADM, DDPM-IP, DKDM,
+                             # LDM or DiT checkpoint, a diffusers folder or hub id, or a Python file
+                             # with load()
+teacher_config = {}          # what an original checkpoint does not record: image_size, ...
+                             # (adapters/original.py)
+guidance = 0.0               # guidance scale at which a conditional teacher is distilled; 1 is
+                             # no guidance, 0 is 2 for conditional teachers and 1 for others
+prompts = ''                 # text-conditional teachers: a file of texts, one per line
+# student
+student = 'unet'             # 'unet' or 'dit', whatever the teacher is; 'teacher', a copy of the
+                             # teacher; a Python file with build(); or the config.json of a network
+                             # of diffusers
+student_config = {}          # its sizes, where they differ from models.SIZES
+student_prediction = 'x0'    # 'x0', 'v', 'flow', or 'teacher': the same as the teacher's. Of 'v',
+                             # some of the noise of x_t stays in the images of several jumps
+# distillation
+jumps = 1                    # evaluations of the student per image
+walks = 2048                 # finished walks of the teacher, over all ranks
+walk_steps = 16              # teacher evaluations per walk, a multiple of jumps
+loss = 'l1'                  # 'l1' (absolute error, clearer images) or 'l2' (squared error)
+refine = False               # every evaluation aims at the end of the walk, and starts where the
+                             # student's own earlier ones arrive
+uncond_prob = 0.0            # conditional students: how often the condition is replaced by the
+                             # null condition
+# optimisation
+max_steps = 2000
+batch_size = 64              # over all ranks and accumulation steps
+grad_accum = 1               # accumulation steps
+lr = 4e-3
+lr_warmup = 50               # steps of linear warm-up
+lr_decay = True              # cosine decay to 0 at max_steps
+adamw = {'beta2': 0.99, 'weight_decay': 0.0}
+grad_clip = 1.0              # largest norm of the gradient; 0 for none
+ema = 0.999                  # decay of the averaged weights, which are the result
+# system
+out_dir = 'out/few_steps'
+init_from = 'scratch'        # 'scratch'; 'resume'; 'overwrite' begins anew where an unfinished run
+                             # lies; or a student's file to start from
+log_every = 20               # steps between rows of log.csv
+save_every = 1000            # steps between checkpoints (with samples.png)
+seed = 0
+device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
+dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
+                             # 'float32'
+compile = False              # torch.compile of each kind of block, for GPUs
+graph = True                 # on one GPU: the whole step as one CUDA graph
+wandb = ''                   # a Weights & Biases project, '' for none
+_ranges = {                  # allowed values of string settings
+    'loss': ('l1', 'l2'),
+    'student_prediction': ('x0', 'v', 'flow', 'teacher'),
+    'dtype': ('auto', 'bfloat16', 'float32')}
+if __name__ == '__main__':
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+
+import contextlib
+import copy
+import time
+
+import torch
+from tqdm import tqdm
+
+import models as M
+
+
+# ==== the method ====
+#   walks <- deterministic (DDIM) walks of the teacher; jumps + 1 states of each are kept
+#   repeat:
+#       x_t, x_s <- neighbouring states of randomly drawn walks
+#       x_0* = the x_0 whose DDIM step from x_t to s lands on x_s                          jump_x0
+#       student <- student - lr grad |out - (x_0* as the student's prediction)|
+class Walks:
+    """Finished walks of the teacher: x (jumps + 1, N, C, H, W), the states at `times`, from noise
+    to image. N is `size`, rounded up to whole batches. draw_labels(n) gives the conditions y of new
+    walks, or None."""
+
+    def __init__(
+        self, size, jumps, steps, shape, diffusion, batch_size, draw_labels=lambda n: None,
+        device='cpu'
+    ):
+        M.check(
+            1 <= jumps and steps % jumps == 0,
+            f'walk_steps={steps} must be a multiple of jumps={jumps}'
+        )
+        size = batch_size * -(-size // batch_size)
+        self.diffusion = diffusion
+        self.draw_labels = draw_labels
+        self.batch_size = batch_size
+        self.all_times = M.sampling_steps(diffusion.T, steps) + [-1]
+        self.every = steps // jumps
+        self.times = torch.tensor(self.all_times[:: self.every], device=device)
+        self.x = torch.zeros(jumps + 1, size, *shape, device=device)
+        self.y = None if draw_labels(0) is None else torch.full((size,), -1, device=device)
+
+    @torch.no_grad()
+    def fill(self, teacher, progress=True):
+        """The teacher walks from noise to image, a batch at a time. Returns the number of teacher
+        evaluations."""
+        device = self.x.device
+        size = self.x.shape[1]
+        steps = len(self.all_times) - 1
+        bar = tqdm(total=size * steps, desc='the teacher walks', disable=not progress, leave=False)
+        for i in range(0, size, self.batch_size):
+            place = slice(i, i + self.batch_size)
+            x_t = torch.randn(self.batch_size, *self.x.shape[2:], device=device)
+            y = self.draw_labels(self.batch_size)
+            self.x[0, place] = x_t
+            for k, (t, s) in enumerate(zip(self.all_times, self.all_times[1:]), 1):
+                tt = torch.full((self.batch_size,), t, device=device)
+                x_t = self.diffusion.ddim_step(teacher(x_t, tt, y), x_t, tt, s)
+                if k % self.every == 0:
+                    self.x[k // self.every, place] = x_t
+                bar.update(self.batch_size)
+            if y is not None:
+                self.y[place] = y
+        bar.close()
+        return size * steps
+
+    def draw(self, n):
+        """n random jumps of random walks: (x_t, t, x_s, s, y)."""
+        device = self.x.device
+        idx = torch.randint(self.x.shape[1], (n,), device=device)
+        k = torch.randint(len(self.x) - 1, (n,), device=device)
+        y = None if self.y is None else self.y[idx]
+        return self.x[k, idx], self.times[k], self.x[k + 1, idx], self.times[k + 1], y
+
+    def state(self):
+        return {'x': self.x, 'y': self.y}
+
+    def load(self, state):
+        """Takes over a state, in the memory that a CUDA graph knows."""
+        self.x.copy_(state['x'])
+        if self.y is not None:
+            self.y.copy_(state['y'])
+
+
+def jump_x0(diffusion, x_t, t, x_s, s):
+    """The x_0 whose deterministic DDIM step from x_t to s lands on x_s (B, C, H, W).
+
+    It solves x_s = a_s x_0 + b_s (x_t - a_t x_0) / b_t for x_0. At s = -1 that is x_s itself
+    (Luhman & Luhman 2021); where x_s comes from two DDIM steps, it is the target of progressive
+    distillation (Salimans & Ho 2022).
+    """
+    a_t, b_t = diffusion.ab(t, x_t)
+    a_s, b_s = diffusion.ab(s, x_t)
+    return ((x_s - b_s / b_t * x_t) / (a_s - a_t * b_s / b_t)).to(x_t)
+
+
+def regress(student, x0, x_t, t, y, diffusion, loss, autocast, loss_scale):
+    """Adds the gradient of the error of the student's prediction at (x_t, t, y), where x0 is the
+    image to predict; `loss` is 'l1' or 'l2'. Returns the loss terms, {name: mean}."""
+    target = diffusion.target(x0, x_t, t, diffusion.prediction)
+    with autocast:
+        out = student(x_t, t, y)
+    error = out[:, : x0.shape[1]].float() - target
+    error = error.abs() if loss == 'l1' else error**2
+    return M.mean_and_backward({loss: error.mean((1, 2, 3))}, loss_scale)
+
+
+def jump_step(
+    student, walks, diffusion, batch_size, loss='l1', autocast=contextlib.nullcontext(),
+    loss_scale=1.0
+):
+    """Adds the gradient of the student's loss, 'l1' or 'l2', on one batch of jumps. Returns the
+    loss terms, {name: mean}."""
+    x_t, t, x_s, s, y = walks.draw(batch_size)
+    x0 = jump_x0(diffusion, x_t, t, x_s, s)
+    return regress(student, x0, x_t, t, y, diffusion, loss, autocast, loss_scale)
+
+
+def refine_step(
+    student, net_ema, walks, diffusion, batch_size, jumps, loss='l1',
+    autocast=contextlib.nullcontext(), loss_scale=1.0
+):
+    """Like jump_step, but every evaluation aims at the image of its walk, and starts where the
+    earlier evaluations of `net_ema`, the student's average, arrive from the walk's noise.
+
+    Evaluation k learns only from the walks whose index is k modulo `jumps`. So the evaluations
+    before it make the same errors on these walks as on new noise, and it learns to correct them;
+    on walks that they have learned they would make hardly any.
+    """
+    x, n = walks.x, batch_size
+    times = M.sampling_steps(walks.diffusion.T, jumps)
+    # image i is for evaluation k[i]: as many images for each
+    k = torch.arange(n, device=x.device) * jumps // n
+    idx = torch.randint(x.shape[1] // jumps, (n,), device=x.device) * jumps + k
+    y = None if walks.y is None else walks.y[idx]
+    x_t, x0 = x[0, idx], x[-1, idx]
+    t = torch.full_like(k, times[0])
+    for j in range(1, jumps):
+        later = slice(-(-n * j // jumps), n)  # k >= j
+        with torch.no_grad(), autocast:
+            out = net_ema(x_t[later], t[later], None if y is None else y[later])
+        x_t[later] = diffusion.ddim_step(out, x_t[later], t[later], times[j])
+        t[later] = times[j]
+    return regress(student, x0, x_t, t, y, diffusion, loss, autocast, loss_scale)
+
+
+# ==== set-up ====
+if __name__ == '__main__':
+    config = {k: globals()[k] for k in _defaults}
+    M.check(max_steps > 0, f'max_steps={max_steps} must be above 0')
+    M.check(batch_size > 0 and grad_accum > 0, 'batch_size and grad_accum must be above 0')
+    M.check(walks > 0, f'walks={walks} must be above 0')
+    M.check(0 <= ema < 1, f'ema={ema} must be from 0 to below 1')
+    M.check(0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob} must be from 0 to 1')
+    dev, autocast, rank, world = M.init_distributed(device, dtype, seed)
+    micro_batch = M.per_rank(batch_size, world, grad_accum)  # images of one forward pass
+    M.check(
+        not refine or micro_batch >= jumps,  # some evaluations would never be trained
+        'refine needs an image per jump in a forward pass, but batch_size / ranks / grad_accum is '
+        f'{micro_batch}, and jumps is {jumps}'
+    )
+    compute_dtype = M.pick_dtype(dev, dtype)
+    if wandb:
+        import wandb as wb
+
+    # ---- teacher ----
+    net_T, diffusion_T, guidance_T = M.load_teacher(
+        teacher, teacher_config, guidance, prompts, dev, compute_dtype
+    )
+    config['teacher_digest'] = net_T.digest
+    guided = guidance_T != 1 or getattr(net_T, 'guided', False)
+    if compile:
+        M.compile_blocks(net_T)
+    if rank == 0:
+        M.warn_if_y_is_ignored(net_T, f'the teacher {teacher}', diffusion_T, dev, autocast)
+    C, H = net_T.in_channels, net_T.image_size
+
+    # ---- student ----
+    M.check(
+        student_prediction != 'teacher' or diffusion_T.prediction != 'eps',
+        f'{teacher} predicts eps, which at the start of a walk, pure noise, does not determine '
+        'x_0: use --student_prediction=x0'
+    )
+    # its sampler adds no noise, so it predicts no variance; x_0* averages clamped x_0s of the
+    # teacher, so what it predicts needs no clamping
+    net, diffusion = M.build_student(
+        student, student_config | {'learn_sigma': False}, student_prediction, (C, H),
+        net_T.num_classes, diffusion_T.config | {'clip': False}, (teacher, teacher_config, net_T),
+        dev
+    )
+    checkpoint = M.resume(config, rank, net)
+    net_ema = copy.deepcopy(net).eval().requires_grad_(False)
+    graph_on = graph and dev.type == 'cuda' and world == 1
+    opt = torch.optim.AdamW(
+        [p for p in net.parameters() if p.requires_grad],
+        torch.tensor(lr, device=dev) if graph_on else lr, (0.9, adamw['beta2']),
+        weight_decay=adamw['weight_decay'], fused=True, capturable=graph_on
+    )
+    if compile:
+        M.compile_blocks(net)
+    model = net
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(
+            net, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
+    begin = time.time()
+
+    # ---- the walks, and the step ----
+    source = Walks(
+        -(-walks // world), 1 if refine else jumps, walk_steps, (C, H, H), diffusion_T,
+        micro_batch, M.make_labels(net_T.num_classes, uncond_prob, dev), dev
+    )
+    decay = torch.zeros((), device=dev) if graph_on else 0.0  # of the average, at this step
+
+    def one_step():
+        """All that a step does on the device: a CUDA graph, where there is a GPU."""
+        total = {}
+        for i in range(grad_accum):
+            if world > 1:
+                model.require_backward_grad_sync = i == grad_accum - 1
+            if refine:
+                terms = refine_step(
+                    model, net_ema, source, diffusion, micro_batch, jumps, loss, autocast,
+                    1 / grad_accum
+                )
+            else:
+                terms = jump_step(
+                    model, source, diffusion, micro_batch, loss, autocast, 1 / grad_accum
+                )
+            for name, value in terms.items():
+                total[name] = total.get(name, 0.0) + value / grad_accum
+        total['grad_norm'] = M.optimizer_step(net, opt, grad_clip)
+        M.update_ema(net_ema, net, decay)
+        return total
+
+    # ---- results on disk ----
+    about = M.about_student(net, net_T, guided, prompts)
+    about['sampling'] = dict(sampler='ddim', steps=jumps, spacing='trailing')
+    last_pictures = time.time()
+
+    def save_student():
+        path = os.path.join(out_dir, 'student.safetensors')
+        M.save_model(net_ema, path, diffusion, **about)
+
+    def save_checkpoint():
+        shared = {'ema': net_ema.state_dict(), 'evaluations': evaluations}
+        own = {'walks': source.state(), 'sums': meter.sums}
+        M.save_checkpoint(config, step, net, opt, shared, own, rank, step == max_steps)
+
+    def save_pictures(seconds_per_pass):
+        global last_pictures
+        rows = [
+            (net_T, diffusion_T, guidance_T, walk_steps, 'ddim'),
+            (net_ema, diffusion, 1.0, jumps, 'ddim')
+        ]
+        path = os.path.join(out_dir, 'samples.png')
+        M.save_samples(path, rows, net_T, seed, autocast, seconds_per_pass, last_pictures)
+        last_pictures = time.time()
+
+    # ---- where a run begins, or goes on ----
+    step = 0
+    meter = M.Meter(dev)
+    if checkpoint:
+        shared, own = M.restore(checkpoint, opt)
+        step, evaluations = shared['step'], shared['evaluations']
+        meter = M.Meter(dev, own['sums'])
+        net_ema.load_state_dict(shared['ema'])
+        source.load(own['walks'])
+    else:
+        M.set_aside(out_dir, rank)
+        evaluations = source.fill(M.make_teacher(net_T, guidance_T, autocast), rank == 0)
+        save_checkpoint()  # so that the walks are not lost
+    if rank == 0:
+        M.introduce(student, net, diffusion, teacher, net_T, diffusion_T)
+        print(
+            f'{jumps} evaluation(s) per image, {max_steps:,} steps of {batch_size} images of '
+            f'{C}x{H}x{H} on {world} x {dev.type}, guidance {guidance_T:g}; {walks:,} walks, '
+            f'{evaluations * world:,} teacher evaluations before the first step'
+        )
+        log = M.Log(os.path.join(out_dir, 'log.csv'), step)
+        if wandb:
+            wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
+    run_step = M.Graphed(one_step, dev, graph_on)
+    stop = M.StopFlag()  # a signal while the teacher walks ends the run at once
+    net.train()
+    first, leaving = step, 0
+    start = time.time()  # of the loop; `seconds` in log.csv includes the walks
+    paused = 0.0  # seconds spent on pictures
+    bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)
+
+    # ==== the loop ====
+    while step < max_steps:
+        rate = lr * M.learning_rate_factor(step, max_steps, lr_warmup, lr_decay)
+        M.set_learning_rate(opt, rate)
+        now = min(ema, (1 + step) / (10 + step))
+        decay = decay.fill_(now) if graph_on else now
+        meter.add(run_step())
+        step += 1
+        bar.update()
+        if world == 1 or step % 5 == 0:
+            leaving = M.all_reduce_max(stop.signal)
+        saving = step % save_every == 0 or step == max_steps or leaving
+        logging = step % log_every == 0 or step == max_steps
+        if logging or saving:
+            means = meter.means(step, net, save_checkpoint, f'try a smaller --lr (now {rate:.2g})')
+        if logging and rank == 0:
+            norm = means.pop('grad_norm')
+            row = dict(step=step, loss=sum(means.values()), **means, grad_norm=norm, lr=rate)
+            bar.set_postfix(loss=f"{row['loss']:.4f}")
+            seconds = time.time() - start - paused
+            row['images_per_s'] = (step - first) * batch_size / seconds
+            row['seconds'] = log.seconds + start - begin + seconds
+            log(**row)
+            if wandb:
+                wb.log(row, step=step)
+        if logging:
+            meter.clear()
+        if saving:
+            save_checkpoint()  # first: after SIGTERM there may be little time
+            if rank == 0:
+                before = time.time()
+                save_student()
+                if not leaving:
+                    with stop.interrupts():
+                        save_pictures((before - start - paused) / (step - first) / batch_size)
+                paused += time.time() - before
+        if leaving:
+            break
+    bar.close()
+    if rank == 0:
+        M.warn_if_y_is_ignored(net_ema, 'the student', diffusion, dev, autocast)
+        if step == first:  # killed after the last checkpoint, before the result was saved
+            save_student()
+        seconds = time.time() - begin + log.seconds
+        M.say_what_next(out_dir, student, net, f'step {step} of {max_steps}, {seconds:.0f} s')
+        if wandb:
+            wb.finish()
+    M.finish(leaving)
