@@ -79,6 +79,8 @@ from tqdm import tqdm
 
 import models as M
 
+image_sets = M.adapter('images')
+
 
 # ==== the method ====
 #   for each batch x of the images, cropped and flipped:
@@ -201,7 +203,7 @@ def build_classifier(spec, num_classes, in_channels, image_size, **kw):
 
 def check_origin(data, digest, teacher):
     """Raises UserError if synthesize.py made one of the shards in `data` for another teacher."""
-    for f in M.shards_of(data):
+    for f in image_sets.shards_of(data):
         with M.open_npz(f) as z:
             made = json.loads(str(z['settings'])) if 'settings' in z else {}
         if made.get('teacher_digest', digest) != digest:
@@ -298,8 +300,8 @@ if __name__ == '__main__':
                 f'{data}: images must be square, they are {images.shape[2]}x{images.shape[3]}: '
                 '--image_size'
             )
-    name = M.split_classes(data)[0]
-    if test or not os.path.exists(name) and M.is_dataset(name):
+    name = image_sets.split_classes(data)[0]
+    if test or not os.path.exists(name) and image_sets.torchvision_dataset(name):
         test_images, test_labels = M.load_images(
             test or data, False, image_size, channels or images.shape[1]
         )
@@ -311,7 +313,7 @@ if __name__ == '__main__':
                 f'{tuple(wanted)}, they have {tuple(test_images.shape[1:])}'
             )
     if method != 'test' and test:
-        names, test_names = M.class_names(data), M.class_names(test)
+        names, test_names = image_sets.class_names(data), image_sets.class_names(test)
         M.check(
             not names or not test_names or names == test_names,
             f'{data} has the classes {names}, {test} has {test_names}'

@@ -93,6 +93,7 @@ import contextlib
 import copy
 import math
 import random
+import shlex
 import time
 
 import numpy as np
@@ -242,7 +243,7 @@ def training_step(
     loss_scale=1.0, teacher=None, diffusion_T=None
 ):
     """Training on images noised to a uniform t: with their own noise and pixels as the target,
-    Eq. (13), or if there is a teacher with its output, Eqs. (14)-(16). Returns the loss terms,
+    Eq. (13), or if a teacher is given with its output, Eqs. (14)-(16). Returns the loss terms,
     {name: mean}."""
     x0, y = images.draw(batch_size)
     t = torch.randint(diffusion.T, (batch_size,), device=x0.device)
@@ -259,27 +260,28 @@ def training_step(
 
 
 @torch.no_grad()
-def make_images(
-    net, diffusion, n, shape, steps, draw_labels, guidance, chunk, autocast, progress=True
-):
-    """Data-Free Training: samples n images from the teacher. Returns (uint8 images (n, C, H, W),
-    labels or None) on the CPU."""
-    images, labels = [], []
+def make_images(path, net, diffusion, n, steps, guidance, chunk, autocast, progress=True):
+    """Data-Free Training: writes n images of the teacher, `chunk` at a time, and their labels, to
+    an .npz."""
+    shape = net.in_channels, net.image_size, net.image_size
+    draw_labels = M.make_labels(net.num_classes, device=next(net.parameters()).device)
+    arrays = {'arr_0': [], 'arr_1': []}
     for i in tqdm(range(0, n, chunk), desc='making images', disable=not progress, leave=False):
         size = min(chunk, n - i)
         y = draw_labels(size)
         with autocast:
             x = M.sample(net, diffusion, (size, *shape), steps, 'ddpm', y, guidance, spacing='even')
-        images.append(M.to_uint8(x).cpu())
+        arrays['arr_0'].append(M.to_uint8(x).permute(0, 2, 3, 1).cpu())
         if y is not None:
-            labels.append(y.cpu())
-    return torch.cat(images), torch.cat(labels) if labels else None
+            arrays['arr_1'].append(y.cpu())
+    arrays = {k: torch.cat(v).numpy() for k, v in arrays.items() if v}
+    M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
 
 
-def with_real(images, labels, data, fraction, channels, seed):
+def with_real(images, labels, data, fraction, seed):
     """Data-Limited Training: replaces the fraction by images of `data`. Labels are kept if both
     sets have them. Raises UserError if `data` has too few."""
-    real, real_labels = M.load_images(data, channels=channels)
+    real, real_labels = M.load_images(data, channels=images.shape[1])
     wanted = round(fraction * len(images))
     M.check(
         wanted <= len(real),
@@ -340,17 +342,11 @@ if __name__ == '__main__':
     M.check(batch_size > 0 and grad_accum > 0, 'batch_size and grad_accum must be above 0')
     M.check(0 <= ema < 1, f'ema={ema} must be from 0 to below 1')
     M.check(0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob} must be from 0 to 1')
-    M.check(
-        not class_cond or method == 'data',
-        "class_cond is for method='data'; other students have the classes of the teacher"
-    )
-    M.check(
-        synthetic['real_fraction'] == 0 or method == 'synthetic' and data,
-        "synthetic.real_fraction mixes real images, --data=..., into those of method='synthetic'"
-    )
+    M.check(not class_cond or method == 'data', 'class_cond: the teacher says what the classes are')
+    mixed = method == 'synthetic' and data
+    M.check(mixed or not synthetic['real_fraction'], 'synthetic.real_fraction needs --data=...')
     dev, autocast, rank, world = M.init_distributed(device, dtype, seed)
     micro_batch = M.per_rank(batch_size, world, grad_accum)  # images of one forward pass
-    compute_dtype = M.pick_dtype(dev, dtype)
     if wandb:
         import wandb as wb
 
@@ -368,7 +364,7 @@ if __name__ == '__main__':
         process_S = process
     else:
         net_T, diffusion_T, guidance_T = M.load_teacher(
-            teacher, teacher_config, guidance, prompts, dev, compute_dtype
+            teacher, teacher_config, guidance, prompts, dev, M.pick_dtype(dev, dtype)
         )
         config['teacher_digest'] = net_T.digest
         guided = guidance_T != 1 or getattr(net_T, 'guided', False)
@@ -414,16 +410,14 @@ if __name__ == '__main__':
     if walking:
         M.check(rho > 0 and 1 <= stride <= T, f'rho must be above 0, stride from 1 to T={T}')
         M.check(warmup_steps <= T, f'warmup_steps={warmup_steps}: the teacher has T={T} steps')
-        M.check(
-            method != 'iterative' or grad_accum == 1,
-            "method='iterative' moves all images at once: grad_accum must be 1"
-        )
+        at_once = method == 'iterative'  # moves all images at once
+        M.check(grad_accum == 1 or not at_once, "method='iterative': grad_accum must be 1")
         batches = max(1, round(rho * T / stride)) if method == 'dynamic' else 1
         source = Pool(batches * batch_size // world, (C, H, H), diffusion_T, draw_labels, dev)
 
         def one_batch(loss_scale):
             distance = None
-            if method == 'iterative':  # all images share one t, on all ranks
+            if at_once:  # all images share one t, on all ranks
                 distance = random.Random(step).randint((stride + 1) // 2, stride + stride // 2)
             return distill_step(
                 model, ask_teacher, source, diffusion, micro_batch, stride, lam, distance, autocast,
@@ -431,33 +425,22 @@ if __name__ == '__main__':
             )
     else:
         if method == 'synthetic':
-            M.check(
-                diffusion_T.clip,
-                "method='synthetic' stores pixels, this teacher makes latents: use "
-                "method='dynamic'"
-            )
+            M.check(diffusion_T.clip, f'{teacher} makes latents; a fixed set holds pixels')
             path = os.path.join(out_dir, f'synthetic_rank{rank}.npz')
             if not synthetic['images'] and not checkpoint:  # a resumed run finds them on disk
                 n = -(-synthetic['number'] // world)
-                draw = M.make_labels(num_classes, device=dev)  # Images draws the null condition
-                images, labels = make_images(
-                    net_T, diffusion_T, n, (C, H, H), synthetic['steps'], draw, guidance_T,
-                    micro_batch, autocast, rank == 0
-                )
                 evaluations = n * synthetic['steps']
-                arrays = {'arr_0': images.permute(0, 2, 3, 1).numpy()}
-                if labels is not None:
-                    arrays['arr_1'] = labels.numpy()
-                M.write_atomically(path, lambda tmp: np.savez_compressed(tmp, **arrays))
+                make_images(
+                    path, net_T, diffusion_T, n, synthetic['steps'], guidance_T, micro_batch,
+                    autocast, rank == 0
+                )
             images, labels = M.load_images(synthetic['images'] or path, channels=C)
             if synthetic['real_fraction']:
                 images, labels = with_real(
-                    images, labels, data, synthetic['real_fraction'], C, seed + rank
+                    images, labels, data, synthetic['real_fraction'], seed + rank
                 )
-        M.check(
-            images.shape[1:] == (C, H, H),
-            f'the images are {tuple(images.shape[1:])}, they must be {(C, H, H)}'
-        )
+        shape = tuple(images.shape[1:])
+        M.check(shape == (C, H, H), f'the images are {shape}, they must be {(C, H, H)}')
         M.check(
             num_classes == 0 or labels is not None and labels.max() < num_classes,
             f"the images need labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)"
@@ -466,11 +449,11 @@ if __name__ == '__main__':
             M.on_device(images, dev), M.on_device(labels, dev) if num_classes else None,
             uncond_prob, flip, dev
         )
-        of_teacher = (ask_teacher, diffusion_T) if method == 'noised' else (None, None)
 
         def one_batch(loss_scale):
             return training_step(
-                model, source, diffusion, micro_batch, lam, autocast, loss_scale, *of_teacher
+                model, source, diffusion, micro_batch, lam, autocast, loss_scale,
+                ask_teacher if method == 'noised' else None, diffusion_T
             )
 
     decay = torch.zeros((), device=dev) if graph_on else 0.0  # of the average, at this step
@@ -488,7 +471,12 @@ if __name__ == '__main__':
         return total
 
     # ---- results on disk ----
-    about = M.about_student(net, net_T, guided, prompts)
+    about = {'guided': guided, 'prompts': prompts}
+    if getattr(net_T, 'vae', None):
+        about['vae'] = net_T.source  # the teacher's pipeline
+    of_diffusers = getattr(net, 'dtype_as_loaded', False)
+    if of_diffusers:
+        about['pipeline'] = getattr(net_T, 'source', '')
     about['sampling'] = dict(sampler='ddim', steps=sample_steps, spacing='trailing')
     last_pictures = time.time()
 
@@ -523,13 +511,14 @@ if __name__ == '__main__':
         M.set_aside(out_dir, rank)
         if walking:
             evaluations = source.fill(
-                ask_teacher, warmup_steps or max(1, T // stride), micro_batch,
-                method == 'iterative', rank == 0
+                ask_teacher, warmup_steps or max(1, T // stride), micro_batch, at_once, rank == 0
             )
         if method != 'data':
             save_checkpoint()  # so that the walks or the synthetic images are not lost
     if rank == 0:
-        M.introduce(student, net, diffusion, teacher, net_T, diffusion_T)
+        print(f'student {student}: {M.size_of(net)}, predicts {diffusion.prediction}')
+        if net_T is not None:
+            print(f'teacher {teacher}: {M.size_of(net_T)}, predicts {diffusion_T.prediction}')
         print(
             f'{method}, {max_steps:,} steps of {batch_size} images of {C}x{H}x{H} on {world} x '
             f'{dev.type}, guidance {guidance_T:g}; {evaluations * world:,} teacher evaluations '
@@ -601,8 +590,14 @@ if __name__ == '__main__':
         M.warn_if_y_is_ignored(net_ema, 'the student', diffusion, dev, autocast)
         if step == first:  # killed after the last checkpoint, before the result was saved
             save_student()
+        path = os.path.join(out_dir, 'student.safetensors')
+        spec = f'{student}:{path}' if student.endswith('.py') else path
         seconds = time.time() - begin + log.seconds
-        M.say_what_next(out_dir, student, net, f'step {step} of {max_steps}, {seconds:.0f} s')
+        print(f'step {step} of {max_steps}, {seconds:.0f} s; student: {spec}')
+        print('evaluate: python ' + shlex.join(['eval_fid.py', f'--models={spec}']))
+        if of_diffusers:
+            command = ['export.py', f'--model={path}', f'--out_dir={out_dir}/pipeline']
+            print('for diffusers: python ' + shlex.join(command))
         if wandb:
             wb.finish()
     M.finish(leaving)

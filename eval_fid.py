@@ -79,6 +79,8 @@ from tqdm import tqdm
 
 import models as M
 
+image_sets = M.adapter('images')
+
 NEIGHBOURS = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
 # features kept of the reference and of a model, for the metrics other than FID; as in ADM
 KEEP = 10_000, 50_000
@@ -275,9 +277,11 @@ def is_images(spec):
         # a folder with one of these files is a pipeline or a network of diffusers
         marks = ('model_index.json', 'config.json')
         return not any(os.path.exists(os.path.join(spec, mark)) for mark in marks)
-    path, _ = M.split_classes(spec)
+    path, _ = image_sets.split_classes(spec)
     endings = ('.npz', '.npy', '.txt')
-    return path.endswith(endings) or os.path.isdir(path) or M.is_dataset(path)
+    if path.endswith(endings) or os.path.isdir(path):
+        return True
+    return image_sets.torchvision_dataset(path) is not None
 
 
 def load_network(spec, dtype, **known):

@@ -69,6 +69,7 @@ if __name__ == '__main__':
 
 import contextlib
 import copy
+import shlex
 import time
 
 import torch
@@ -301,7 +302,12 @@ if __name__ == '__main__':
         return total
 
     # ---- results on disk ----
-    about = M.about_student(net, net_T, guided, prompts)
+    about = {'guided': guided, 'prompts': prompts}
+    if getattr(net_T, 'vae', None):
+        about['vae'] = net_T.source  # the teacher's pipeline
+    of_diffusers = getattr(net, 'dtype_as_loaded', False)
+    if of_diffusers:
+        about['pipeline'] = getattr(net_T, 'source', '')
     about['sampling'] = dict(sampler='ddim', steps=jumps, spacing='trailing')
     last_pictures = time.time()
 
@@ -338,7 +344,8 @@ if __name__ == '__main__':
         evaluations = source.fill(M.make_teacher(net_T, guidance_T, autocast), rank == 0)
         save_checkpoint()  # so that the walks are not lost
     if rank == 0:
-        M.introduce(student, net, diffusion, teacher, net_T, diffusion_T)
+        print(f'student {student}: {M.size_of(net)}, predicts {diffusion.prediction}')
+        print(f'teacher {teacher}: {M.size_of(net_T)}, predicts {diffusion_T.prediction}')
         print(
             f'{jumps} evaluation(s) per image, {max_steps:,} steps of {batch_size} images of '
             f'{C}x{H}x{H} on {world} x {dev.type}, guidance {guidance_T:g}; {walks:,} walks, '
@@ -398,8 +405,14 @@ if __name__ == '__main__':
         M.warn_if_y_is_ignored(net_ema, 'the student', diffusion, dev, autocast)
         if step == first:  # killed after the last checkpoint, before the result was saved
             save_student()
+        path = os.path.join(out_dir, 'student.safetensors')
+        spec = f'{student}:{path}' if student.endswith('.py') else path
         seconds = time.time() - begin + log.seconds
-        M.say_what_next(out_dir, student, net, f'step {step} of {max_steps}, {seconds:.0f} s')
+        print(f'step {step} of {max_steps}, {seconds:.0f} s; student: {spec}')
+        print('evaluate: python ' + shlex.join(['eval_fid.py', f'--models={spec}']))
+        if of_diffusers:
+            command = ['export.py', f'--model={path}', f'--out_dir={out_dir}/pipeline']
+            print('for diffusers: python ' + shlex.join(command))
         if wandb:
             wb.finish()
     M.finish(leaving)

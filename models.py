@@ -8,14 +8,14 @@ Part 1, to copy from. It uses nothing from part 2 and imports only math and torc
     files        read_safetensors; to_float, to_uint8, with_channels
 
 Part 2, the plumbing:
-    files        save_model, read_weights, load_state, digest, make
+    files        save_model, read_weights, load_state, make
     the door     adapter, load_from_file: Python files bring what comes from elsewhere
     loaders      load_denoiser, load_classifier, load_vae, load_images
-    measuring    features, load_features, read_statistics, frechet_distance, save_grid
+    measuring    features, read_statistics, frechet_distance, save_grid
     training     optimizer_step, update_ema, Meter, compile_blocks, Graphed
-    denoisers    load_teacher, make_teacher, build_denoiser, save_samples
-    running      init_distributed, pick_dtype, cast_frozen, all_reduce_max, finish
-    checkpoints  lock_out_dir, save_checkpoint, resume, restore, Log
+    denoisers    load_teacher, make_teacher, build_student, save_samples
+    running      init_distributed, pick_dtype, all_reduce_max, StopFlag, finish
+    checkpoints  save_checkpoint, resume, set_aside, restore, Log
 
 Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ... T-1; `x_t` at `t`
 is what the network sees when it predicts the step to `t-1`; `s = -1` means the clean image. A class
@@ -805,7 +805,6 @@ def read_safetensors(path):
 import contextlib
 import csv
 import errno
-import glob
 import hashlib
 import importlib.util
 import inspect
@@ -813,7 +812,6 @@ import json
 import os
 import pathlib
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -837,8 +835,7 @@ def check(ok, message):
 
 def existing(path):
     """Returns `path`. Raises UserError if there is no such file."""
-    if not os.path.isfile(path):
-        raise UserError(f'no file {path}')
+    check(os.path.isfile(path), f'no file {path}')
     return path
 
 
@@ -846,8 +843,7 @@ def read_lines(path):
     """The non-empty lines of a text file. Raises UserError if there are none."""
     with open(existing(path), encoding='utf-8') as f:
         lines = [line.strip() for line in f if line.strip()]
-    if not lines:
-        raise UserError(f'{path} is empty')
+    check(lines, f'{path} is empty')
     return lines
 
 
@@ -870,9 +866,8 @@ def write_atomically(path, write):
 
 
 def description(net):
-    """The dict that a saved file holds of its network: net.config, or for a network from a user's
-    Python file the arguments of its build(). A module that has neither is saved as one of an
-    unnamed Python file, and is loaded as FILE.py:WEIGHTS."""
+    """The dict that a file holds of its network: net.config, or for one of a user's Python file the
+    arguments of its build(). A module with neither is loaded as FILE.py:WEIGHTS."""
     own = getattr(net, 'built_as', None) or getattr(net, 'config', None)
     return own or {'class': 'file', 'file': 'FILE.py'}
 
@@ -880,10 +875,9 @@ def description(net):
 def save_model(net, path, diffusion=None, **more):
     """Writes a self-describing safetensors file: the weights, and in its header, as JSON, the
     description that rebuilds the network, `diffusion.config`, and `more`: `vae`, the pipeline whose
-    VAE decodes the latents; `pipeline`, the pipeline with the text encoders and the scheduler of a
-    diffusers network; `guided`, whether guidance is already distilled into the predictions;
-    `sampling`, the sampler settings. Raises UserError if a weight is not finite.
-    """
+    VAE decodes the latents; `pipeline`, that of the text encoders and the scheduler; `guided`,
+    whether guidance is distilled into the predictions; `sampling`, the sampler's settings; `prompts`,
+    the file of texts. Raises UserError if a weight is not finite."""
     state = {}
     for k, v in net.state_dict().items():  # clones, because tied weights share memory
         state[k] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -904,13 +898,12 @@ def read_weights(path):
     with open(existing(path), 'rb') as f:
         start = f.read(64)
     kinds = {
-        b'': 'is empty',
         b'version https://git-lfs': 'is a pointer of Git LFS, not the file itself: git lfs pull',
         b'<': 'is a web page, not a file of weights',
     }
+    check(start, f'{path} is empty')
     for begins, what in kinds.items():
-        if start == b'' or begins and start.startswith(begins):
-            raise UserError(f'{path} {what}')
+        check(not start.startswith(begins), f'{path} {what}')
     if path.endswith('.safetensors'):
         return read_safetensors(path)
     try:
@@ -937,17 +930,20 @@ def load_state(net, state, path):
             fits = k.endswith('num_batches_tracked')  # files from old versions of PyTorch lack it
         if not fits:
             odd.append(k)
-    if odd:
-        raise UserError(f'{path} does not fit: {len(odd)} parameters differ, the first is {odd[0]}')
+    check(not odd, f'{path} does not fit: {len(odd)} parameters differ, the first is {odd[:1]}')
     for k, v in state.items():
-        if v.is_floating_point() and not v.isfinite().all():
-            raise UserError(f'{path}: its {k} is not finite')
+        check(not v.is_floating_point() or v.isfinite().all(), f'{path}: its {k} is not finite')
     net.load_state_dict(state)
     return net
 
 
 def frozen(net):
     return net.eval().requires_grad_(False)
+
+
+def size_of(net):
+    """'0.27 M parameters'"""
+    return f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters'
 
 
 def digest(net):
@@ -977,8 +973,8 @@ ADAPTERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'adapters')
 def adapter(name):
     """The module of one of the project's own adapters."""
     path = os.path.join(ADAPTERS, f'{name}.py')
-    if not re.fullmatch('[a-z_]+', name) or not os.path.exists(path):
-        raise UserError(f'the project has no adapter {name!r}')
+    known = re.fullmatch('[a-z_]+', name) and os.path.exists(path)
+    check(known, f'the project has no adapter {name!r}')
     return run_file(path)
 
 
@@ -1002,17 +998,11 @@ def run_file(path):
     return sys.modules[path]
 
 
-def function_of(path, name):
-    """The function `name` of a user's Python file. Raises UserError if the file has none."""
-    module = run_file(path)
-    if not hasattr(module, name):
-        raise UserError(f'{path} has no {name}(): a teacher has load(), a student build()')
-    return getattr(module, name)
-
-
 def build_from_file(path, **kw):
     """The network that build(**kw) in a user's file returns; `built_as` records the call."""
-    net = function_of(path, 'build')(**kw)
+    module = run_file(path)
+    check(hasattr(module, 'build'), f'{path} has no build(), which makes a student')
+    net = module.build(**kw)
     net.built_as = {'class': 'file', 'file': os.path.basename(path)} | kw
     for name in ('num_classes', 'in_channels', 'image_size'):
         if name in kw and not hasattr(net, name):
@@ -1038,7 +1028,7 @@ def load_from_file(kind, spec, known, **context):
             kw = {k: v for k, v in header.get('net', {}).items() if k not in ('class', 'file')}
             state = state if header else adapter('original').unwrap(state, argument)
             return load_state(build_from_file(path, **kw), state, argument), header
-    check(load, f'{path} has no load(): a teacher has load(), a student build()')
+    check(load, f'{path} has no load(), which makes a teacher')
     known = known | {k: v for k, v in context.items() if k in takes}
     arguments = [argument] if argument else []
     try:
@@ -1051,12 +1041,11 @@ def load_from_file(kind, spec, known, **context):
 def read_model(spec):
     """(state, header) of a file of weights whose network is not defined in a user's Python file."""
     state, header = read_weights(spec)
-    net = header.get('net', {})
-    if net.get('class') == 'file':
-        raise UserError(
-            f"{spec}: its network is defined in {net['file']}, which runs only if you name it: "
-            f"{net['file']}:{spec}"
-        )
+    file = header.get('net', {}).get('file')
+    check(
+        kind_of(header) != 'file',
+        f'{spec}: its network is defined in {file}, which runs only if you name it: {file}:{spec}'
+    )
     return state, header
 
 
@@ -1081,21 +1070,18 @@ def attach_vae(net, vae):
 
 def refuse_known(spec, known):
     """Raises UserError if settings are given for a model that needs none, and would ignore them."""
-    if known:
-        raise UserError(f"{spec} says itself what it is: leave out {', '.join(known)}")
+    check(not known, f"{spec} says itself what it is: leave out {', '.join(known)}")
 
 
 def load_denoiser(spec, dtype=torch.float32, **known):
     """(net, diffusion) from one string; the network is in eval mode and frozen.
 
-    spec: a file of ours (.safetensors); an original ADM, DDPM-IP, Improved DDPM, DKDM, LDM or DiT
-        checkpoint (.pt, .ckpt, .safetensors; adapters/original.py); a diffusers folder or hub id
-        (adapters/hub.py); or a Python file, `my.py` or `my.py:ARGUMENT`, whose load() returns
-        both, or `my.py:weights.safetensors`, whose build() makes the network.
-    dtype: of the weights of a diffusers pipeline (`pick_dtype`); all others are float32, and
-        `cast_frozen` can cast them.
-    known: what an original checkpoint does not record, where the defaults (which are printed) are
-        wrong (adapters/original.py), or the arguments of a load().
+    spec: a file of ours (.safetensors); an original checkpoint (.pt, .ckpt, .safetensors;
+        adapters/original.py); a diffusers folder or hub id (adapters/hub.py); or a Python file,
+        `my.py` or `my.py:ARGUMENT`, whose load() returns both, or `my.py:weights.safetensors`,
+        whose build() makes the network.
+    dtype: of the weights of a diffusers pipeline; all others are float32 (`cast_frozen`).
+    known: what an original checkpoint does not record, or the arguments of a load().
     Raises UserError if it is not a denoiser, or if it needs inputs other than x_t, t and y.
     """
     state, header = {}, {}
@@ -1146,29 +1132,12 @@ def kind_of(header):
     return header.get('net', {}).get('class', 'model')
 
 
-def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **kw):
+def classifier(name, num_classes=10, **kw):
     """An image classifier by its name: resnet8 ... resnet110 (6n+2), resnet18/34/50, wrn16_1 ...
-    wrn40_2, vgg11/13/16/19 or torchvision:NAME.
-
-    `forward(x)` gives logits (B, num_classes), `forward_features(x)` also the last map of every
-    stage. `image_size`, `mean` and `std` (of images in [0, 1]) are used by `preprocess`. kw:
-    in_channels; width, shortcut ('conv' or 'pad') and max_pool of the ResNets. Raises UserError for
-    an unknown name.
-    """
-    net = adapter('classifiers').build(name, num_classes, kw)
-    for key, values in (('mean', mean), ('std', std)):
-        if len(values) not in (1, kw.get('in_channels', 3)):
-            raise UserError(f'{key}={values} must be one number, or one per channel')
-    net.config = {
-        'class': 'classifier', 'name': name, 'num_classes': num_classes, 'image_size': image_size,
-        'mean': mean, 'std': std
-    } | kw
-    net.num_classes = num_classes
-    net.image_size = image_size
-    net.in_channels = kw.get('in_channels', 3)
-    net.mean = mean
-    net.std = std
-    return net
+    wrn40_2, vgg11/13/16/19 or torchvision:NAME. `forward(x)` gives logits (B, num_classes),
+    `forward_features(x)` also the last map of every stage. kw and UserErrors:
+    adapters/classifiers.py."""
+    return adapter('classifiers').classifier(name, num_classes, **kw)
 
 
 def LVAE(image_size=32, in_channels=3, width=128):
@@ -1177,61 +1146,29 @@ def LVAE(image_size=32, in_channels=3, width=128):
     return adapter('ladder_vae').LVAE(image_size, in_channels, width)
 
 
-def complete_classifier(net):
-    """Adds the attributes that a user's classifier lacks: in_channels 3, image_size 0 (any size),
-    num_classes the number of its logits."""
-    if not hasattr(net, 'in_channels'):
-        net.in_channels = 3
-    if not hasattr(net, 'image_size'):
-        net.image_size = 0
-    if not hasattr(net, 'num_classes'):
-        side = net.image_size or 32
-        with torch.no_grad():
-            net.num_classes = net.eval()(torch.zeros(1, net.in_channels, side, side)).shape[1]
-    return net
-
-
-def hooked_features(net, layers, x):
-    """(logits, outputs of `layers`) of one forward pass; of a layer called twice, the last."""
-    outputs = {}
-
-    def keep(layer, args, output):
-        outputs[layer] = output
-
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        logits = net(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, [outputs[layer] for layer in layers if layer in outputs]
-
-
 def forward_features(net, x):
     """(logits, [last map (B, C, h, w) of each stage]) of a classifier that has a method of this
     name, or a list `net.stages` of the names of the layers that end its stages. Raises UserError if
     it has neither."""
     if hasattr(net, 'forward_features'):
         return net.forward_features(x)
-    if not hasattr(net, 'stages'):
-        raise UserError(
-            f'this {type(net).__name__} gives no feature maps: add forward_features(x), or '
-            'net.stages, the names of the layers that end its stages; or use --lam_msarc=0'
-        )
-    return hooked_features(net, [net.get_submodule(name) for name in net.stages], x)
+    check(
+        hasattr(net, 'stages'),
+        f'this {type(net).__name__} gives no feature maps: add forward_features(x), or '
+        'net.stages, the names of the layers that end its stages; or use --lam_msarc=0'
+    )
+    layers = [net.get_submodule(name) for name in net.stages]
+    return adapter('classifiers').hooked_features(net, layers, x)
 
 
 def load_classifier(spec, **known):
-    """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) of a ResNet,
-    Wide ResNet or VGG from common public repositories, or torchvision:NAME with its ImageNet
-    weights, downloaded (adapters/original.py); or a user's Python file.
-
-    known: what a state dict does not record and the defaults (which are printed) get wrong:
-    image_size, mean, std (of images in [0, 1]), max_pool. Raises UserError.
-    """
+    """A frozen classifier in eval mode: a file of ours; a state dict (.th, .pt, .pth) from common
+    public repositories, or torchvision:NAME (adapters/original.py); or a user's Python file. known:
+    what a state dict does not record: image_size, mean, std (of images in [0, 1]), max_pool. Raises
+    UserError."""
     if split_file(spec)[0]:
         net, _ = load_from_file('classifier', spec, known)
-        return complete_classifier(frozen(net))
+        return adapter('classifiers').complete(frozen(net))
     if not spec.startswith('torchvision:'):
         state, header = read_model(spec)
         if header:
@@ -1246,9 +1183,9 @@ def load_classifier(spec, **known):
 
 
 def load_vae(spec):
-    """A frozen VAE or generator in eval mode: an LVAE of ours (.safetensors); diffusers'
-    AutoencoderKL or AutoencoderTiny as a folder or hub id, alone or in a pipeline
-    (adapters/hub.py); or a user's Python file. Raises UserError for anything else."""
+    """A frozen VAE or generator in eval mode: an LVAE of ours (.safetensors); an AutoencoderKL or
+    AutoencoderTiny, alone or in a pipeline (adapters/hub.py); or a user's Python file. Raises
+    UserError for anything else."""
     if split_file(spec)[0]:
         return frozen(load_from_file('vae', spec, {})[0])
     if spec.endswith(WEIGHTS):
@@ -1261,63 +1198,18 @@ def load_vae(spec):
 # ==== Images
 
 
-def is_dataset(name):
-    """Whether torchvision has a data set of this name (mnist, cifar10, ...)."""
-    return adapter('images').torchvision_dataset(name) is not None
-
-
-def class_names(spec):
-    """The names of the class folders of a folder of images; [] for all else."""
-    path, _ = split_classes(spec)
-    return [] if shards_of(spec) else adapter('images').class_names(path)
-
-
-def split_classes(spec):
-    """Splits 'mnist:0-4' into ('mnist', [0, 1, 2, 3, 4]) and 'list.txt:7,3' into ('list.txt', [7,
-    3]); without such an ending, or if `spec` is an existing path, (spec, None)."""
-    match = re.fullmatch(r'(.+):(?:(\d+)-(\d+)|(\d+(?:,\d+)*))', spec)
-    if os.path.exists(spec) or not match:
-        return spec, None
-    path, low, high, numbers = match.groups()
-    if numbers:
-        return path, [int(number) for number in numbers.split(',')]
-    check(int(low) <= int(high), f'{spec}: in NAME:a-b, a must not be greater than b')
-    return path, list(range(int(low), int(high) + 1))
-
-
-def shards_of(spec):
-    """The .npz files that a string for `load_images` names."""
-    path, _ = split_classes(spec)
-    if os.path.isdir(path):
-        return sorted(glob.glob(os.path.join(glob.escape(path), '**', '*.npz'), recursive=True))
-    return [path] if path.endswith('.npz') else []
-
-
 def load_images(spec, train=True, image_size=0, channels=0):
     """(images uint8 (N, C, H, W), labels int64 (N,) or None) from one string.
 
-    spec: an ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards; an .npy
-        (uint8 NHWC, labels in NAME.labels.npy), which is mapped and not read; a folder of images, a
-        list of files, or a torchvision dataset (mnist, cifar10, ...), of which `train` picks the
-        split (adapters/images.py); or a Python file whose load() returns both. A suffix `:a-b`
-        keeps only the classes a to b, and `:a,b,c` those classes, numbered in this order.
+    spec: an ADM-style .npz (`arr_0` uint8 NHWC, `arr_1` labels); a folder of such shards; an .npy,
+        which is mapped and not read; a folder of images, a list of files, or a torchvision dataset
+        (mnist, cifar10, ...), of which `train` picks the split (adapters/images.py); or a Python
+        file whose load() returns both. A suffix `:a-b` keeps only the classes a to b, and `:a,b,c`
+        those classes, numbered in this order.
     image_size: the central square of every image is resized to it; 0 for neither. channels: 1 or 3
-    converts the images; 0 leaves them. Raises UserError for files that are not images, or whose
-    range of values is not known.
+    converts the images; 0 leaves them. Raises UserError for files whose range is not known.
     """
-    path, classes = split_classes(spec)
-    foreign = path if split_file(path)[0] else f'{ADAPTERS}/images.py:{path}'
-    (images, labels), _ = load_from_file(
-        'images', foreign, {}, train=train, image_size=image_size, classes=classes
-    )
-    if classes:
-        check(labels is not None, f'{spec} has no labels to choose classes by')
-        chosen = torch.isin(labels, torch.tensor(classes))
-        check(chosen.any(), f'{spec} has no images of these classes')
-        images, labels = images[chosen], labels[chosen]
-        if ',' in spec.removeprefix(path):
-            labels = torch.tensor([classes.index(label) for label in labels.tolist()])
-    return adapter('images').converted(spec, images, image_size, channels), labels
+    return adapter('images').load_images(spec, train, image_size, channels)
 
 
 def open_npz(path):
@@ -1384,11 +1276,11 @@ def read_statistics(path, space):
             return None
         arrays = {k: z[k] for k in z}
     named = str(arrays.get('space', 'inception'))  # ADM's files do not name theirs
-    if named != space:
-        raise UserError(
-            f'{path} holds statistics in the feature space {named!r}, not {space!r}; make new ones '
-            'with eval_fid.py --save_stats'
-        )
+    check(
+        named == space,
+        f'{path} holds statistics in the feature space {named!r}, not {space!r}; make new ones '
+        'with eval_fid.py --save_stats'
+    )
     names = ('mu', 'sigma', 'mu_s', 'sigma_s', 'n')
     return {k: torch.from_numpy(arrays[k]).double() for k in names if k in arrays}
 
@@ -1410,8 +1302,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def mean_and_backward(terms, loss_scale=1.0):
-    """Backpropagates the sum of loss terms (B,) times `loss_scale`; returns their means,
-    detached."""
+    """Backpropagates the mean sum of loss terms (B,) times `loss_scale`; returns their means."""
     (sum(terms.values()).mean() * loss_scale).backward()
     return {name: term.detach().mean() for name, term in terms.items()}
 
@@ -1436,7 +1327,7 @@ def set_learning_rate(opt, value):
 @torch.no_grad()
 def update_ema(net_ema, net, decay):
     """net_ema <- decay net_ema + (1 - decay) net; buffers are copied. `decay` is a number, or a
-    tensor () on the device of the networks, which a CUDA graph reads."""
+    tensor () that a CUDA graph reads."""
     averages = list(net_ema.parameters())
     weights = [p.detach() for p in net.parameters()]
     if torch.is_tensor(decay):
@@ -1800,39 +1691,6 @@ def save_samples(path, rows, decoder, seed, autocast, seconds_per_pass, since):
     save_grid(path, sets, 12)
 
 
-def about_student(net, net_T, guided, prompts=''):
-    """What a student's file says beside the network: whether guidance is distilled into it, the
-    texts, and the pipeline that its VAE and its text encoders come from."""
-    about = {'guided': guided, 'prompts': prompts}
-    source = getattr(net_T, 'source', '')  # the teacher's pipeline, if it has one
-    if getattr(net_T, 'vae', None):
-        about['vae'] = source
-    if getattr(net, 'dtype_as_loaded', False):  # a network of diffusers
-        about['pipeline'] = source
-    return about
-
-
-def introduce(student, net, diffusion, teacher, net_T, diffusion_T):
-    """Prints the sizes of student and teacher."""
-    for role, name, n, d in (
-        ('student', student, net, diffusion), ('teacher', teacher, net_T, diffusion_T)
-    ):
-        if n is not None:
-            size = sum(p.numel() for p in n.parameters()) / 1e6
-            print(f'{role} {name}: {size:.2f} M parameters, predicts {d.prediction}')
-
-
-def say_what_next(out_dir, student, net, done):
-    """Prints where the student lies and the command that measures it."""
-    path = os.path.join(out_dir, 'student.safetensors')
-    spec = f'{student}:{path}' if student.endswith('.py') else path
-    print(f'{done}; student: {spec}')
-    print(f"evaluate: python {shlex.join(['eval_fid.py', f'--models={spec}'])}")
-    if getattr(net, 'dtype_as_loaded', False):
-        command = ['export.py', f'--model={path}', f'--out_dir={out_dir}/pipeline']
-        print(f'for diffusers: python {shlex.join(command)}')
-
-
 # ==== Running: ranks, devices, signals
 
 
@@ -1856,15 +1714,12 @@ def init_distributed(device='auto', dtype='auto', seed=0):
         if torch.cuda.is_available():
             device = 'cuda'
     kind, _, index = device.partition(':')
+    here = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': torch.backends.mps.is_available()}
     check(
-        kind in ('cpu', 'cuda', 'mps') and (not index or index.isdecimal()),
+        kind in here and (not index or index.isdecimal()),
         f"no device {device!r}: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
     )
-    check(
-        kind != 'cuda' or int(index or 0) < torch.cuda.device_count(),
-        f'device={device}: torch sees {torch.cuda.device_count()} GPUs here'
-    )
-    check(kind != 'mps' or torch.backends.mps.is_available(), 'device=mps: torch has no MPS here')
+    check(int(index or 0) < here[kind], f'device={device}: torch sees {here[kind]:d} {kind} here')
     device = torch.device(device)
     if device.type == 'cuda':
         local = int(os.environ.get('LOCAL_RANK', 0))
@@ -1889,18 +1744,17 @@ def init_distributed(device='auto', dtype='auto', seed=0):
 def per_rank(batch_size, world, grad_accum=1):
     """The number of images in one forward pass on one rank. Raises UserError if it is not a whole
     number."""
-    if batch_size % (world * grad_accum):
-        raise UserError(
-            f'batch_size={batch_size} must be a multiple of {world} ranks x {grad_accum} '
-            'accumulation steps'
-        )
+    check(
+        batch_size % (world * grad_accum) == 0,
+        f'batch_size={batch_size} must be a multiple of {world} ranks x {grad_accum} accumulation '
+        'steps'
+    )
     return batch_size // world // grad_accum
 
 
 def pick_dtype(device, dtype='auto'):
-    """The dtype that networks compute in: `dtype` itself, or for 'auto' bfloat16 where the hardware
-    computes in it, else float16 on GPUs (only for frozen pipelines: there is no loss scaling) and
-    float32 on CPUs."""
+    """The dtype that networks compute in: `dtype`, or for 'auto' bfloat16 where the hardware computes
+    in it, else float16 on GPUs (of frozen pipelines: there is no loss scaling), float32 on CPUs."""
     if dtype != 'auto':
         return getattr(torch, dtype)
     if device.type == 'cuda':
@@ -2007,14 +1861,13 @@ def finish(stopped_by=0):
 # settings that may change when a run is resumed; all others must stay the same
 MAY_CHANGE = (
     'init_from', 'out_dir', 'max_steps', 'epochs', 'log_every', 'save_every', 'device', 'compile',
-    'wandb', 'any_teacher'
+    'graph', 'wandb', 'any_teacher'
 )
 
 
 def lasting(settings):
-    return {k: v for k, v in settings.items() if k not in MAY_CHANGE} | {
-        'ranks': rank_and_world()[1]
-    }
+    kept = {k: v for k, v in settings.items() if k not in MAY_CHANGE}
+    return kept | {'ranks': rank_and_world()[1]}
 
 
 def lock_out_dir(out_dir, rank):
@@ -2035,11 +1888,11 @@ def lock_out_dir(out_dir, rank):
             taken = True
         except OSError:  # a file system without locks
             pass
-    if all_reduce_max(taken):
-        raise UserError(
-            f'{out_dir} belongs to a run that has not ended, {os.read(lock, 99).decode()}: use '
-            'another --out_dir'
-        )
+    holder = os.read(lock, 99).decode()
+    check(
+        not all_reduce_max(taken),
+        f'{out_dir} belongs to a run that has not ended, {holder}: use another --out_dir'
+    )
 
 
 def save_checkpoint(settings, step, net, opt, shared, own, rank, finished=False):
@@ -2095,28 +1948,27 @@ def resume(settings, rank, net):
             shared, _ = read_weights(path)
             check(
                 shared.get('finished', False),
-                f"{out_dir} holds an unfinished run, at step {shared['step']}: continue it with "
-                '--init_from=resume, use another --out_dir, or begin anew with '
-                '--init_from=overwrite'
+                f"{out_dir} holds an unfinished run, at step {shared['step']}: --init_from=resume "
+                'goes on with it, --init_from=overwrite begins anew; or use another --out_dir'
             )
         return None
     if not found:
         for name in RESULTS:
             check(
                 not os.path.exists(os.path.join(out_dir, name)),
-                f'{out_dir} has a {name}, but no checkpoint to resume from: start from its '
-                'weights, --init_from=FILE, in another --out_dir'
+                f'{out_dir} has a {name}, but no checkpoint to resume from: use another --out_dir'
             )
         if rank == 0:
             print(f'{out_dir} has no checkpoint yet: starting from the beginning')
         return None
     shared, _ = read_weights(path)
     for k, v in lasting(settings).items():
-        if shared['settings'].get(k) != v:
-            raise UserError(
-                f"{out_dir} holds a run with {k}={shared['settings'].get(k)!r}, not {v!r}: use "
-                "that run's settings, or another --out_dir"
-            )
+        before = shared['settings'].get(k)
+        check(
+            before == v,
+            f"{out_dir} holds a run with {k}={before!r}, not {v!r}: use that run's settings, or "
+            'another --out_dir'
+        )
     own, _ = read_weights(os.path.join(out_dir, f"ckpt_{shared['step']}_rank{rank}.pt"))
     net.load_state_dict(shared['net'])
     return shared, own
@@ -2125,18 +1977,18 @@ def resume(settings, rank, net):
 def set_aside(out_dir, rank):
     """Moves what an earlier run left in out_dir to out_dir/earlier-1, -2 ..., right before a new
     run writes its first file: no run removes what another one has made."""
-    names = [*RESULTS, 'ckpt.pt', 'ckpt_*_rank*.pt', 'log.csv', '*.png']
     found = []
-    for name in names:
-        found += glob.glob(os.path.join(glob.escape(out_dir), name))
+    for name in sorted(os.listdir(out_dir)):
+        if name in RESULTS or name.startswith('ckpt') or name.endswith(('.csv', '.png')):
+            found.append(name)
     if rank == 0 and found:
         k = 1
         while os.path.exists(os.path.join(out_dir, f'earlier-{k}')):
             k += 1
         folder = os.path.join(out_dir, f'earlier-{k}')
         os.makedirs(folder)
-        for path in found:
-            os.rename(path, os.path.join(folder, os.path.basename(path)))
+        for name in found:
+            os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
         print(f'the earlier run in {out_dir} was moved to {folder}')
     all_reduce_max()
 

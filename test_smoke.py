@@ -579,7 +579,7 @@ def test_images_of_any_size():
         M.load_images('clipart_train.txt')
     images, labels = M.load_images('val')
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2] and labels.tolist() == [1, 1, 0]
-    assert M.class_names('val') == []
+    assert M.adapter('images').class_names('val') == []
     net = M.classifier('resnet8', width=4, image_size=32)
     for shape in ((48, 32), (32, 48)):
         assert M.preprocess(net, torch.zeros(1, 3, *shape)).shape == (1, 3, 32, 32)

@@ -1,9 +1,10 @@
 """
 Image classifiers by name: CIFAR's ResNets, Wide ResNets and VGGs with the layers' names of common
-public repositories, and torchvision's. `models.classifier` calls build(); adapters/original.py
+public repositories, and torchvision's. `models.classifier` is the one below; adapters/original.py
 loads published weights into them. A classifier of your own needs no name here: see "Networks of
 your own" in docs/reference.md.
 """
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -183,6 +184,22 @@ def vgg(depth, num_classes=10, in_channels=3):
     return Classifier(layers, [f'block{i}' for i in range(5)])
 
 
+def hooked_features(net, layers, x):
+    """(logits, outputs of `layers`) of one forward pass; of a layer called twice, the last."""
+    outputs = {}
+
+    def keep(layer, args, output):
+        outputs[layer] = output
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        logits = net(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, [outputs[layer] for layer in layers if layer in outputs]
+
+
 class Torchvision(nn.Module):
     """A torchvision classifier; its maps are the last map of each resolution, at most four."""
 
@@ -198,7 +215,7 @@ class Torchvision(nn.Module):
 
     def forward_features(self, x):
         layers = list(getattr(self.net, 'features', self.net).children())
-        logits, outputs = M.hooked_features(self.net, layers, x)
+        logits, outputs = hooked_features(self.net, layers, x)
         maps = {out.shape[2:]: out for out in outputs if out.dim() == 4 and out.shape[-1] > 1}
         return logits, list(maps.values())[-4:]
 
@@ -207,7 +224,7 @@ class Torchvision(nn.Module):
 
 
 def build(name, num_classes, kw):
-    """The network of a name, see models.classifier. Raises UserError for an unknown one."""
+    """The network of a name, without its attributes. Raises UserError for an unknown one."""
     family, _, sizes = name.partition(':')
     if family != 'torchvision':
         family = name.rstrip('0123456789_')
@@ -227,3 +244,42 @@ def build(name, num_classes, kw):
         'wrn40_2, vgg11, 13, 16 or 19, torchvision:resnet34 and its like, or a Python file '
         'with build()'
     )
+
+
+def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **kw):
+    """An image classifier by its name: resnet8 ... resnet110 (6n+2), resnet18/34/50, wrn16_1 ...
+    wrn40_2, vgg11/13/16/19 or torchvision:NAME.
+
+    `forward(x)` gives logits (B, num_classes), `forward_features(x)` also the last map of every
+    stage. `image_size`, `mean` and `std` (of images in [0, 1]) are used by `preprocess`. kw:
+    in_channels; width, shortcut ('conv' or 'pad') and max_pool of the ResNets. Raises UserError for
+    an unknown name.
+    """
+    net = build(name, num_classes, kw)
+    for key, values in (('mean', mean), ('std', std)):
+        if len(values) not in (1, kw.get('in_channels', 3)):
+            raise M.UserError(f'{key}={values} must be one number, or one per channel')
+    net.config = {
+        'class': 'classifier', 'name': name, 'num_classes': num_classes, 'image_size': image_size,
+        'mean': mean, 'std': std
+    } | kw
+    net.num_classes = num_classes
+    net.image_size = image_size
+    net.in_channels = kw.get('in_channels', 3)
+    net.mean = mean
+    net.std = std
+    return net
+
+
+def complete(net):
+    """Adds the attributes that a user's classifier lacks: in_channels 3, image_size 0 (any size),
+    num_classes the number of its logits."""
+    if not hasattr(net, 'in_channels'):
+        net.in_channels = 3
+    if not hasattr(net, 'image_size'):
+        net.image_size = 0
+    if not hasattr(net, 'num_classes'):
+        side = net.image_size or 32
+        with torch.no_grad():
+            net.num_classes = net.eval()(torch.zeros(1, net.in_channels, side, side)).shape[1]
+    return net

@@ -10,6 +10,7 @@ No code that lies in a folder or on the hub is ever run.
 import glob
 import inspect
 import json
+import math
 import os
 import re
 
@@ -22,6 +23,7 @@ PIPELINE_NETWORKS = (
     'UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel', 'SD3Transformer2DModel'
 )
 VAES = ('AutoencoderKL', 'AutoencoderTiny')
+TEXT = ('text_encoder', 'text_encoder_2', 'text_encoder_3')
 # parts of diffusers pipelines that are not loaded
 UNUSED = ('safety_checker', 'feature_extractor', 'image_encoder', 'watermarker')
 
@@ -39,24 +41,22 @@ class Pipeline(nn.Module):
 
     `condition` is '', 'class' or 'text'. y indexes the classes, or the texts given to
     `set_prompts`; -1 is the null condition. `source` is the folder or hub id of its pipeline,
-    `pipe` the pipeline while its text encoders are needed; `shared` holds the embedded texts.
-    Raises UserError for a network that is not supported.
+    `shared` holds the embedded texts. Raises UserError for a network that is not supported.
     """
 
     dtype_as_loaded = True  # its weights are of the dtype that load_denoiser is given
 
-    def __init__(self, net, pipe=None):
+    def __init__(self, net):
         super().__init__()
         kind = type(net).__name__
         c = getattr(net, 'config', {})
-        if kind not in PIPELINE_NETWORKS:
-            raise M.UserError(f"a {kind} is not supported; {', '.join(PIPELINE_NETWORKS)} are")
+        check_network(kind)
         known = dict(
-            class_embed_type=None, addition_embed_type='text', encoder_hid_dim_type='text_proj',
-            time_cond_proj_dim=None
+            class_embed_type=(), addition_embed_type=('text', 'text_time'),
+            encoder_hid_dim_type=('text_proj',), time_cond_proj_dim=()
         )
         for key, supported in known.items():
-            if c.get(key) not in (None, supported):
+            if c.get(key) not in (None, *supported):
                 raise M.UserError(
                     f'this {kind} takes a condition that is not supported: {key}={c[key]!r}'
                 )
@@ -67,7 +67,6 @@ class Pipeline(nn.Module):
                 'image as its condition (super-resolution, inpainting), which is not supported'
             )
         self.net = net
-        self.pipe = pipe
         self.source = ''
         self.shared = Shared()
         self.register_buffer('times', None, persistent=False)  # the network's own time for each t
@@ -92,26 +91,42 @@ class Pipeline(nn.Module):
         if diffusion.config['schedule'] == 'flow':
             self.times = (diffusion.b[:-1] * diffusion.T).float().to(self.net.device)
 
+    @property
+    def last_layer(self):
+        channels = self.config['out_channels']
+        if hasattr(self.net, 'conv_out'):  # U-Nets
+            return self.net.conv_out, channels, True
+        # DiTTransformer2DModel, SD3Transformer2DModel
+        return getattr(self.net, 'proj_out_2', None) or self.net.proj_out, channels, False
+
+    def predict_channels(self, channels):
+        self.config['out_channels'] = channels
+        self.net.register_to_config(out_channels=channels)
+        self.net.out_channels = channels  # which the transformers' forward reads
+
     def set_prompts(self, prompts):
-        """Embeds the texts with all text encoders of the pipeline, and then frees the encoders."""
-        if self.pipe is None:  # load the text encoders only
-            self.pipe, _ = open_pipeline(
-                self.source, self.net.dtype, unet=self.net, transformer=self.net, vae=None
-            )
-        for name in ('text_encoder', 'text_encoder_2', 'text_encoder_3'):
-            if getattr(self.pipe, name, None) is not None:
-                getattr(self.pipe, name).to(self.net.device)
-        embedded = self.embed([*prompts, ''])  # the last one, -1, is the null condition
+        """Embeds the texts with all text encoders of the pipeline, which are then freed."""
+        pipe, _ = open_pipeline(
+            self.source, self.net.dtype, unet=self.net, transformer=self.net,
+            vae=getattr(self, 'vae', None)
+        )
+        for name in TEXT:
+            if getattr(pipe, name, None) is not None:
+                getattr(pipe, name).to(self.net.device)
+        embedded = self.embed(pipe, [*prompts, ''])  # the last one, -1, is the null condition
+        if self.config.get('addition_embed_type') == 'text_time':
+            # SDXL: the original size, the corner of the crop and the target size
+            side = self.image_size * pipe.vae_scale_factor
+            embedded['time_ids'] = torch.tensor([[side, side, 0, 0, side, side]])
         self.shared |= {k: v.to(self.net.device, self.net.dtype) for k, v in embedded.items()}
         self.num_classes = len(prompts)
-        self.pipe = None
 
     @torch.no_grad()
-    def embed(self, texts):
+    def embed(self, pipe, texts):
         """{'prompts': (N, L, D)} of N texts, and 'pooled' (N, D) if the pipeline has it; on the
         CPU."""
         parts = {}
-        encode = self.pipe.encode_prompt
+        encode = pipe.encode_prompt
         kw = dict(
             device=self.net.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -121,7 +136,11 @@ class Pipeline(nn.Module):
             outputs = encode(prompt=texts[i : i + 256], **kw)[::2]  # skip the negative prompts
             for name, out in zip(('prompts', 'pooled'), outputs):
                 parts.setdefault(name, []).append(out.cpu())
-        return {name: torch.cat(rows) for name, rows in parts.items()}
+        embedded = {name: torch.cat(rows) for name, rows in parts.items()}
+        if pipe.config.get('force_zeros_for_empty_prompt'):  # SDXL's null condition
+            for rows in embedded.values():
+                rows[-1] = 0
+        return embedded
 
     def forward(self, x, t, y=None):
         y = torch.full_like(t, -1) if y is None else y
@@ -130,10 +149,24 @@ class Pipeline(nn.Module):
             kw['class_labels'] = torch.where(y < 0, self.num_classes, y)
         elif self.condition == 'text':
             kw['encoder_hidden_states'] = self.shared['prompts'][y].to(self.net.dtype)
+            pooled = None
             if 'pooled' in self.shared:
-                kw['pooled_projections'] = self.shared['pooled'][y].to(self.net.dtype)
+                pooled = self.shared['pooled'][y].to(self.net.dtype)
+            if 'time_ids' in self.shared:
+                ids = self.shared['time_ids'].expand(len(y), -1)
+                kw['added_cond_kwargs'] = {'text_embeds': pooled, 'time_ids': ids}
+            elif pooled is not None:
+                kw['pooled_projections'] = pooled
         t = t if self.times is None else self.times[t]
         return self.net(x.to(self.net.dtype), timestep=t, **kw).sample.float()
+
+
+def check_network(kind):
+    """Raises UserError for a class of networks that is not supported."""
+    if kind not in PIPELINE_NETWORKS:
+        raise M.UserError(f"a {kind} is not supported; {', '.join(PIPELINE_NETWORKS)} are")
+
+
 def check_name(spec):
     """Raises UserError for what cannot be the name of a model on the hub: such a string is a path,
     and there is nothing at it."""
@@ -201,27 +234,49 @@ def load_part(spec, *names):
         getattr(diffusers, kind), root if os.path.isdir(spec) else spec, subfolder=name
     )
 
+
+def flow_shift(process, net):
+    """The shift of a flow by its scheduler's config; where it depends on the size of the image
+    (use_dynamic_shifting), the one for images of the network's size."""
+    if not process.get('use_dynamic_shifting'):
+        return process['shift']
+    from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3 as sd3
+
+    patches = (net.image_size // net.config.get('patch_size', 1)) ** 2
+    limits = ('base_image_seq_len', 'max_image_seq_len', 'base_shift', 'max_shift')
+    mu = sd3.calculate_shift(patches, *[process[k] for k in limits])
+    return math.exp(mu) if process['time_shift_type'] == 'exponential' else mu
+
+
 def load_denoiser(spec, dtype=torch.float32):
-    """(net, diffusion) of a diffusers folder or hub id; the process is that of its scheduler.
-    Raises UserError."""
-    pipe, parts = open_pipeline(spec, dtype)
+    """(net, diffusion) of a diffusers folder or hub id; the process is that of its scheduler. The
+    text encoders are loaded by `set_prompts`. Raises UserError."""
+    _, parts = read_pipeline(spec)
+    for name in ('unet', 'transformer'):
+        if (parts.get(name) or [None])[0]:
+            check_network(parts[name][1])
+    if parts.get('requires_aesthetics_score'):
+        raise M.UserError(f'{spec} refines images; the base model is supported')
+    encoders = [name for name in parts if name.startswith(('text_encoder', 'tokenizer'))]
+    pipe, parts = open_pipeline(spec, dtype, **dict.fromkeys(encoders))
     scheduler = pipe.scheduler
     process = scheduler.config
     network = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None)
-    net = Pipeline(network, pipe if 'text_encoder' in parts else None)
+    net = Pipeline(network)
     if net.config.get('num_class_embeds') is not None:
         raise M.UserError(f'{spec}: class-conditional {type(network).__name__}s are not supported')
     net.source = os.path.abspath(spec) if os.path.isdir(spec) else spec
     net.guided = parts.get('_guided', False)  # export.py writes this
     M.attach_vae(net, getattr(pipe, 'vae', None) or getattr(pipe, 'vqvae', None))
     unsupported = (
-        'use_dynamic_shifting', 'shift_terminal', 'invert_sigmas', 'use_karras_sigmas',
-        'use_exponential_sigmas', 'use_beta_sigmas'
+        'shift_terminal', 'invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas',
+        'use_beta_sigmas'
     )
     if type(scheduler).__name__ == 'FlowMatchEulerDiscreteScheduler' and not any(
         process.get(k) for k in unsupported
     ):
-        steps, shift = process.num_train_timesteps, process.shift
+        steps = process.num_train_timesteps
+        shift = flow_shift(process, net)
         return net, M.Diffusion('flow', steps, 'flow', learn_sigma=False, clip=False, shift=shift)
     predictions = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}
     prediction = predictions.get(process.get('prediction_type'))
@@ -234,13 +289,15 @@ def load_denoiser(spec, dtype=torch.float32):
     ):
         raise M.UserError(
             f'{spec}: its {type(scheduler).__name__} is not supported: it must have betas and a '
-            'prediction_type, and no thresholding; or be flow matching with a fixed shift'
+            'prediction_type, and no thresholding; or be flow matching without other sigmas'
         )
     learn_sigma = net.config['out_channels'] == 2 * net.in_channels
     clip = bool(process.get('clip_sample') or scaled)
     return net, M.Diffusion(
         scheduler.betas.tolist(), prediction=prediction, learn_sigma=learn_sigma, clip=clip
     )
+
+
 class Autoencoder(nn.Module):
     """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1],
     one level, and no noise (std 0) where the class has no posterior."""
@@ -273,6 +330,8 @@ class Autoencoder(nn.Module):
 
     def save_pretrained(self, folder):
         self.net.save_pretrained(folder)
+
+
 def load_vae(spec):
     """An AutoencoderKL or AutoencoderTiny, as a folder or hub id, alone or in a pipeline. Raises
     UserError for anything else."""
@@ -288,7 +347,6 @@ def load_vae(spec):
     if type(net).__name__ not in VAES:
         raise M.UserError(f'{spec} is no AutoencoderKL or AutoencoderTiny of diffusers')
     return Autoencoder(net.float())
-
 
 
 def build(class_name, config):

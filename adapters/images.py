@@ -25,8 +25,10 @@ if __name__ == '__main__':
         source = sys.argv.pop(1)
     exec(open(os.path.join(sys.path[0], 'configurator.py')).read())
 
+import glob
 import inspect
 import json
+import re
 import zipfile
 import zlib
 
@@ -39,6 +41,47 @@ import models as M
 SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'test')  # not names of classes
 
 
+# ==== the strings that name a set of images
+def split_classes(spec):
+    """Splits 'mnist:0-4' into ('mnist', [0, 1, 2, 3, 4]) and 'list.txt:7,3' into ('list.txt', [7,
+    3]); without such an ending, or if `spec` is an existing path, (spec, None)."""
+    match = re.fullmatch(r'(.+):(?:(\d+)-(\d+)|(\d+(?:,\d+)*))', spec)
+    if os.path.exists(spec) or not match:
+        return spec, None
+    path, low, high, numbers = match.groups()
+    if numbers:
+        return path, [int(number) for number in numbers.split(',')]
+    M.check(int(low) <= int(high), f'{spec}: in NAME:a-b, a must not be greater than b')
+    return path, list(range(int(low), int(high) + 1))
+
+
+def shards_of(spec):
+    """The .npz files that a string for `load_images` names."""
+    path, _ = split_classes(spec)
+    if os.path.isdir(path):
+        return sorted(glob.glob(os.path.join(glob.escape(path), '**', '*.npz'), recursive=True))
+    return [path] if path.endswith('.npz') else []
+
+
+def load_images(spec, train=True, image_size=0, channels=0):
+    """See models.load_images."""
+    path, classes = split_classes(spec)
+    if M.split_file(path)[0]:
+        (images, labels), _ = M.load_from_file(
+            'images', path, {}, train=train, image_size=image_size, classes=classes
+        )
+    else:
+        images, labels = load(path, train, image_size, classes)
+    if classes:
+        M.check(labels is not None, f'{spec} has no labels to choose classes by')
+        chosen = torch.isin(labels, torch.tensor(classes))
+        M.check(chosen.any(), f'{spec} has no images of these classes')
+        images, labels = images[chosen], labels[chosen]
+        if ',' in spec.removeprefix(path):
+            labels = torch.tensor([classes.index(label) for label in labels.tolist()])
+    return converted(spec, images, image_size, channels), labels
+
+
 def load(spec, train=True, image_size=0, classes=None):
     """(images uint8 (N, C, H, W), labels int64 (N,) or None) from one string, see
     models.load_images. classes: image files with other labels are not read; None for all. Raises
@@ -46,7 +89,7 @@ def load(spec, train=True, image_size=0, classes=None):
     """
     if spec.endswith('.npy'):
         return map_images(spec)
-    shards = M.shards_of(spec)
+    shards = shards_of(spec)
     if not shards:
         return read_files(spec, train, image_size, classes)
     parts = [load_npz(f) for f in shards]
@@ -244,12 +287,14 @@ def files_below(folder):
 
 
 def class_names(spec):
-    """The names of the class folders of a folder of images; [] if its labels come from elsewhere
-    or if it has none."""
+    """The names of the class folders of a folder of images; [] for all else."""
+    path, _ = split_classes(spec)
     lists = ('val_annotations.txt', 'dataset.json')
-    if not os.path.isdir(spec) or any(os.path.exists(os.path.join(spec, f)) for f in lists):
+    if shards_of(spec) or not os.path.isdir(path):
         return []
-    return subfolders(spec)
+    if any(os.path.exists(os.path.join(path, f)) for f in lists):
+        return []
+    return subfolders(path)
 
 
 def image_files(spec):

@@ -17,31 +17,60 @@ import torch
 
 import models as M
 
-def assume(spec, assumed, known):
+def say(line):
+    if M.rank_and_world()[0] == 0:
+        print(line)
+
+
+def assume(spec, assumed, known, doubt=''):
     """Prints the values that are assumed because a file does not record them."""
     rows = [f'{k}={v!r}' for k, v in assumed.items() if k not in known]
-    if rows and M.rank_and_world()[0] == 0:
-        print(
-            f"{spec} does not say {', '.join(rows)}: assumed; "
-            'teacher_config, prior_config or model_config changes it'
+    if rows or doubt:
+        say(
+            f"{spec} does not say {', '.join(rows) or 'more'}: assumed; teacher_config, "
+            f'prior_config or model_config changes it{doubt}'
         )
 
 
 def count_blocks(state, prefix):
     """How many blocks `prefix`0, `prefix`1, ... there are among the names of a state dict."""
-    return 1 + max(int(k.split('.')[1]) for k in state if k.startswith(prefix))
+    numbers = [int(k.split('.')[1]) for k in state if k.startswith(prefix)]
+    if not numbers:
+        raise KeyError(prefix + '0')
+    return 1 + max(numbers)
+
+
+# what trainers call a network's averaged weights, which are those that are published, and its raw
+# ones
+AVERAGED = (
+    'ema', 'model_ema', 'ema_model', 'state_dict_ema', 'params_ema', 'ema_state_dict', 'ema_params',
+    'ema_model_state_dict', 'model_ema_state_dict', 'ema_net', 'net_ema', 'G_ema', 'shadow_params'
+)
+RAW = ('state_dict', 'model_state_dict', 'model', 'net_model', 'net', 'params', 'online_model')
+
+
+def below(state, name):
+    """The tensors whose names begin with `name` and a dot, without this beginning."""
+    return {k.removeprefix(name + '.'): v for k, v in state.items() if k.startswith(name + '.')}
 
 
 def unwrap(state, path):
     """The tensors of a checkpoint, without the dicts and prefixes in which trainers, EMAs,
-    DataParallel and torch.compile wrap them. Raises UserError if it holds anything else."""
-    wrappers = (
-        'ema', 'params_ema', 'ema_state_dict', 'state_dict', 'model_state_dict', 'model', 'net',
-        'params'
-    )
-    for name in wrappers * 2:
-        if isinstance(state.get(name), dict):
-            state = state[name]
+    DataParallel and torch.compile wrap them. Where it holds averaged weights beside the raw ones,
+    they are taken, and a line says so. Raises UserError if it holds anything else."""
+    held = [name for name in AVERAGED + RAW if isinstance(state.get(name), (dict, list))]
+    if held:
+        averaged = [name for name in held if name in AVERAGED]
+        raw = [name for name in held if name in RAW]
+        found = state[held[0]]
+        if averaged and raw:
+            say(f'{path}: the averaged weights, {averaged[0]!r}, were taken, not {raw[0]!r}')
+        if 'shadow_params' in found:  # of torch_ema, and of EMAModel of diffusers
+            found = found['shadow_params']
+        if isinstance(found, dict):
+            return unwrap(found, path)
+        M.check(raw, f'{path}: its {held[0]!r} is a list of tensors without names')
+        return named(found, unwrap(state[raw[0]], path), path)
     state = {k: v for k, v in state.items() if k != 'n_averaged'}
     odd = [k for k, v in state.items() if not torch.is_tensor(v)]
     if odd or not state:
@@ -49,10 +78,31 @@ def unwrap(state, path):
             f'{path} holds more than the tensors of one network: {list(state)[:9]}. Save only '
             "the network you mean: torch.save(checkpoint['NAME'], ...)"
         )
+    for averaged in AVERAGED:  # both in one dict, as 'ema_model.conv1.weight'
+        for raw in RAW:
+            mean = below(state, averaged)
+            names = below(state, raw).keys()
+            if names and names <= mean.keys():
+                say(f'{path}: the averaged weights, {averaged!r}, were taken, not {raw!r}')
+                return {k: mean[k] for k in names}
     for prefix in ('module.', '_orig_mod.', 'model.') * 2:
         if all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
+
+
+def named(averages, state, path):
+    """A state dict with its parameters replaced by a list of averages in the same order, in which
+    buffers and parameters that are not trained are missing. Raises UserError if they do not fit."""
+    left = list(averages)
+    found = {}
+    for k, v in state.items():
+        buffer = k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+        if left and not buffer and left[0].shape == v.shape:
+            v = left.pop(0)
+        found[k] = v
+    M.check(not left, f'{path}: its list of averaged weights does not fit its state dict')
+    return found
 
 
 # ==== denoisers
@@ -63,7 +113,9 @@ def load_denoiser(spec, **known):
 
     known: what the shapes do not give, where the defaults are wrong: image_size, num_head_channels
     or num_heads, use_new_attention_order, rescale_timesteps, schedule, steps, beta_range,
-    prediction, clip, and any other argument of the network. Raises UserError.
+    prediction, clip, and any other argument of the network; kind='sit' for a SiT, whose tensors are
+    named as those of a DiT; null_class, whether the last row of the table of labels is the null
+    condition. Raises UserError.
     """
     state, _ = M.read_weights(spec)
     inner = state.get('state_dict', state)
@@ -78,18 +130,31 @@ def load_denoiser(spec, **known):
         }
     else:
         state = unwrap(state, spec)
-    if 'x_embedder.proj.weight' in state:
-        read, assumed, process = read_dit(state)
-        kind = M.DiT
-    elif 'input_blocks.0.0.weight' in state and any(k.startswith('output_blocks.') for k in state):
-        read, assumed, process = read_unet(state, betas, known)
-        kind = M.UNet
-    else:
+    try:
+        if 'x_embedder.proj.weight' in state:
+            kind = SiT if known.get('kind') == 'sit' else M.DiT
+            read, assumed, process = read_dit(state, kind)
+        else:
+            kind = M.UNet
+            read, assumed, process = read_unet(state, betas, known)
+    except (KeyError, ValueError) as e:  # also of relatives: LightningDiT, PixArt, encoders
         raise M.UserError(
-            f'{spec} is not a denoiser of a known kind: it has no keys of a U-Net (input_blocks... '
-            f'and output_blocks...) or a DiT (x_embedder...), but {list(state)[:3]}; a Python file '
-            'with load() can be a teacher all the same'
+            f'{spec} is not a denoiser of a known kind, a U-Net of ADM (input_blocks... and '
+            f'output_blocks...) or a DiT (x_embedder...): it lacks {e} and has '
+            f'{list(state)[:3]}; a Python file with load() can be a teacher all the same'
+        ) from e
+    said = dict(known)
+    if kind is not M.UNet:
+        of_dit = said.pop('kind', '') == 'dit'
+        M.check(
+            kind is SiT or of_dit or 'flow' not in said.values(),
+            f"{spec}: a SiT is kind='sit', without more, as its time runs from noise to image; a "
+            "flow with time from image to noise is kind='dit', schedule='flow', prediction='flow'"
         )
+    if 'null_class' in assumed:
+        state = dict(state)
+        with_null = said.pop('null_class', assumed['null_class'])
+        read['num_classes'] = set_null_class(state, kind, with_null)
     outputs = read.get('out_channels', read['in_channels'])
     upscales = read['in_channels'] == 6 and 'in_channels' not in known
     if outputs not in (read['in_channels'], 2 * read['in_channels']) or upscales:
@@ -97,23 +162,91 @@ def load_denoiser(spec, **known):
             f"{spec} predicts {outputs} channels from {read['in_channels']}: it takes an image as "
             "its condition (super-resolution, inpainting), which is not supported"
         )
-    said = dict(known)
     if said.pop('rescale_timesteps', False):
         said['time_scale'] = 1000 / said.get('steps', 1000)
     if 'num_heads' in said and kind is M.UNet:
         said.setdefault('num_head_channels', -1)
     for k in process.keys() & said.keys() | {'steps', 'beta_range'} & said.keys():
         process[k] = said.pop(k)
-    odd = said.keys() - inspect.signature(kind).parameters.keys()
+    takes = inspect.signature(M.UNet if kind is M.UNet else M.DiT).parameters
+    odd = said.keys() - takes.keys()
     if odd:
         raise M.UserError(f'{spec}: a {kind.__name__} and its process have no {min(odd)!r}')
+    null_class = known.get('null_class', assumed.get('null_class'))
+    own = {k: v for k, v in assumed.items() if k not in ('kind', 'null_class')}
+    net = M.load_state(kind(**read | own | said), state, spec)
+    net.no_null = null_class is False
+    diffusion = M.Diffusion(**process)
     # the shapes give learn_sigma, so it is not listed as assumed
-    assume(spec, assumed | process | {'steps': 1000}, known | {'learn_sigma': 0})
-    net = M.load_state(kind(**read | assumed | said), state, spec)
-    return net, M.Diffusion(**process)
+    assume(
+        spec, assumed | process | {'steps': 1000}, known | {'learn_sigma': 0},
+        doubt_of(net, diffusion)
+    )
+    return net, diffusion
 
 
-def read_dit(state):
+@torch.no_grad()
+def doubt_of(net, diffusion):
+    """Words for a network that is perhaps of another kind: where x_t is noise, a prediction of eps
+    is that noise. '' if it is."""
+    if diffusion.prediction != 'eps':
+        return ''
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, net.in_channels, net.image_size, net.image_size, generator=g)
+    t = torch.tensor([diffusion.T - 1])
+    out = net.eval()(x, t, 0 * t if net.num_classes else None)[:, : net.in_channels]
+    like = torch.cosine_similarity(out.flatten(), x.flatten(), dim=0).item()
+    if like > 0.8:
+        return ''
+    return (
+        f'. DOUBTFUL: at t={diffusion.T - 1} it should predict the noise that it sees, but the '
+        f'correlation is {like:.2f}. EDM and consistency models have the names of ADM, SiT those '
+        'of DiT: see docs/reference.md, Teachers'
+    )
+
+
+def set_null_class(state, kind, null_class):
+    """Brings a table of labels into the form of our networks, where a U-Net has no row for the null
+    condition and a DiT a last one; returns the number of classes. A U-Net adds the null row to the
+    embedding of t and takes it off the others, which is the same; a DiT that has none gets the mean
+    of its rows."""
+    if kind is M.UNet and null_class:
+        table = state['label_emb.weight']
+        state['label_emb.weight'] = table[:-1] - table[-1]
+        state['time_embed.2.bias'] = state['time_embed.2.bias'] + table[-1]
+        return len(table) - 1
+    if kind is M.UNet:
+        return len(state['label_emb.weight'])
+    name = 'y_embedder.embedding_table.weight'
+    if not null_class:
+        state[name] = torch.cat([state[name], state[name].mean(0, keepdim=True)])
+    return len(state[name]) - 1
+
+
+class SiT(M.DiT):
+    """A SiT (Ma et al. 2024), which is a DiT but for its time, from 0, noise, to 1, the image, and
+    for what it predicts, x_0 - eps; behind the interface of ours."""
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.config |= {'class': 'SiT', 'adapter': 'original'}
+        self.register_buffer('times', None, persistent=False)  # the network's own time for each t
+
+    def set_process(self, diffusion):
+        self.times = (1 - diffusion.b[:-1]).float().to(self.pos_embed.device)
+
+    def forward(self, x, t, y=None):
+        y = torch.full_like(t, -1) if y is None else y
+        return -super().forward(x, self.times[t], y)[:, : self.in_channels]
+
+
+def build(kind, config):
+    """A SiT with random weights, of a config."""
+    M.check(kind == 'SiT', f'no network {kind!r}')
+    return SiT(**config)
+
+
+def read_dit(state, kind):
     """(arguments that the shapes of a DiT give, assumed arguments, arguments of Diffusion)."""
     hidden, channels, patch, _ = state['x_embedder.proj.weight'].shape
     learn_sigma = len(state['final_layer.linear.bias']) == 2 * channels * patch**2
@@ -122,14 +255,15 @@ def read_dit(state):
         patch_size=patch, in_channels=channels, hidden_size=hidden,
         depth=count_blocks(state, 'blocks.'),
         image_size=patch * math.isqrt(state['pos_embed'].shape[1]), learn_sigma=learn_sigma,
-        mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden,
-        num_classes=0 if table is None else len(table) - 1
+        mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0] / hidden, num_classes=0
     )
-    assumed = dict(num_heads=hidden // (72 if hidden == 1152 else 64))
-    return (
-        read, assumed,
-        dict(schedule='linear', prediction='eps', learn_sigma=learn_sigma, clip=False)
-    )
+    assumed = dict(kind='dit', num_heads=hidden // (72 if hidden == 1152 else 64))
+    if table is not None:  # 1000 rows are 1000 classes; 1001 have a null class
+        assumed['null_class'] = len(table) % 10 != 0
+    process = dict(schedule='linear', prediction='eps', learn_sigma=learn_sigma, clip=False)
+    if kind is SiT:
+        process = dict(schedule='flow', prediction='flow', learn_sigma=False, clip=False)
+    return read, assumed, process
 
 
 def read_unet(state, betas, known):
@@ -156,13 +290,15 @@ def read_unet(state, betas, known):
     )
     size = known.get('image_size', assumed['image_size'])
     attention = [size // 2**i for i, top in enumerate(tops) if f'{top}.1.qkv.weight' in state]
-    classes = len(state.get('label_emb.weight', ()))
+    if 'label_emb.weight' in state:  # ADM has no null class; some of its kind have 1001 rows
+        rows = len(state['label_emb.weight'])
+        assumed['null_class'] = rows > 1 and rows % 10 == 1
     read = dict(
         in_channels=state['input_blocks.0.0.weight'].shape[1],
         out_channels=len(state['out.2.bias']), model_channels=width, num_res_blocks=blocks,
         resblock_updown=not strided,
         channel_mult=tuple(int(m) if m == int(m) else m for m in mults),
-        attention_resolutions=tuple(attention), num_classes=classes,
+        attention_resolutions=tuple(attention), num_classes=0,
         use_scale_shift_norm=len(state[f'{tops[0]}.0.emb_layers.1.bias']) == 2 * width * mults[0]
     )
     learn_sigma = read['out_channels'] == 2 * read['in_channels']
