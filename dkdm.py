@@ -25,11 +25,13 @@ guidance = 0.0               # guidance scale at which a conditional teacher is 
                              # no guidance, 0 is 2 for conditional teachers and 1 for others
 prompts = ''                 # text-conditional teachers: a file of texts, one per line
 # student
-student = 'unet'             # 'unet' or 'dit', whatever the teacher is; a Python file with build();
-                             # or the config.json of a network of diffusers
+student = 'unet'             # 'unet' or 'dit', whatever the teacher is; 'teacher', a copy of the
+                             # teacher; a Python file with build(); or the config.json of a network
+                             # of diffusers
 student_config = {}          # its sizes, where they differ from models.SIZES
-                             # (--student_config.model_channels=64), and learn_sigma=False for one
-                             # that does not predict its variance, Eq. (12)
+                             # (--student_config.model_channels=64); learn_sigma=False for one that
+                             # does not predict its variance, Eq. (12); lora_rank=64 for LoRA
+                             # adapters of a copy of the teacher, a pipeline with texts
 student_prediction = 'v'     # 'v', 'eps', 'x0', 'flow', or 'teacher': the same as the teacher's
                              # (the paper)
 # distillation
@@ -71,7 +73,8 @@ eval_reference = ''          # statistics made by eval_fid.py --save_stats, of t
 # system
 out_dir = 'out/dkdm'
 init_from = 'scratch'        # 'scratch'; 'resume'; 'overwrite' begins anew where an unfinished run
-                             # lies; or a student's file to start from
+                             # lies; a student's file to start from; or 'teacher': all tensors of
+                             # the teacher that fit (docs/reference.md)
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
 sample_steps = 8             # DDIM steps of samples.png and of the distances
@@ -380,7 +383,7 @@ if __name__ == '__main__':
     # ---- student ----
     net, diffusion = M.build_student(
         student, student_config, student_prediction, (C, H), num_classes, process_S,
-        (teacher, teacher_config, net_T) if net_T else None, dev
+        (teacher, teacher_config, net_T) if net_T else None, dev, init_from
     )
     T = diffusion.T
     checkpoint = M.resume(config, rank, net)

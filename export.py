@@ -12,6 +12,7 @@ folder holds only network and scheduler, for which diffusers has no pipeline.
 Networks of ours become diffusers' UNet2DModel
 (patch_size=1, channels in 32) or DiTTransformer2DModel (with classes). A few-step student gets a
 DDIMScheduler: the pipeline samples it with num_inference_steps set to its number of jumps.
+A LoRA becomes a folder for `pipe.load_lora_weights`, with the scheduler that it needs and a README.
 """
 import os
 
@@ -187,10 +188,11 @@ def to_diffusers(net):
     )
 
 
-def make_scheduler(diffusion, sampling, theirs=None):
+def make_scheduler(diffusion, sampling, theirs=None, shift=1.0):
     """The diffusers scheduler for a process. If `theirs`, the teacher's scheduler, has the same
     betas, it is kept, with the student's prediction type. `sampling`: the sampler settings
-    of a few-step student, which needs DDIM. Raises UserError if diffusers has no such process."""
+    of a few-step student, which needs DDIM. `shift`: that of `theirs`, if it is of a flow. Raises
+    UserError if diffusers has no such process."""
     predictions = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}
     flow = diffusion.config['schedule'] == 'flow'
     if (
@@ -202,7 +204,7 @@ def make_scheduler(diffusion, sampling, theirs=None):
         if (
             theirs is None
             or diffusion.prediction != 'flow'
-            or theirs.config.get('shift') != diffusion.config['shift']
+            or shift != diffusion.config['shift']
         ):
             raise M.UserError(
                 f'no scheduler of diffusers samples the prediction {diffusion.prediction!r} of '
@@ -232,6 +234,25 @@ def make_scheduler(diffusion, sampling, theirs=None):
 # ==== the folder, renamed into place once complete ====
 if __name__ == '__main__':
     if os.path.isdir(out_dir) and os.listdir(out_dir):
+def save_lora(net, pipeline, folder):
+    """Writes pytorch_lora_weights.safetensors for pipelines of this class."""
+    layers = {name.removeprefix(net.part + '.'): v for name, v in net.state_dict().items()}
+    getattr(diffusers, pipeline).save_lora_weights(folder, **{f'{net.part}_lora_layers': layers})
+
+
+def how_to_use(spec, folder, scheduler, arguments):
+    """The README.md of a LoRA: the lines that sample with it."""
+    return f"""```python
+from diffusers import DiffusionPipeline, {scheduler}
+
+pipe = DiffusionPipeline.from_pretrained({spec!r})
+pipe.load_lora_weights({folder!r})
+pipe.scheduler = {scheduler}.from_pretrained({folder!r}, subfolder='scheduler')
+image = pipe({', '.join(['prompt', *arguments])}).images[0]
+```
+"""
+
+
         raise M.UserError(f'out_dir={out_dir} is not empty: use a new folder')
     net, diffusion = M.load_denoiser(model, **model_config)
     network = to_diffusers(net)
@@ -239,20 +260,24 @@ if __name__ == '__main__':
     spec = getattr(net, 'source', '')  # the teacher's pipeline, if it has one
     root, parts = hub.read_pipeline(spec) if spec else ('', {})
     name = next((k for k in ('unet', 'transformer') if (parts.get(k) or [0, 0])[1] == kind), '')
+    lora = type(net).__name__ == 'Lora'
     others, lost = {}, []  # the teacher's other parts, and those that are missing
     theirs = None
     if name:
         theirs = hub.load_part(spec, 'scheduler')
-        if not os.path.isdir(spec):  # on the hub: download what is missing
+        if not os.path.isdir(spec) and not lora:  # on the hub: download what is missing
             hub.open_pipeline(spec, torch.float32, **{name: network})
         for k, v in parts.items():
             if isinstance(v, list) and v[0] and k not in (name, 'scheduler'):
                 others[k] = os.path.abspath(os.path.join(root, k))
         lost = [k for k, path in others.items() if not os.path.isdir(path)]
-        if set(lost) - set(hub.UNUSED):
+        if set(lost) - set(hub.UNUSED) and not lora:
             raise M.UserError(f"{spec} lacks its {', '.join(lost)}")
     sampling = getattr(net, 'sampling', {})
-    scheduler = make_scheduler(diffusion, sampling, theirs)
+    shift = 1.0
+    if hasattr(theirs, 'shift'):
+        shift = hub.flow_shift(theirs.config, net)
+    scheduler = make_scheduler(diffusion, sampling, theirs, shift)
     # diffusers has a pipeline for the teacher's class, and for any unconditional UNet2DModel of
     # pixels
     plain = kind == 'UNet2DModel' and not net.num_classes and not getattr(net, 'vae', None)
@@ -270,26 +295,37 @@ if __name__ == '__main__':
     target = os.path.realpath(out_dir)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.tmp-', dir=os.path.dirname(target)) as tmp:
+    # how the pipeline is called
+    arguments = []
+    if sampling and diffusion.config['schedule'] == 'flow':
+        times = M.sampling_steps(diffusion.T, sampling['steps'])
+        arguments.append(f'sigmas={[(t + 1) / diffusion.T for t in times]}')
+    elif sampling:
+        arguments.append(f"num_inference_steps={sampling['steps']}")
+    if getattr(net, 'guided', False) and not plain:  # it would be guided a second time
+        arguments.append('guidance_scale=1.0')
+    hint = f"; call it with {', '.join(arguments)}" if arguments else ''
+
         folder = os.path.join(tmp, 'pipeline')
         network.save_pretrained(os.path.join(folder, name))
         scheduler.save_pretrained(os.path.join(folder, 'scheduler'))
-        for part in others.keys() - lost:
-            (os.symlink if link else shutil.copytree)(others[part], os.path.join(folder, part))
-        if whole:
+        if lora:
+            save_lora(net, parts['_class_name'], folder)
+            use = how_to_use(spec, out_dir, type(scheduler).__name__, arguments)
+            with open(os.path.join(folder, 'README.md'), 'w') as f:
+                f.write(use)
+        else:
+            network.save_pretrained(os.path.join(folder, name))
+            for part in others.keys() - lost:
+                (os.symlink if link else shutil.copytree)(others[part], os.path.join(folder, part))
+        if whole and not lora:
             more = {k: [None, None] for k in lost} | {'_guided': getattr(net, 'guided', False)}
             with open(os.path.join(folder, 'model_index.json'), 'w') as f:
                 f.write(json.dumps(parts | more, indent=2) + '\n')
         os.rename(folder, target)
-    if whole:
-        arguments = []
-        if sampling and diffusion.config['schedule'] == 'flow':
-            times = M.sampling_steps(diffusion.T, sampling['steps'])
-            arguments.append(f'sigmas={[(t + 1) / diffusion.T for t in times]}')
-        elif sampling:
-            arguments.append(f"num_inference_steps={sampling['steps']}")
-        if getattr(net, 'guided', False) and not plain:  # it would be guided a second time
-            arguments.append('guidance_scale=1.0')
-        hint = f"; call it with {', '.join(arguments)}" if arguments else ''
+    if lora:
+        print(f'{out_dir}: a LoRA{hint}\n{use}')
+    elif whole:
         print(
             f"{out_dir}: {parts['_class_name']}, for "
             f'DiffusionPipeline.from_pretrained({out_dir!r}){hint}'

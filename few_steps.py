@@ -26,6 +26,8 @@ student = 'unet'             # 'unet' or 'dit', whatever the teacher is; 'teache
                              # teacher; a Python file with build(); or the config.json of a network
                              # of diffusers
 student_config = {}          # its sizes, where they differ from models.SIZES
+lora_rank = 0                # above 0: of a copy of the teacher, a pipeline with texts, only LoRA
+                             # adapters of this rank are trained; it predicts what the teacher does
 student_prediction = 'x0'    # 'x0', 'v', 'flow', or 'teacher': the same as the teacher's. Of 'v',
                              # some of the noise of x_t stays in the images of several jumps
 # distillation
@@ -50,7 +52,8 @@ ema = 0.999                  # decay of the averaged weights, which are the resu
 # system
 out_dir = 'out/few_steps'
 init_from = 'scratch'        # 'scratch'; 'resume'; 'overwrite' begins anew where an unfinished run
-                             # lies; or a student's file to start from
+                             # lies; a student's file to start from; or 'teacher': all tensors of
+                             # the teacher that fit (docs/reference.md)
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
 seed = 0
@@ -164,10 +167,13 @@ def jump_x0(diffusion, x_t, t, x_s, s):
 def regress(student, x0, x_t, t, y, diffusion, loss, autocast, loss_scale):
     """Adds the gradient of the error of the student's prediction at (x_t, t, y), where x0 is the
     image to predict; `loss` is 'l1' or 'l2'. Returns the loss terms, {name: mean}."""
-    target = diffusion.target(x0, x_t, t, diffusion.prediction)
     with autocast:
         out = student(x_t, t, y)
-    error = out[:, : x0.shape[1]].float() - target
+    if diffusion.prediction == 'eps':  # its error would hardly count where x_t is nearly all noise
+        error = diffusion.predict_x0(out, x_t, t) - x0
+    else:
+        error = out[:, : x0.shape[1]].float()
+        error = error - diffusion.target(x0, x_t, t, diffusion.prediction)
     error = error.abs() if loss == 'l1' else error**2
     return M.mean_and_backward({loss: error.mean((1, 2, 3))}, loss_scale)
 
@@ -244,16 +250,15 @@ if __name__ == '__main__':
 
     # ---- student ----
     M.check(
-        student_prediction != 'teacher' or diffusion_T.prediction != 'eps',
+        not (same and noise_only and diffusion_T.prediction == 'eps'),
         f'{teacher} predicts eps, which at the start of a walk, pure noise, does not determine '
-        'x_0: use --student_prediction=x0'
+        'x_0: use --student_prediction=x0, and no lora_rank'
     )
     # its sampler adds no noise, so it predicts no variance; x_0* averages clamped x_0s of the
     # teacher, so what it predicts needs no clamping
     net, diffusion = M.build_student(
-        student, student_config | {'learn_sigma': False}, student_prediction, (C, H),
-        net_T.num_classes, diffusion_T.config | {'clip': False}, (teacher, teacher_config, net_T),
-        dev
+        student, sizes | {'learn_sigma': False}, student_prediction, (C, H), net_T.num_classes,
+        diffusion_T.config | {'clip': False}, (teacher, teacher_config, net_T), dev, init_from
     )
     checkpoint = M.resume(config, rank, net)
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -262,6 +267,10 @@ if __name__ == '__main__':
         [p for p in net.parameters() if p.requires_grad],
         torch.tensor(lr, device=dev) if graph_on else lr, (0.9, adamw['beta2']),
         weight_decay=adamw['weight_decay'], fused=True, capturable=graph_on
+    sizes = {'lora_rank': lora_rank} | student_config
+    # the student predicts what the teacher predicts
+    same = student_prediction == 'teacher' or sizes['lora_rank']
+    noise_only = diffusion_T.a[diffusion_T.T - 1] < 0.05  # at the start of a walk
     )
     if compile:
         M.compile_blocks(net)

@@ -468,7 +468,7 @@ class Diffusion:
 
     def __init__(
         self, schedule='cosine', steps=1000, prediction='eps', learn_sigma=True, clip=True,
-        beta_range=(1e-4, 0.02), shift=1.0
+        beta_range=(1e-4, 0.02), shift=1.0, large_variance=False
     ):
         if prediction not in ('eps', 'v', 'x0', 'flow'):
             raise UserError(f"no prediction {prediction!r}: 'eps', 'v', 'x0' or 'flow'")
@@ -478,11 +478,6 @@ class Diffusion:
         self.clip = clip
         time = torch.arange(steps + 1, dtype=torch.float64) / steps
         if schedule == 'flow':
-            if prediction == 'eps':
-                raise UserError(
-                    "prediction 'eps' does not work on schedule 'flow': at t = T-1 x_t is pure "
-                    "noise, so eps does not determine x_0; use 'flow', 'v' or 'x0'"
-                )
             b = time[1:]
             b = shift * b / (1 + (shift - 1) * b)
             a = 1 - b
@@ -511,6 +506,11 @@ class Diffusion:
         # index -1 (the last entry) is the clean image; float64, cast only when applied to images
         self.a = torch.cat([a, torch.ones(1, dtype=torch.float64)])
         self.b = torch.cat([b, torch.zeros(1, dtype=torch.float64)])
+        if prediction == 'eps' and a[-1] < 1e-8:
+            raise UserError(
+                "prediction 'eps' does not work on schedule 'flow' or with zero terminal SNR: at "
+                "t = T-1 x_t is pure noise, so eps does not determine x_0; use 'v', 'x0' or 'flow'"
+            )
         self.alpha_bar = self.a**2 / (self.a**2 + self.b**2)
         # variances are clamped to this value before their logarithm is taken: that of step 1 -> 0
         self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()
@@ -1397,7 +1397,7 @@ def compile_blocks(net):
     network takes minutes; a network without such blocks is compiled as a whole."""
     torch._dynamo.config.cache_size_limit = 64  # blocks of one class differ in their shapes
     blocks = [m for m in net.modules() if isinstance(m, BLOCKS)]
-    if hasattr(getattr(net, 'net', None), 'compile_repeated_blocks'):  # of diffusers
+    if getattr(getattr(net, 'net', None), '_repeated_blocks', None):  # of diffusers
         net.net.compile_repeated_blocks(dynamic=False)
     else:
         for block in blocks or [net]:
@@ -1567,21 +1567,30 @@ def output_channels(net, device):
     return out.shape[1]
 
 
-def build_student(spec, config, prediction, image_shape, num_classes, process, teacher, device):
+def build_student(
+    spec, config, prediction, image_shape, num_classes, process, teacher, device, init_from=''
+):
     """(net, diffusion): a student on the device and its process.
 
     spec, config: see `build_denoiser`; 'teacher' is a copy of the teacher's network. config's entry
-    'learn_sigma' says whether it predicts its variance (the default). prediction: 'eps', 'v', 'x0',
+    'learn_sigma' says whether it predicts its variance (the default), and 'lora_rank' trains
+    adapters of a copy, which predicts what the teacher predicts. prediction: 'eps', 'v', 'x0',
     'flow' or 'teacher'. process: the arguments of the teacher's `Diffusion`. teacher: (its spec,
-    its config, its network) or None. Raises UserError.
+    its config, its network) or None. init_from='teacher' copies what fits. Raises UserError.
     """
     C, H = image_shape[:2]
-    if prediction == 'teacher':
-        prediction = process.get('prediction', 'v')
     config = dict(config)
     learn_sigma = config.pop('learn_sigma', True)
-    if spec == 'teacher':
-        net = copy_of_teacher(*teacher, prediction, learn_sigma)
+    lora_rank = config.pop('lora_rank', 0)
+    if prediction == 'teacher' or lora_rank:
+        prediction = process.get('prediction', 'v')
+    needs = spec == 'teacher' or init_from == 'teacher' or lora_rank
+    check(teacher or not needs, 'there is no teacher to begin as')
+    check(spec == 'teacher' or not lora_rank, 'lora_rank needs --student=teacher')
+    if lora_rank:
+        net = adapter('from_teacher').add_lora(teacher[0], teacher[2], lora_rank)
+    elif spec == 'teacher':
+        net = adapter('from_teacher').copy_of_teacher(*teacher, prediction, learn_sigma)
     else:
         net = build_denoiser(
             spec, H, C, num_classes, learn_sigma, config, teacher[2] if teacher else None
@@ -1593,51 +1602,6 @@ def build_student(spec, config, prediction, image_shape, num_classes, process, t
         learn_sigma = output_channels(net, device) == 2 * C
         diffusion = Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
     return net, diffusion
-
-
-def copy_of_teacher(spec, known, net_T, prediction, learn_sigma):
-    """The teacher's network with its weights, in float32, to be trained. It goes on predicting what
-    the teacher predicts, unless another prediction is asked for: then its last layer is told so.
-    v = -x_0 at t = T-1, so between `v` and `x0` the layer is negated; for other pairs it begins at
-    zero. Rows of a variance are dropped, or begin at zero. Raises UserError where the last layer is
-    not known."""
-    net, diffusion = load_denoiser(spec, torch.float32, **known)
-    if hasattr(net_T, 'shared'):  # a pipeline's embedded texts
-        net.shared, net.num_classes, net.pipe = net_T.shared, net_T.num_classes, None
-    net.requires_grad_(True)
-    if prediction == diffusion.prediction and learn_sigma == diffusion.learn_sigma:
-        return net
-    factor = 1.0
-    if prediction != diffusion.prediction:
-        factor = -1.0 if {prediction, diffusion.prediction} == {'v', 'x0'} else 0.0
-    if not hasattr(net, 'last_layer'):
-        raise UserError(
-            f"{spec}: the last layer of a {type(net).__name__} is not known, so its copy predicts "
-            "what it predicts: --student_prediction=teacher, and learn_sigma as it has"
-        )
-    change_outputs(net, factor, learn_sigma)
-    return net
-
-
-@torch.no_grad()
-def change_outputs(net, factor, learn_sigma):
-    """Multiplies the rows of a network's last layer that predict by `factor`, and lets it predict
-    its variance or not; new rows begin at zero. `net.last_layer` is (layer, number of channels,
-    whether the channels are the first index of its rows)."""
-    layer, channels, first = net.last_layer
-    C = net.in_channels
-    wanted = 2 * C if learn_sigma else C
-    for name in ('weight', 'bias'):
-        old = getattr(layer, name)
-        rows = old.unflatten(0, (channels, -1) if first else (-1, channels))
-        rows = rows if first else rows.transpose(0, 1)
-        new = torch.zeros(wanted, *rows.shape[1:])
-        kept = min(wanted, channels)
-        new[:kept] = rows[:kept]
-        new[:C] *= factor
-        new = new if first else new.transpose(0, 1)
-        setattr(layer, name, nn.Parameter(new.flatten(0, 1).contiguous()))
-    net.predict_channels(wanted)
 
 
 @torch.no_grad()
@@ -1674,6 +1638,8 @@ def save_samples(path, rows, decoder, seed, autocast, seconds_per_pass, since):
     for net, diffusion, guidance, steps, sampler in rows:
         device = next(net.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
+    if init_from == 'teacher' and spec != 'teacher':
+        adapter('from_teacher').lend(teacher[2], process['prediction'], net, diffusion)
         shape = n, net.in_channels, net.image_size, net.image_size
         x = random_normal(shape, generator, device)
         y = None

@@ -1061,6 +1061,7 @@ def test_generators_and_classifiers_of_the_user(users):
 
 # ==== diffusers ====
 TEACHERS = {'ddpm': 'unet', 'ldm': 'unet', 'dit': 'transformer', 'sd': 'unet', 'sd3': 'transformer'}
+SAMPLED = [*TEACHERS, 'sdxl', 'shifted']
 
 
 @pytest.fixture(scope='session')
@@ -1096,6 +1097,10 @@ def pipeline_models(tmp_path_factory):
     cross = 'CrossAttnDownBlock2D DownBlock2D', 'UpBlock2D CrossAttnUpBlock2D'
     unet['cross_attention_dim'] = 16
     conditional = net(D.UNet2DConditionModel, *cross, **unet)
+    large = net(
+        D.UNet2DConditionModel, *cross, **unet | {'cross_attention_dim': 32},
+        addition_embed_type='text_time', addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64, use_linear_projection=True)
     consistent = net(D.UNet2DConditionModel, *cross, **unet, time_cond_proj_dim=8)
     dit = D.DiTTransformer2DModel(2, 8, 4, 8, 1, sample_size=8, patch_size=2,
                                   num_embeds_ada_norm=1000, norm_elementwise_affine=False)
@@ -1106,10 +1111,12 @@ def pipeline_models(tmp_path_factory):
     linear = D.DDIMScheduler(clip_sample=False, beta_schedule='scaled_linear')
     v = D.DDIMScheduler(**linear.config | {'prediction_type': 'v_prediction'})
     flow = D.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    shifted_flow = D.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     encoder = H.CLIPTextModel(clip)
     two = [H.CLIPTextModelWithProjection(clip), tokenizer] * 2
     rest = v, None, None, None, False
     t5 = H.T5EncoderModel(t5)
+    eps = D.DDIMScheduler(1000, 0.00085, 0.012, 'scaled_linear', clip_sample=False)
     pipelines = {
         'ddpm': D.DDPMPipeline(net(D.UNet2DModel, *attention, **rgb), cosine),
         'upscaler': D.DDPMPipeline(net(D.UNet2DModel, *attention, **wide), cosine),
@@ -1117,6 +1124,8 @@ def pipeline_models(tmp_path_factory):
         'sd': D.StableDiffusionPipeline(kl, encoder, tokenizer, conditional, *rest),
         'lcm': D.StableDiffusionPipeline(kl, encoder, tokenizer, consistent, *rest),
         'sd3': D.StableDiffusion3Pipeline(sd3, flow, shifted, *two, t5, tokenizer),
+        'sdxl': D.StableDiffusionXLPipeline(kl, encoder, two[0], tokenizer, tokenizer, large, eps),
+        'shifted': D.StableDiffusion3Pipeline(sd3, shifted_flow, shifted, *two, t5, tokenizer),
         'tiny_vae': D.AutoencoderTiny(
             encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
             num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))}
@@ -1150,11 +1159,12 @@ def assert_same_images(theirs, ours):
     assert (theirs - ((ours + 1) / 2).clamp(0, 1)).abs().max() < 1e-4 and ours.std() > 0
 
 
-@pytest.mark.parametrize('name', TEACHERS)
+@pytest.mark.parametrize('name', SAMPLED)
 def test_pipelines_sample_what_diffusers_samples(name, pipelines):
     from diffusers import DDIMPipeline, DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained(name)
-    if name != 'sd3':
+    flow = name in ('sd3', 'shifted')
+    if not flow:
         pipe.scheduler.register_to_config(steps_offset=0, set_alpha_to_one=True)
     net, diffusion = M.load_denoiser(name)
     noise = torch.randn(1, net.in_channels, net.image_size, net.image_size)
@@ -1164,10 +1174,10 @@ def test_pipelines_sample_what_diffusers_samples(name, pipelines):
         call = dict(use_clipped_model_output=True)
     elif name == 'dit':
         y, call = torch.tensor([7]), dict(class_labels=[7], guidance_scale=3.)
-    elif name in ('sd', 'sd3'):
+    elif name != 'ldm':
         net.set_prompts(['a dog', 'a cat'])
         y, call = torch.tensor([1]), dict(prompt=['a cat'], guidance_scale=3., latents=noise)
-    if name == 'sd3':
+    if flow:
         call['sigmas'] = [(t + 1) / 1000 for t in M.sampling_steps(1000, 5, 'leading')]
     ours = M.sample(net, diffusion, noise, 5, 'ddim', y, 3., spacing='leading')
     assert_same_images(sampled(pipe, noise, 5, **call), M.decode(net, ours))
@@ -1245,6 +1255,42 @@ def test_few_step_flows_in_diffusers(pipelines):
     theirs = sampled(DiffusionPipeline.from_pretrained('p'), noise, 2, **call)
     ours = M.sample(net, diffusion, noise, 2, 'ddim', torch.tensor([0]))
     assert_same_images(theirs, M.decode(net, ours))
+
+
+# ==== students that begin as their teacher ====
+@pytest.mark.parametrize('name', ['sd', 'sdxl', 'shifted'])
+def test_loras_in_diffusers(name, pipelines):
+    """A LoRA's file and its checkpoint hold adapters only; diffusers loads what export.py writes,
+    and samples the same images as we do. A resumed run is the same run."""
+    import diffusers as D
+    pytest.importorskip('peft')
+    args = (f'{FEW} --teacher={name} --prompts=names.txt --guidance=2.0 --student=teacher '
+            '--lora_rank=4 --lr=3e-2 --ema=0.5 --batch_size=4 --max_steps=4')
+    run(f'{args} --out_dir=o')
+    run(f'{args} --max_steps=2 --out_dir=r')
+    run(f'{args} --init_from=resume --out_dir=r')
+    assert same_file('o/student.safetensors', 'r/student.safetensors')
+    saved, _ = M.read_weights('o/ckpt.pt')
+    for state in (saved['net'], saved['ema'], M.read_weights('o/student.safetensors')[0]):
+        assert state and all('lora_' in key for key in state)
+    out = run('export.py --model=o/student.safetensors --out_dir=p')
+    assert "load_lora_weights('p')" in Path('p/README.md').read_text()
+    net, diffusion = M.load_denoiser('o/student.safetensors')
+    net.set_prompts(['a cat'])
+    noise, y = torch.randn(1, 4, 8, 8), torch.tensor([0])
+    ours = M.sample(net, diffusion, noise, 2, 'ddim', y)
+    call = dict(prompt=['a cat'], guidance_scale=1., latents=noise)
+    if name == 'shifted':
+        call['sigmas'] = ast.literal_eval(re.search(r'sigmas=(\[.*?\])', out)[1])
+    for path in ('p', 'o/student.safetensors'):
+        pipe = D.DiffusionPipeline.from_pretrained(name)
+        pipe.load_lora_weights(path)
+        kind = D.FlowMatchEulerDiscreteScheduler if name == 'shifted' else D.DDIMScheduler
+        pipe.scheduler = kind.from_pretrained('p', subfolder='scheduler')
+        assert_same_images(sampled(pipe, noise, 2, **call), M.decode(net, ours))
+    plain, _ = M.load_denoiser(name)
+    plain.set_prompts(['a cat'])
+    assert (M.sample(plain, diffusion, noise, 2, 'ddim', y) - ours).abs().max() > 1e-2
 
 
 # ==== synthesize.py ====
