@@ -40,7 +40,7 @@ def methods():
 
 
 def few_steps():
-    with open('out/few_steps/metrics.jsonl') as f:
+    with open('out/samplers/metrics.jsonl') as f:
         rows = [json.loads(line) for line in f]
     rows.sort(key=lambda row: row['steps'])
     for model, style in ('student', 'o-'), ('mnist_classes', 's--'):
