@@ -12,7 +12,7 @@ Part 2, the plumbing:
     the door     adapter, load_from_file: Python files bring what comes from elsewhere
     loaders      load_denoiser, load_classifier, load_vae, load_images
     measuring    features, read_statistics, frechet_distance, save_grid
-    training     optimizer_step, update_ema, Meter, compile_blocks, Graphed
+    training     optimizer_step, update_ema, Meter, compile_blocks, Graphed, graph_network
     denoisers    load_teacher, make_teacher, build_student, save_samples
     running      init_distributed, pick_dtype, all_reduce_max, StopFlag, finish
     checkpoints  save_checkpoint, resume, set_aside, restore, Log
@@ -816,6 +816,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from datetime import timedelta
 
@@ -1316,12 +1317,14 @@ def learning_rate_factor(step, max_steps, warmup=0, decay=True):
 
 
 def set_learning_rate(opt, value):
-    """Sets the learning rate of all groups, in place where a CUDA graph reads it."""
+    """Sets the learning rate of all groups, for a CUDA graph on the device."""
     for group in opt.param_groups:
-        if torch.is_tensor(group['lr']):
+        if not group.get('capturable'):
+            group['lr'] = value
+        elif torch.is_tensor(group['lr']):
             group['lr'].fill_(value)
         else:
-            group['lr'] = value
+            group['lr'] = torch.full((), value, device=group['params'][0].device)
 
 
 @torch.no_grad()
@@ -1395,7 +1398,7 @@ BLOCKS = (ResBlock, AttentionBlock, DiTBlock)
 def compile_blocks(net):
     """torch.compile for each kind of block of a network, which takes seconds where the whole
     network takes minutes; a network without such blocks is compiled as a whole."""
-    torch._dynamo.config.cache_size_limit = 64  # blocks of one class differ in their shapes
+    torch._dynamo.config.cache_size_limit = 256  # all blocks share one list
     blocks = [m for m in net.modules() if isinstance(m, BLOCKS)]
     if getattr(getattr(net, 'net', None), '_repeated_blocks', None):  # of diffusers
         net.net.compile_repeated_blocks(dynamic=False)
@@ -1406,51 +1409,101 @@ def compile_blocks(net):
 
 
 class Graphed:
-    """f(*tensors) -> a dict of tensors or a tensor, as one CUDA graph: the host starts a whole step
+    """f(*tensors) -> a tensor or a dict of tensors, as one CUDA graph: the host starts a whole step
     with one call instead of thousands.
 
-    The first calls run as they are, on a stream of their own (lazy set-up must not be captured);
-    the next one is captured, and from then on the graph is replayed. f must read and write the same
-    memory in every call, and must not wait for the device. If it cannot be captured, one line says
-    why and the calls go on as they are. Results are overwritten by the next call.
+    Three calls run as they are, on a stream of their own (lazy set-up must not be captured); the
+    next one is captured, and from then on the graph is replayed. f must read and write the same
+    memory in every call, and keep numbers that change in tensors. If it waits for the device or
+    cannot be captured, one line says why, and the calls go on as they are, after `clear()` of what
+    half a call may have left (gradients). Results are overwritten by the next call.
     """
 
-    def __init__(self, f, device, enabled=True, warmup=3):
+    def __init__(self, f, device, enabled=True, clear=lambda: None):
         self.f = f
+        self.clear = clear
         self.enabled = enabled and device.type == 'cuda'
-        self.warmup = warmup
+        self.calls = 0
         self.graph = None
+        if self.enabled:
+            try:
+                self.stream = torch.cuda.Stream()
+            except RuntimeError as e:
+                self.give_up(e)
 
     def __call__(self, *tensors):
+        self.calls += 1
+        if self.enabled and self.calls <= 3:
+            return self.warm_up(tensors)
+        if self.enabled and self.graph is None:
+            self.capture(tensors)
         if not self.enabled:
             return self.f(*tensors)
-        if self.graph is None and self.warmup:
-            self.warmup -= 1
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = self.f(*tensors)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if self.graph is None:
-            try:
-                self.capture(tensors)
-            except RuntimeError as e:
-                print(f'not run as a CUDA graph: {str(e).splitlines()[0]}')
-                torch.cuda.synchronize()
-                self.enabled = False
-                self.graph = None
-                return self.f(*tensors)
         for mine, given in zip(self.inputs, tensors):
             mine.copy_(given)
         self.graph.replay()
         return self.result
 
+    def warm_up(self, tensors):
+        main = torch.cuda.current_stream()
+        last = self.calls == 3  # in the first two, compilers and lazy set-up may wait
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream), warnings.catch_warnings(record=last) as caught:
+            if last:
+                warnings.simplefilter('always')
+            torch.cuda.set_sync_debug_mode(int(last))  # warns where the host waits
+            result = self.f(*tensors)
+            torch.cuda.set_sync_debug_mode(0)
+        main.wait_stream(self.stream)
+        waits = [w for w in caught or () if 'called a synchronizing' in str(w.message)]
+        if waits:
+            self.give_up(f'{waits[0].filename}:{waits[0].lineno} waits for the device')
+        return result
+
     def capture(self, tensors):
-        self.inputs = [t.clone() for t in tensors]
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self.f(*self.inputs)
+        main = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(False):
+            self.inputs = [t.clone() for t in tensors]
+        try:
+            with torch.cuda.graph(graph):
+                self.result = self.f(*self.inputs)
+            self.graph = graph
+        except RuntimeError as e:  # it may leave the stream and the generator in the capture
+            torch.cuda.set_stream(main)
+            graph.reset()
+            generator = torch.cuda.default_generators[main.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            self.broken = graph  # older versions of torch keep a pointer to it
+            self.give_up(e.__context__ or e)
+
+    def give_up(self, why):
+        print(f'not run as a CUDA graph: {str(why).splitlines()[0]}')
+        self.enabled = False
+        self.clear()
+
+
+def graph_network(net, device):
+    """Lets calls of a network without gradients replay a CUDA graph, once their inputs have had the
+    same size four times in a row: for sampling in many batches, on one GPU. Returns the network."""
+    plain = net.forward
+    graphed = None
+
+    def forward(x_t, t, y=None):
+        nonlocal graphed
+        tensors = (x_t, t) if y is None else (x_t, t, y)
+        if torch.is_grad_enabled() or len(x_t) == 1:  # FLOPs are counted with one image
+            return plain(*tensors)
+        size = [v.shape for v in tensors]
+        settled = graphed and (graphed.graph or not graphed.enabled)
+        if not settled and (graphed is None or graphed.size != size):
+            graphed = Graphed(plain, device)
+            graphed.size = size
+        return graphed(*tensors).clone() if graphed.size == size else plain(*tensors)
+
+    if device.type == 'cuda' and not dist.is_initialized():
+        net.forward = forward
+    return net
 
 
 # ==== Teachers and students of dkdm.py and few_steps.py
@@ -1962,7 +2015,10 @@ def set_aside(out_dir, rank):
 def restore(checkpoint, opt):
     """Restores the optimiser and this rank's random generators; called right before the loop."""
     shared, own = checkpoint
+    hyper = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
     opt.load_state_dict(shared['opt'])
+    for group, ours in zip(opt.param_groups, hyper):
+        group.update(ours)  # for this device, not for that of the checkpoint
     torch.set_rng_state(own['random'])
     if torch.cuda.is_initialized() and 'random_cuda' in own:
         torch.cuda.set_rng_state(own['random_cuda'])
