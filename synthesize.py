@@ -52,8 +52,10 @@ edit = 'x0'                  # 'paper' is Eq. (10): z_t moves by eta grad_{z_t} 
                              # by eta b_t^2 times grad_{x_0} of its own loss: the step shrinks with
                              # the noise, and the denoiser needs no gradient. 'x_t': the same with
                              # grad_{x_t}, through the denoiser
-eta = 3.0                    # step size; 0 is unguided. 'paper' takes the gradient of the batch
-                             # mean: eta = 100 suits 100 digits at once
+eta = 3.0                    # step size for the loss of one walk, whatever the batch_size; 0 is
+                             # unguided. With 'paper', 1 is the step of the authors
+reevaluate = False           # the denoiser is evaluated again after the edit and after an
+                             # augmentation, as in the authors' code
 bn_loss = 'l2'               # 'l2' (distance of means and of variances), 'kl' (of the Gaussians, as
                              # Eq. (6) names it)
 lca = 'cutmix'               # augmentation, Eq. (11): 'cutmix', 'mixup', 'traditional' (flips and
@@ -136,6 +138,7 @@ NAMES = {
 #       x_0 from out and x_t                                                                 Eq. (4)
 #       L = alpha L_bn + beta L_cls + gamma L_adv of teacher(decode(x_0)), y            Eqs. (6)-(9)
 #       x_0 and x_t <- one step down the gradient of L                                      Eq. (10)
+#       with reevaluate=True: out and x_0 again, from the new x_t
 #       every lca_every steps: boxes of x_t are exchanged between the walks                 Eq. (11)
 #       x_t <- x_{t-1}, by the prior's denoising step        Eq. (2); with sampler='renoise' Eq. (5)
 #   the last x_0s, decoded, and y are training images of the teacher's student
@@ -213,18 +216,21 @@ def vae_inversion_loss(vae, x, weights):
 def move(x_t, x0, out, grad, t, diffusion, edit, eta):
     """Moves (x_t, x_0, out) down the gradient of the loss; the new `out` implies the new x_0.
 
-    edit = 'paper' is Eq. (10): x_t <- x_t - eta grad, the gradient with respect to x_t. The network
-    is not evaluated again: Eq. (4) gives x_0 from the new x_t and the old eps. 'x0' and 'x_t' are
-    ours: as in classifier guidance, the step shrinks with the noise, so that the prior can repair
-    artifacts. x_0 moves by `step` and x_t by a_t times `step`, which leaves eps unchanged.
+    grad: of the loss, which is a mean over the batch. `eta` is a step down the loss of one walk, so
+    the gradient is multiplied by the batch size. edit = 'paper' is Eq. (10): x_t <- x_t - eta grad,
+    the gradient with respect to x_t. Eq. (4) gives x_0 from the new x_t and the old eps. 'x0' and
+    'x_t' are ours: as in classifier guidance, the step shrinks with the noise, so that the prior
+    can repair artifacts. x_0 moves by `step` and x_t by a_t times `step`, which leaves eps
+    unchanged.
     """
     a_t, b_t = (v.to(x_t) for v in diffusion.ab(t, x_t))
     C = x_t.shape[1]
+    step = eta * len(x_t) * grad
     if edit == 'paper':
-        x0 = diffusion.predict_x0(out, x_t, t, clip=False) - eta / a_t * grad
-        x_t = x_t - eta * grad
+        x0 = diffusion.predict_x0(out, x_t, t, clip=False) - step / a_t
+        x_t = x_t - step
     else:
-        step = eta * b_t**2 * len(x_t) * grad  # len: the loss is a mean over the batch
+        step = b_t**2 * step
         x0 = x0.detach() - step
         x_t = x_t - a_t * step
     if diffusion.clip:
@@ -300,8 +306,8 @@ def as_kept(images, channels, image_size):
 
 def synthesize(
     prior, diffusion, images_of, loss_of, draws, y, cond, times, kept_times,
-    autocast=contextlib.nullcontext(), guiding=True, edit='x0', eta=3.0, lca='cutmix', lca_every=8,
-    sampler='ddpm', ddim_eta=0.0, grad_batch=100
+    autocast=contextlib.nullcontext(), guiding=True, edit='x0', eta=3.0, reevaluate=False,
+    lca='cutmix', lca_every=8, sampler='ddpm', ddim_eta=0.0, grad_batch=100
 ):
     """One batch of walks from noise: (kept images in [-1, 1], a list of (B, C, H, W); losses, a
     list of (t, terms)).
@@ -312,14 +318,21 @@ def synthesize(
     image; at kept_times the predicted x_0 is kept. The rest are settings.
     """
     x_t, noise, partners, numbers = draws
+
+    def predict(x_t, t):
+        with torch.no_grad(), autocast:
+            return prior(x_t, t, *cond)  # Eq. (3)
+
     kept, rows = [], []
     wants_grad = guiding and edit != 'x0'  # through the denoiser
     for i, (t, s) in enumerate(zip(times, [*times[1:], -1])):
         tt = torch.full((len(x_t),), t, device=x_t.device)
-        x_t.requires_grad_(wants_grad)
-        with torch.set_grad_enabled(wants_grad), autocast:
-            # Eq. (3)
-            out = in_slices(prior, grad_batch if wants_grad else len(x_t), x_t, tt, *cond)
+        if wants_grad:
+            x_t.requires_grad_()
+            with autocast:
+                out = in_slices(prior, grad_batch, x_t, tt, *cond)  # Eq. (3)
+        else:
+            out = predict(x_t, tt)
         x0 = diffusion.predict_x0(out, x_t, t)  # Eq. (4)
 
         if guiding:
@@ -331,6 +344,9 @@ def synthesize(
             (grad,) = torch.autograd.grad(loss, point)
             # with edit='paper' Eq. (10)
             x_t, x0, out = move(x_t.detach(), x0, out.detach(), grad, t, diffusion, edit, eta)
+            if reevaluate:
+                out = predict(x_t, tt)
+                x0 = diffusion.predict_x0(out, x_t, t)
 
         if t in kept_times:
             with torch.no_grad():
@@ -343,6 +359,8 @@ def synthesize(
         # the prior needs lca_every more steps to repair the seams
         if lca != 'none' and (i + 1) % lca_every == 0 and last - i >= lca_every:
             x_t, out = augment(x_t, out, partners[i], numbers[i], lca)  # Eq. (11)
+            if reevaluate:
+                out = predict(x_t, tt)
         # with sampler='ddpm' Eq. (2), with 'renoise' Eq. (5)
         x_t = prior_step(x_t, out, t, s, noise[i], diffusion, sampler, ddim_eta)
     return kept, rows
@@ -513,8 +531,8 @@ if __name__ == '__main__':
         guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
         kept, rows = synthesize(
             denoise, diffusion, images_of, loss_of, draws, y.to(dev),
-            [c.to(dev) for c in cond], times, kept_times, autocast, guiding, edit, eta, lca,
-            lca_every, sampler, ddim_eta, grad_batch
+            [c.to(dev) for c in cond], times, kept_times, autocast, guiding, edit, eta, reevaluate,
+            lca, lca_every, sampler, ddim_eta, grad_batch
         )
         return kept, y, rows
 

@@ -1337,8 +1337,10 @@ def test_synthesis_restarts_and_ranks_share(tiny):
         assert torch.equal(one, two)
 
 
-def test_the_step_of_the_paper(tiny):
-    """Eqs. (4)-(10) by hand: every loss that the script logs over three steps, and its images."""
+@pytest.mark.parametrize('again', [False, True])
+def test_the_step_of_the_paper(tiny, again):
+    """Eqs. (4)-(10) by hand: every loss that the script logs over three steps, and its images. With
+    `reevaluate`, x_0 is that of the edited z."""
     torch.manual_seed(0)
     net = M.UNet(16, 1, 1, 16, 1, (1, 2), (4,), num_head_channels=16).eval()
     torch.nn.init.normal_(net.out[2].weight, std=0.02)
@@ -1346,8 +1348,8 @@ def test_the_step_of_the_paper(tiny):
     M.save_model(net, 'prior.safetensors', process)
     student = M.classifier('resnet8', 4, image_size=16, in_channels=1, width=4)
     M.save_model(student, 'student.safetensors')
-    run(f'{SYNTH} --prior=prior.safetensors --student=student.safetensors --edit=paper --eta=4.0 '
-        '--alpha=0.1 --beta=1.0 --gamma=0.5 --tau=2.0 --sampler=renoise --lca=none --steps=3 '
+    run(f'{SYNTH} --prior=prior.safetensors --student=student.safetensors --edit=paper --eta=0.5 '
+        f'--reevaluate={again} --alpha=0.1 --beta=1.0 --gamma=0.5 --tau=2.0 --sampler=renoise --lca=none --steps=3 '
         '--keep=3 --grad_batch=3 --num_images=24 --dtype=float32 --out_dir=o')
     images, labels = M.load_images('o')
     f_T = M.load_classifier('classifier.safetensors')
@@ -1378,7 +1380,10 @@ def test_the_step_of_the_paper(tiny):
         L = 0.1 * L_bn + L_cls + 0.5 * L_adv  # Eq. (9)
         for name, value in (('bn', L_bn), ('cls', L_cls), ('adv', L_adv), ('loss', L)):
             assert log('o')[name][i] == pytest.approx(value.item(), rel=2e-4, abs=1e-6), (name, i)
-        z = z - 4.0 * torch.autograd.grad(L, z)[0]  # Eq. (10)
+        z = z - 0.5 * torch.autograd.grad(8 * L, z)[0]  # Eq. (10), of the sum over 8 walks
+        if again:
+            with torch.no_grad():
+                eps = net(z, torch.full((8,), t))
         x0 = (z - b * eps) / a
         kept = images[8 * i:8 * i + 8].int()
         assert (kept - M.to_uint8(x0).int()).abs().max() <= 1
