@@ -269,9 +269,7 @@ if __name__ == '__main__':
     if images is not None and images.device != dev:  # drawn by the host
         graph_on = False
     opt = torch.optim.Adam(
-        [p for p in net.parameters() if p.requires_grad],
-        torch.tensor(lr, device=dev) if graph_on else lr, weight_decay=weight_decay, fused=True,
-        capturable=graph_on
+        [p for p in net.parameters() if p.requires_grad], lr, weight_decay=weight_decay, fused=True
     )
     torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
 
@@ -308,6 +306,7 @@ if __name__ == '__main__':
         if not distilling:
             terms['kl'] = terms['kl'] * kl_weight
         sum(terms.values()).backward()
+        terms = {name: value.detach() for name, value in terms.items()}
         return terms | {'grad_norm': M.optimizer_step(net, opt, grad_clip)}
 
     # ---- results on disk ----
@@ -366,7 +365,7 @@ if __name__ == '__main__':
                 print(f'{role}: {type(n).__name__}, {size / 1e6:.3f} M parameters')
         print(f'{method}, {max_steps:,} steps of {batch_size} images on {world} x {dev.type}')
         log = M.Log(os.path.join(out_dir, 'log.csv'), step)
-    run_step = M.Graphed(one_step, dev, graph_on)
+    run_step = M.Graphed(one_step, dev, graph_on, opt)
     stop = M.StopFlag()
     net.train()
     begin = time.time()

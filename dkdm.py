@@ -390,9 +390,8 @@ if __name__ == '__main__':
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     graph_on = graph and dev.type == 'cuda' and world == 1 and method != 'iterative'
     opt = torch.optim.AdamW(
-        [p for p in net.parameters() if p.requires_grad],
-        torch.tensor(lr, device=dev) if graph_on else lr, (0.9, adamw['beta2']),
-        weight_decay=adamw['weight_decay'], fused=True, capturable=graph_on
+        [p for p in net.parameters() if p.requires_grad], lr, (0.9, adamw['beta2']),
+        weight_decay=adamw['weight_decay'], fused=True
     )
     if compile:
         M.compile_blocks(net)
@@ -530,7 +529,7 @@ if __name__ == '__main__':
         log = M.Log(os.path.join(out_dir, 'log.csv'), step)
         if wandb:
             wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
-    run_step = M.Graphed(one_step, dev, graph_on)
+    run_step = M.Graphed(one_step, dev, graph_on, opt)
     stop = M.StopFlag()  # a signal while the pool is filled ends the run at once
     net.train()
     first, leaving = step, 0

@@ -335,6 +335,8 @@ class Samples:
 
     def __init__(self, net, diffusion, n, batch_size, seed, device, autocast, guidance=1.0, **how):
         self.net, self.diffusion = net, diffusion
+        if diffusion is not None:
+            M.graph_network(net, device)
         self.n = n
         self.batch_size = batch_size
         self.seed = seed

@@ -265,8 +265,7 @@ if __name__ == '__main__':
     graph_on = graph and dev.type == 'cuda' and world == 1
     opt = torch.optim.AdamW(
         [p for p in net.parameters() if p.requires_grad],
-        torch.tensor(lr, device=dev) if graph_on else lr, (0.9, adamw['beta2']),
-        weight_decay=adamw['weight_decay'], fused=True, capturable=graph_on
+        lr, (0.9, adamw['beta2']), weight_decay=adamw['weight_decay'], fused=True
     sizes = {'lora_rank': lora_rank} | student_config
     # the student predicts what the teacher predicts
     same = student_prediction == 'teacher' or sizes['lora_rank']
@@ -363,7 +362,7 @@ if __name__ == '__main__':
         log = M.Log(os.path.join(out_dir, 'log.csv'), step)
         if wandb:
             wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
-    run_step = M.Graphed(one_step, dev, graph_on)
+    run_step = M.Graphed(one_step, dev, graph_on, opt)
     stop = M.StopFlag()  # a signal while the teacher walks ends the run at once
     net.train()
     first, leaving = step, 0

@@ -1414,17 +1414,19 @@ class Graphed:
 
     Three calls run as they are, on a stream of their own (lazy set-up must not be captured); the
     next one is captured, and from then on the graph is replayed. f must read and write the same
-    memory in every call, and keep numbers that change in tensors. If it waits for the device or
-    cannot be captured, one line says why, and the calls go on as they are, after `clear()` of what
-    half a call may have left (gradients). Results are overwritten by the next call.
+    memory in every call, and keep numbers that change in tensors; so does its optimiser `opt`, with
+    the learning rate (`set_learning_rate`). If f waits for the device or cannot be captured, one
+    line says why and the calls go on as they are. Results are overwritten by the next call.
     """
 
-    def __init__(self, f, device, enabled=True, clear=lambda: None):
+    def __init__(self, f, device, enabled=True, opt=None):
         self.f = f
-        self.clear = clear
         self.enabled = enabled and device.type == 'cuda'
         self.calls = 0
         self.graph = None
+        self.opt = opt
+        for group in opt.param_groups if opt else ():
+            group['capturable'] = self.enabled
         if self.enabled:
             try:
                 self.stream = torch.cuda.Stream()
@@ -1480,7 +1482,10 @@ class Graphed:
     def give_up(self, why):
         print(f'not run as a CUDA graph: {str(why).splitlines()[0]}')
         self.enabled = False
-        self.clear()
+        if self.opt:
+            self.opt.zero_grad(set_to_none=True)  # they are not valid after half a capture
+            for group in self.opt.param_groups:
+                group['capturable'] = False
 
 
 def graph_network(net, device):

@@ -464,6 +464,7 @@ if __name__ == '__main__':
     if prior != 'none':
         net, diffusion = M.load_denoiser(prior, compute_dtype, **prior_config)
         net = net.to(dev, memory_format=M.memory_format(dev))
+        net = M.graph_network(net, dev)
         text = getattr(net, 'condition', '') == 'text'
         times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
         if edit == 'paper' and eta and diffusion.config['schedule'] == 'flow':
