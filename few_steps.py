@@ -34,6 +34,8 @@ student_prediction = 'x0'    # 'x0', 'v', 'flow', or 'teacher': the same as the 
 jumps = 1                    # evaluations of the student per image
 walks = 2048                 # finished walks of the teacher, over all ranks
 walk_steps = 16              # teacher evaluations per walk, a multiple of jumps
+walk_sampler = 'ddim'        # 'ddim', or 'dpm++', which needs half as many of them
+unguided_steps = 0           # so many last steps of a walk without guidance, which overshoots there
 loss = 'l1'                  # 'l1' (absolute error, clearer images) or 'l2' (squared error)
 refine = False               # every evaluation aims at the end of the walk, and starts where the
                              # student's own earlier ones arrive
@@ -64,7 +66,7 @@ compile = False              # torch.compile of each kind of block, for GPUs
 graph = True                 # on one GPU: the whole step as one CUDA graph
 wandb = ''                   # a Weights & Biases project, '' for none
 _ranges = {                  # allowed values of string settings
-    'loss': ('l1', 'l2'),
+    'loss': ('l1', 'l2'), 'walk_sampler': ('ddim', 'dpm++'),
     'student_prediction': ('x0', 'v', 'flow', 'teacher'),
     'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
@@ -82,7 +84,7 @@ import models as M
 
 
 # ==== the method ====
-#   walks <- deterministic (DDIM) walks of the teacher; jumps + 1 states of each are kept
+#   walks <- deterministic walks of the teacher (DDIM); jumps + 1 states of each are kept
 #   repeat:
 #       x_t, x_s <- neighbouring states of randomly drawn walks
 #       x_0* = the x_0 whose DDIM step from x_t to s lands on x_s                          jump_x0
@@ -111,28 +113,37 @@ class Walks:
         self.y = None if draw_labels(0) is None else torch.full((size,), -1, device=device)
 
     @torch.no_grad()
-    def fill(self, teacher, progress=True):
-        """The teacher walks from noise to image, a batch at a time. Returns the number of teacher
-        evaluations."""
+    def fill(self, teachers, sampler='ddim', progress=True):
+        """Walks from noise to image, a batch at a time; teachers[k](x_t, t, y) is asked at step k.
+        Returns the number of teacher evaluations."""
         device = self.x.device
         size = self.x.shape[1]
-        steps = len(self.all_times) - 1
-        bar = tqdm(total=size * steps, desc='the teacher walks', disable=not progress, leave=False)
+        steps = list(zip(teachers, self.all_times, self.all_times[1:]))
+        bar = tqdm(
+            total=size * len(steps), desc='the teacher walks', disable=not progress, leave=False
+        )
         for i in range(0, size, self.batch_size):
             place = slice(i, i + self.batch_size)
             x_t = torch.randn(self.batch_size, *self.x.shape[2:], device=device)
             y = self.draw_labels(self.batch_size)
             self.x[0, place] = x_t
-            for k, (t, s) in enumerate(zip(self.all_times, self.all_times[1:]), 1):
+            before = None  # DPM-Solver++ needs the step before
+            for k, (teacher, t, s) in enumerate(steps, 1):
                 tt = torch.full((self.batch_size,), t, device=device)
-                x_t = self.diffusion.ddim_step(teacher(x_t, tt, y), x_t, tt, s)
+                out = teacher(x_t, tt, y)
+                if sampler == 'ddim':
+                    x_t = self.diffusion.ddim_step(out, x_t, tt, s)
+                else:
+                    x0 = self.diffusion.predict_x0(out, x_t, tt)
+                    x_t = M.dpm_step(self.diffusion, x_t, t, s, x0, before)
+                    before = t, x0
                 if k % self.every == 0:
                     self.x[k // self.every, place] = x_t
                 bar.update(self.batch_size)
             if y is not None:
                 self.y[place] = y
         bar.close()
-        return size * steps
+        return size * len(steps)
 
     def draw(self, n):
         """n random jumps of random walks: (x_t, t, x_s, s, y)."""
@@ -223,6 +234,10 @@ if __name__ == '__main__':
     M.check(max_steps > 0, f'max_steps={max_steps} must be above 0')
     M.check(batch_size > 0 and grad_accum > 0, 'batch_size and grad_accum must be above 0')
     M.check(walks > 0, f'walks={walks} must be above 0')
+    M.check(
+        0 <= unguided_steps <= walk_steps,
+        f'unguided_steps={unguided_steps} must be from 0 to walk_steps={walk_steps}'
+    )
     M.check(0 <= ema < 1, f'ema={ema} must be from 0 to below 1')
     M.check(0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob} must be from 0 to 1')
     dev, autocast, rank, world = M.init_distributed(device, dtype, seed)
@@ -240,6 +255,10 @@ if __name__ == '__main__':
     net_T, diffusion_T, guidance_T = M.load_teacher(
         teacher, teacher_config, guidance, prompts, dev, compute_dtype
     )
+    M.check(
+        uncond_prob == 0 or not getattr(net_T, 'no_null', False),
+        f'uncond_prob={uncond_prob}: {teacher} has no null class to learn from'
+    )
     config['teacher_digest'] = net_T.digest
     guided = guidance_T != 1 or getattr(net_T, 'guided', False)
     if compile:
@@ -249,6 +268,10 @@ if __name__ == '__main__':
     C, H = net_T.in_channels, net_T.image_size
 
     # ---- student ----
+    sizes = {'lora_rank': lora_rank} | student_config
+    # the student predicts what the teacher predicts
+    same = student_prediction == 'teacher' or sizes['lora_rank']
+    noise_only = diffusion_T.a[diffusion_T.T - 1] < 0.05  # at the start of a walk
     M.check(
         not (same and noise_only and diffusion_T.prediction == 'eps'),
         f'{teacher} predicts eps, which at the start of a walk, pure noise, does not determine '
@@ -264,19 +287,16 @@ if __name__ == '__main__':
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
     graph_on = graph and dev.type == 'cuda' and world == 1
     opt = torch.optim.AdamW(
-        [p for p in net.parameters() if p.requires_grad],
-        lr, (0.9, adamw['beta2']), weight_decay=adamw['weight_decay'], fused=True
-    sizes = {'lora_rank': lora_rank} | student_config
-    # the student predicts what the teacher predicts
-    same = student_prediction == 'teacher' or sizes['lora_rank']
-    noise_only = diffusion_T.a[diffusion_T.T - 1] < 0.05  # at the start of a walk
+        [p for p in net.parameters() if p.requires_grad], lr, (0.9, adamw['beta2']),
+        weight_decay=adamw['weight_decay'], fused=True
     )
     if compile:
         M.compile_blocks(net)
     model = net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
-            net, gradient_as_bucket_view=True, broadcast_buffers=False
+            net, gradient_as_bucket_view=True, broadcast_buffers=False,
+            find_unused_parameters=student not in M.DENOISERS
         )
     torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
     begin = time.time()
@@ -311,6 +331,7 @@ if __name__ == '__main__':
 
     # ---- results on disk ----
     about = {'guided': guided, 'prompts': prompts}
+    about['no_null'] = bool(net_T.num_classes) and uncond_prob == 0
     if getattr(net_T, 'vae', None):
         about['vae'] = net_T.source  # the teacher's pipeline
     of_diffusers = getattr(net, 'dtype_as_loaded', False)
@@ -349,7 +370,10 @@ if __name__ == '__main__':
         source.load(own['walks'])
     else:
         M.set_aside(out_dir, rank)
-        evaluations = source.fill(M.make_teacher(net_T, guidance_T, autocast), rank == 0)
+        guided_T = M.make_teacher(net_T, guidance_T, autocast)
+        unguided_T = M.make_teacher(net_T, 1.0, autocast)
+        teachers = [guided_T] * (walk_steps - unguided_steps) + [unguided_T] * unguided_steps
+        evaluations = source.fill(teachers, walk_sampler, rank == 0)
         save_checkpoint()  # so that the walks are not lost
     if rank == 0:
         print(f'student {student}: {M.size_of(net)}, predicts {diffusion.prediction}')
