@@ -32,6 +32,13 @@ def assume(spec, assumed, known, doubt=''):
         )
 
 
+def tensors_of(spec):
+    """The dict that a file of weights holds. Raises UserError for anything else."""
+    state, _ = M.read_weights(spec)
+    M.check(isinstance(state, dict), f'{spec} holds a {type(state).__name__}, not named tensors')
+    return state
+
+
 def count_blocks(state, prefix):
     """How many blocks `prefix`0, `prefix`1, ... there are among the names of a state dict."""
     numbers = [int(k.split('.')[1]) for k in state if k.startswith(prefix)]
@@ -117,7 +124,7 @@ def load_denoiser(spec, **known):
     named as those of a DiT; null_class, whether the last row of the table of labels is the null
     condition. Raises UserError.
     """
-    state, _ = M.read_weights(spec)
+    state = tensors_of(spec)
     inner = state.get('state_dict', state)
     betas = inner.get('betas')
     names = [k.removeprefix('model.') for k in inner if k.startswith('model.diffusion_model.')]
@@ -145,9 +152,9 @@ def load_denoiser(spec, **known):
         ) from e
     said = dict(known)
     if kind is not M.UNet:
-        of_dit = said.pop('kind', '') == 'dit'
+        stated = said.pop('kind', '')
         M.check(
-            kind is SiT or of_dit or 'flow' not in said.values(),
+            stated in ('dit', 'sit') or stated == '' and 'flow' not in said.values(),
             f"{spec}: a SiT is kind='sit', without more, as its time runs from noise to image; a "
             "flow with time from image to noise is kind='dit', schedule='flow', prediction='flow'"
         )
@@ -334,45 +341,20 @@ def load_classifier(spec, **known):
     """
     if spec.startswith('torchvision:'):
         return load_torchvision(spec, **known)
-    state, _ = M.read_weights(spec)
-    state = unwrap(state, spec)
-    blocks = sum(k.endswith('.conv1.weight') for k in state)
-    first, head = 'conv1', 'fc' if 'fc.bias' in state else 'linear'
-    read = {}
-    assumed = dict(image_size=32) | CIFAR10
-    if 'block1.layer.0.conv1.weight' in state:
-        name = f"wrn{2 * blocks + 4}_{state['fc.weight'].shape[1] // 64}"
-    elif 'block4.0.weight' in state:
-        name = f'vgg{sum(v.dim() == 4 for v in state.values()) + 3}'
-        first, head = 'block0.0', 'classifier'
-    elif 'layer4.0.conv1.weight' in state:
-        depth = {8: 18, 16: 50 if 'layer1.0.conv3.weight' in state else 34}.get(blocks)
-        if state['conv1.weight'].shape[2] == 7:
-            name = f'torchvision:resnet{depth}'
-            assumed = dict(image_size=224) | IMAGENET
-        else:
-            name = f'resnet{depth}'
-            read['width'] = len(state['conv1.weight'])
-            assumed['max_pool'] = False
-    elif 'layer1.0.conv1.weight' in state:
-        name = f'resnet{2 * blocks + 2}'
-        read['width'] = len(state['conv1.weight'])
-        read['shortcut'] = 'conv' if 'layer2.0.downsample.0.weight' in state else 'pad'
-        assumed |= IMAGENET
-    else:
+    state = unwrap(tensors_of(spec), spec)
+    try:
+        name, found, assumed = read_classifier(state)
+    except KeyError as e:
         raise M.UserError(
-            f'{spec} is not a classifier of a known kind: it has no keys of a ResNet (layer1...), '
-            f'Wide ResNet (block1.layer...) or VGG (block0...), but {list(state)[:3]}; a Python '
-            'file with load() can be a teacher all the same'
-        )
-    read |= dict(
-        num_classes=len(state[f'{head}.bias']), in_channels=state[f'{first}.weight'].shape[1]
-    )
-    odd = known.keys() - assumed.keys() - read.keys()
+            f'{spec} is not a classifier of a known kind, a ResNet (layer1...), Wide ResNet '
+            f'(block1.layer...) or VGG (block0...): it lacks {e} and has {list(state)[:3]}; a '
+            'Python file with load() can be a teacher all the same'
+        ) from e
+    odd = known.keys() - assumed.keys() - found.keys()
     if odd:
         raise M.UserError(f'{spec}: a classifier has no {min(odd)!r}; it has ' + ', '.join(assumed))
     assume(spec, assumed, known)
-    net = M.classifier(name, **read | assumed | known)
+    net = M.classifier(name, **found | assumed | known)
     if name.startswith('torchvision:'):
         state = {f'net.{k}': v for k, v in state.items()}
     elif net.head_name == 'fc':
@@ -383,3 +365,36 @@ def load_classifier(spec, **known):
             for k, v in state.items()
         }
     return M.load_state(net, state, spec)
+
+
+def read_classifier(state):
+    """(name, arguments that the shapes give, assumed arguments) of a classifier. Raises KeyError
+    for a state dict of another kind."""
+    blocks = sum(k.endswith('.conv1.weight') for k in state)
+    first, head = 'conv1', 'fc' if 'fc.bias' in state else 'linear'
+    read = {}
+    assumed = dict(image_size=32) | CIFAR10
+    if 'block1.layer.0.conv1.weight' in state:
+        name = f"wrn{2 * blocks + 4}_{state['fc.weight'].shape[1] // 64}"
+    elif 'block4.0.weight' in state:
+        name = f'vgg{sum(v.dim() == 4 for v in state.values()) + 3}'
+        first, head = 'block0.0', 'classifier'
+    elif 'layer4.0.conv1.weight' in state:
+        depth = {(8, False): 18, (16, False): 34, (16, True): 50}[
+            blocks, 'layer1.0.conv3.weight' in state
+        ]
+        if state['conv1.weight'].shape[2] == 7:
+            name = f'torchvision:resnet{depth}'
+            assumed = dict(image_size=224) | IMAGENET
+        else:
+            name = f'resnet{depth}'
+            read['width'] = len(state['conv1.weight'])
+            assumed['max_pool'] = False
+    else:
+        name = f'resnet{2 * blocks + 2}'
+        read['width'] = len(state['layer1.0.conv1.weight'])
+        read['shortcut'] = 'conv' if 'layer2.0.downsample.0.weight' in state else 'pad'
+        assumed |= IMAGENET
+    read['num_classes'] = len(state[f'{head}.bias'])
+    read['in_channels'] = state[f'{first}.weight'].shape[1]
+    return name, read, assumed
