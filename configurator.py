@@ -121,6 +121,8 @@ if '--help' in sys.argv[1:] or '-h' in sys.argv[1:]:
     _help()
     sys.exit(0)
 for _arg in sys.argv[1:]:                      # the files first ...
+    if _arg.startswith('-') and '=' not in _arg or not _arg.startswith('--') and '=' in _arg:
+        _refuse(f'{_arg}: overrides look like --key=value')
     if not _arg.startswith('--'):
         if not os.path.isfile(_arg):
             _refuse(f'no config file {_arg!r}; overrides look like --key=value')
@@ -133,9 +135,7 @@ for _arg in sys.argv[1:]:                      # the files first ...
                 _assign(_key, _value, _arg)
 for _arg in sys.argv[1:]:                      # ... then the overrides
     if _arg.startswith('--'):
-        _key, _equals, _value = _arg[2:].partition('=')
-        if not _equals:
-            _refuse(f'{_arg}: overrides look like --key=value')
+        _key, _, _value = _arg[2:].partition('=')
         _key, _dot, _entry = _key.partition('.')
         if _dot and type(_defaults.get(_key)) is dict:
             _before = globals()[_key] if _key.endswith('_config') else {}

@@ -197,7 +197,7 @@ def build_classifier(spec, num_classes, in_channels, image_size, **kw):
     build() is called."""
     size = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     if spec.endswith('.py'):
-        return M.complete_classifier(M.build_from_file(spec, **size))
+        return M.adapter('classifiers').complete(M.build_from_file(spec, **size), spec)
     return M.classifier(spec, **size, **kw)
 
 
@@ -290,6 +290,10 @@ if __name__ == '__main__':
         images, labels = M.load_images(data, image_size=image_size, channels=channels)
         if labels is None and method == 'data':
             raise M.UserError(f"{data} has no labels ('arr_1', or a subfolder per class)")
+        M.check(
+            method != 'data' or labels.min() < labels.max(),
+            f'{data} has images of one class only: there is nothing to tell apart'
+        )
         if len(images) - holdout < batch_size:
             raise M.UserError(
                 f'{data} has {len(images)} images; holdout={holdout} leaves fewer than a batch of '
@@ -387,7 +391,9 @@ if __name__ == '__main__':
     model = WithMaps(net, maps=lam_msarc > 0 and distilling)
     ask_teacher = WithMaps(net_T, maps=lam_msarc > 0)
     if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters=student.endswith('.py')
+        )
     if rank:
         torch.manual_seed(seed + rank)  # each rank draws its own crops
     steps_per_epoch = len(train) // batch_size

@@ -369,6 +369,10 @@ if __name__ == '__main__':
         net_T, diffusion_T, guidance_T = M.load_teacher(
             teacher, teacher_config, guidance, prompts, dev, M.pick_dtype(dev, dtype)
         )
+        M.check(
+            uncond_prob == 0 or not getattr(net_T, 'no_null', False),
+            f'uncond_prob={uncond_prob}: {teacher} has no null class to learn from'
+        )
         config['teacher_digest'] = net_T.digest
         guided = guidance_T != 1 or getattr(net_T, 'guided', False)
         if compile:
@@ -398,7 +402,8 @@ if __name__ == '__main__':
     model = net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
-            net, gradient_as_bucket_view=True, broadcast_buffers=False
+            net, gradient_as_bucket_view=True, broadcast_buffers=False,
+            find_unused_parameters=student not in M.DENOISERS
         )
     space = None
     if eval_every:
@@ -474,6 +479,7 @@ if __name__ == '__main__':
 
     # ---- results on disk ----
     about = {'guided': guided, 'prompts': prompts}
+    about['no_null'] = bool(num_classes) and uncond_prob == 0
     if getattr(net_T, 'vae', None):
         about['vae'] = net_T.source  # the teacher's pipeline
     of_diffusers = getattr(net, 'dtype_as_loaded', False)

@@ -284,6 +284,21 @@ def is_images(spec):
     return image_sets.torchvision_dataset(path) is not None
 
 
+def student_of(spec):
+    """The student in the folder of a run, whose pictures are no set of images; else `spec` itself.
+    Raises UserError for a run that has none yet."""
+    for name in ('student.safetensors', 'student'):
+        path = os.path.join(spec, name)
+        if os.path.exists(path) and os.path.exists(os.path.join(spec, 'log.csv')):
+            if M.rank_and_world()[0] == 0:
+                print(f'{spec} is the folder of a run: {path} is measured')
+            return path
+    M.check(
+        not os.path.exists(os.path.join(spec, 'ckpt.pt')), f'{spec} is a run without a student yet'
+    )
+    return spec
+
+
 def load_network(spec, dtype, **known):
     """(net, diffusion) of a denoiser, (net, None) of a VAE or another generator."""
     file, weights = M.split_file(spec)
@@ -417,10 +432,15 @@ def feature_space(features, reference, channels):
     bundled ones for images of so many channels."""
     if not features and reference.endswith('.npz'):
         with M.open_npz(reference) as z:
-            if 'mu' in z:  # ADM's files do not name their space, Inception's
+            if 'mu' in z or 'pool_3' in z:  # ADM's files do not name their space, Inception's
                 features = str(z.get('features', '' if 'space' in z else 'inception'))
     usual_features, usual_reference = M.SPACES[1 if channels == 1 else 3]
     return features or usual_features, reference or usual_reference
+
+
+def has_images(path):
+    with M.open_npz(path) as z:
+        return 'arr_0' in z
 
 
 def written(v):
@@ -435,6 +455,7 @@ def written(v):
 # ==== set-up ====
 if __name__ == '__main__':
     specs = [models] if os.path.exists(models) else [s for s in models.split(',') if s]
+    specs = [student_of(spec) for spec in specs]
     if not specs and not save_stats:
         raise M.UserError(
             'nothing to measure: --models=student.safetensors, an .npz, a folder, or several with '
@@ -451,6 +472,7 @@ if __name__ == '__main__':
 
     def open_source(spec):
         """The ImageSet that a spec names, or the Samples of a network."""
+        spec = student_of(spec)
         if is_images(spec):
             return ImageSet(*M.load_images(spec), batch_size)
         net, diffusion = load_network(spec, compute_dtype, **model_config)
@@ -460,10 +482,8 @@ if __name__ == '__main__':
             texts = prompts or getattr(net, 'prompts', '')
             M.check(texts, f'{spec} takes texts: --prompts=file.txt')
             net.set_prompts(M.read_lines(texts))
-        M.check(
-            guidance == 1 or diffusion is None or net.num_classes,
-            f'guidance={guidance}: {spec} is unconditional and cannot be guided'
-        )
+        if diffusion is not None and not getattr(net, 'guided', False):
+            M.check_guidance(net, spec, guidance)
         return Samples(
             net, diffusion, num_samples, batch_size, seed, dev, autocast, guidance,
             sampler=sampler, steps=steps, spacing=spacing
@@ -471,7 +491,7 @@ if __name__ == '__main__':
 
     # ---- what is measured, and the features ----
     sources = [open_source(spec) for spec in specs]
-    ref = None
+    ref = stored = None
     ref_source = None
     if not sources or reference and not reference.endswith('.npz'):
         ref_source = open_source(reference)
@@ -512,12 +532,33 @@ if __name__ == '__main__':
 
     # ---- the reference ----
     if spec_ref.endswith('.npz') and not save_stats:
-        ref = M.read_statistics(spec_ref, space)
-    if ref is None:
+        stored = M.read_statistics(spec_ref, space)
+    if stored:
+        fits = stored.get('sigma', stored['mu'][None]).shape == (sizes[0], sizes[0])
+        M.check(
+            fits, f"{spec_ref}: its 'mu' and 'sigma' are not those of the {sizes[0]} features of "
+            f'{space}'
+        )
+    if stored is None or has_images(spec_ref):
         if ref_source is None:
             ref_source = open_source(spec_ref)
         batches = ref_source.batches(rank, world)
         ref = measure_set(batches, ref_source.n, KEEP[0], extract, sizes, exact, rank == 0)
+    if stored and ref and rank == 0:  # as ADM's: statistics of a set, and some of its images
+        apart, _ = M.frechet_distance(
+            *[v.to(exact) for v in (stored['mu'], stored['sigma'])], ref['mu'], ref['sigma']
+        )
+        print(
+            f"{spec_ref}: the distances are from its stored statistics, precision, recall, KID and "
+            f"the like from its {ref['n']:,} images; these two are {apart:.4g} apart"
+        )
+    elif stored and rank == 0:
+        print(
+            f'{spec_ref} holds statistics alone: precision, recall, KID, EMD, MMD and 1-NN need '
+            'images, --reference=IMAGES'
+        )
+    if stored:
+        ref = {k: v for k, v in (ref or {}).items() if k in ('features', 'logits')} | stored
     moments = {
         k: torch.as_tensor(ref[k], dtype=torch.float64, device=exact)
         for k in ('mu', 'sigma', 'mu_s', 'sigma_s')

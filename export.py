@@ -213,7 +213,8 @@ def make_scheduler(diffusion, sampling, theirs=None, shift=1.0):
         return theirs
     betas = M.betas_from_alpha_bar(diffusion.alpha_bar[:-1])
     said = dict(
-        num_train_timesteps=diffusion.T, trained_betas=betas.tolist(), clip_sample=diffusion.clip,
+        num_train_timesteps=diffusion.T, trained_betas=betas.tolist(),
+        clip_sample=diffusion.clip > 0, clip_sample_range=diffusion.clip or 1.0,
         prediction_type=predictions[diffusion.prediction]
     )
     if sampling:
@@ -226,14 +227,13 @@ def make_scheduler(diffusion, sampling, theirs=None, shift=1.0):
         )
         if same:
             return theirs.from_config(theirs.config, prediction_type=said['prediction_type'])
-    variance = 'learned_range' if diffusion.learn_sigma else 'fixed_small'
+    variance = 'fixed_large' if diffusion.large_variance else 'fixed_small'
+    if diffusion.learn_sigma:
+        variance = 'learned_range'
     own = diffusers.DDPMScheduler(variance_type=variance, **said)
     return own if theirs is None else theirs.from_config(own.config)
 
 
-# ==== the folder, renamed into place once complete ====
-if __name__ == '__main__':
-    if os.path.isdir(out_dir) and os.listdir(out_dir):
 def save_lora(net, pipeline, folder):
     """Writes pytorch_lora_weights.safetensors for pipelines of this class."""
     layers = {name.removeprefix(net.part + '.'): v for name, v in net.state_dict().items()}
@@ -253,14 +253,17 @@ image = pipe({', '.join(['prompt', *arguments])}).images[0]
 """
 
 
+# ==== the folder, renamed into place once complete ====
+if __name__ == '__main__':
+    if os.path.isdir(out_dir) and os.listdir(out_dir):
         raise M.UserError(f'out_dir={out_dir} is not empty: use a new folder')
     net, diffusion = M.load_denoiser(model, **model_config)
     network = to_diffusers(net)
     kind = type(network).__name__
+    lora = type(net).__name__ == 'Lora'
     spec = getattr(net, 'source', '')  # the teacher's pipeline, if it has one
     root, parts = hub.read_pipeline(spec) if spec else ('', {})
     name = next((k for k in ('unet', 'transformer') if (parts.get(k) or [0, 0])[1] == kind), '')
-    lora = type(net).__name__ == 'Lora'
     others, lost = {}, []  # the teacher's other parts, and those that are missing
     theirs = None
     if name:
@@ -292,9 +295,6 @@ image = pipe({', '.join(['prompt', *arguments])}).images[0]
         }
     parts['scheduler'] = ['diffusers', type(scheduler).__name__]
 
-    target = os.path.realpath(out_dir)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.tmp-', dir=os.path.dirname(target)) as tmp:
     # how the pipeline is called
     arguments = []
     if sampling and diffusion.config['schedule'] == 'flow':
@@ -306,8 +306,10 @@ image = pipe({', '.join(['prompt', *arguments])}).images[0]
         arguments.append('guidance_scale=1.0')
     hint = f"; call it with {', '.join(arguments)}" if arguments else ''
 
+    target = os.path.realpath(out_dir)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.tmp-', dir=os.path.dirname(target)) as tmp:
         folder = os.path.join(tmp, 'pipeline')
-        network.save_pretrained(os.path.join(folder, name))
         scheduler.save_pretrained(os.path.join(folder, 'scheduler'))
         if lora:
             save_lora(net, parts['_class_name'], folder)

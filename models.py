@@ -459,7 +459,10 @@ class Diffusion:
     learn_sigma: the network has C more channels, 2 v - 1 with the v of DKDM Eq. (12). The methods
         look at an output's channels, not at this flag, so that a teacher with a learned variance
         can train a student without one.
-    clip: clamp the predicted x_0 to [-1, 1]: True for pixels, False for latents.
+    clip: clamp the predicted x_0 to [-1, 1] (True, for pixels), to [-c, c] (a number c) or not
+        (False, for latents).
+    large_variance: without a learned variance, a step to t-1 has the variance of q(x_t | x_t-1),
+        not the posterior's (DDPM's "fixed large").
 
     A step t -> s may have any length, s < t; both are long tensors (B,) or ints, and s = -1 is
     the clean image. Raises UserError for an unknown schedule or prediction, or betas outside
@@ -475,7 +478,8 @@ class Diffusion:
         self.config = arguments(locals())
         self.prediction = prediction
         self.learn_sigma = learn_sigma
-        self.clip = clip
+        self.clip = float(clip)
+        self.large_variance = large_variance
         time = torch.arange(steps + 1, dtype=torch.float64) / steps
         if schedule == 'flow':
             b = time[1:]
@@ -502,15 +506,16 @@ class Diffusion:
             b = (1 - alpha_bar).sqrt()
         if len(a) < 2 or not (a.isfinite() & (b > 0) & (b <= 1)).all():
             raise UserError('a process needs at least two steps, and betas between 0 and 1')
+        if prediction == 'eps' and a[-1] < 1e-8:
+            raise UserError(
+                "prediction 'eps' does not work on schedule 'flow' or with zero terminal SNR "
+                '(rescale_betas_zero_snr): at t = T-1 x_t is pure noise, so eps does not determine '
+                "x_0; use 'v', 'x0' or 'flow'"
+            )
         self.T = len(a)
         # index -1 (the last entry) is the clean image; float64, cast only when applied to images
         self.a = torch.cat([a, torch.ones(1, dtype=torch.float64)])
         self.b = torch.cat([b, torch.zeros(1, dtype=torch.float64)])
-        if prediction == 'eps' and a[-1] < 1e-8:
-            raise UserError(
-                "prediction 'eps' does not work on schedule 'flow' or with zero terminal SNR: at "
-                "t = T-1 x_t is pure noise, so eps does not determine x_0; use 'v', 'x0' or 'flow'"
-            )
         self.alpha_bar = self.a**2 / (self.a**2 + self.b**2)
         # variances are clamped to this value before their logarithm is taken: that of step 1 -> 0
         self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()
@@ -543,7 +548,7 @@ class Diffusion:
         return eps - x0  # flow
 
     def predict_x0(self, out, x_t, t, clip=None):
-        """The x_0 that a network's output implies, clamped to [-1, 1] if `clip` (None:
+        """The x_0 that a network's output implies, clamped to [-clip, clip] (None:
         `self.clip`). Where it is clamped no gradient passes: clip=False to differentiate."""
         out = out[:, : x_t.shape[1]].float()
         a, b = self.ab(t, x_t)
@@ -557,7 +562,7 @@ class Diffusion:
             x0 = out
         x0 = x0.to(x_t)
         clip = self.clip if clip is None else clip
-        return x0.clamp(-1, 1) if clip else x0
+        return x0.clamp(-clip, clip) if clip else x0
 
     def convert(self, out, x_t, t, to):
         """A network's output re-expressed as the prediction `to`, by way of its (clamped) x_0. The
@@ -589,7 +594,13 @@ class Diffusion:
         C = x_t.shape[1]
         mean, var, beta = self.posterior(self.predict_x0(out, x_t, t, clip), x_t, t, s)
         low = var.clamp(min=self.floor).log()
-        if out.shape[1] == C:  # no learned variance: the posterior's
+        if out.shape[1] == C:  # no learned variance
+            if self.large_variance:  # not after a jump: x_s would have more noise than b_s
+                one_step = s is None or t - s == 1
+                if torch.is_tensor(one_step):
+                    low = torch.where(one_step.view(-1, 1, 1, 1), beta.log(), low)
+                elif one_step:
+                    low = beta.log()
             return mean, low.to(x_t).expand_as(x_t)
         v = (out[:, C:].float() + 1) / 2
         return mean, (v * beta.log() + (1 - v) * low).to(x_t)  # Eq. (12)
@@ -877,8 +888,8 @@ def save_model(net, path, diffusion=None, **more):
     """Writes a self-describing safetensors file: the weights, and in its header, as JSON, the
     description that rebuilds the network, `diffusion.config`, and `more`: `vae`, the pipeline whose
     VAE decodes the latents; `pipeline`, that of the text encoders and the scheduler; `guided`,
-    whether guidance is distilled into the predictions; `sampling`, the sampler's settings; `prompts`,
-    the file of texts. Raises UserError if a weight is not finite."""
+    whether guidance is distilled into the predictions; `no_null`, whether it never saw the null
+    condition; `sampling`, the sampler's settings; `prompts`, the file of texts. Raises UserError if a weight is not finite."""
     state = {}
     for k, v in net.state_dict().items():  # clones, because tied weights share memory
         state[k] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -1031,7 +1042,7 @@ def load_from_file(kind, spec, known, **context):
             return load_state(build_from_file(path, **kw), state, argument), header
     check(load, f'{path} has no load(), which makes a teacher')
     known = known | {k: v for k, v in context.items() if k in takes}
-    arguments = [argument] if argument else []
+    arguments = [argument] if argument or spec.endswith(':') else []
     try:
         inspect.signature(load).bind(*arguments, **known)
     except TypeError as e:
@@ -1106,10 +1117,16 @@ def load_denoiser(spec, dtype=torch.float32, **known):
         )
         diffusion = Diffusion(**header['diffusion'])
         net.guided = header.get('guided', False)  # guidance is distilled into it
+        net.no_null = header.get('no_null', False)  # it never saw the null condition
         net.sampling = header.get('sampling', {})
         net.source = header.get('pipeline') or header.get('vae', '')
         net.prompts = header.get('prompts', '')
         if header.get('vae'):
+            check(
+                os.path.isdir(net.source) or not os.path.isabs(net.source),
+                f'{spec} needs the VAE of its teacher, {net.source}, which is not there any more: '
+                'move it back, or make a link there'
+            )
             attach_vae(net, adapter('hub').load_part(header['vae'], 'vae', 'vqvae'))
         if getattr(net, 'dtype_as_loaded', False):
             net.to(dtype)
@@ -1167,20 +1184,21 @@ def load_classifier(spec, **known):
     public repositories, or torchvision:NAME (adapters/original.py); or a user's Python file. known:
     what a state dict does not record: image_size, mean, std (of images in [0, 1]), max_pool. Raises
     UserError."""
-    if split_file(spec)[0]:
-        net, _ = load_from_file('classifier', spec, known)
-        return adapter('classifiers').complete(frozen(net))
-    if not spec.startswith('torchvision:'):
-        state, header = read_model(spec)
-        if header:
-            check(
-                kind_of(header) == 'classifier',
-                f'{spec} is not a classifier but a {kind_of(header)}'
-            )
-            refuse_known(spec, known)
-            return frozen(load_state(make(header['net']), state, spec))
-    net, _ = load_from_file('classifier', f'{ADAPTERS}/original.py:{spec}', known)
-    return frozen(net)
+    state, header = {}, {}
+    foreign = spec
+    if not split_file(spec)[0]:
+        foreign = f'{ADAPTERS}/original.py:{spec}'
+        if not spec.startswith('torchvision:'):
+            state, header = read_model(spec)
+    if header:
+        check(
+            kind_of(header) == 'classifier', f'{spec} is not a classifier but a {kind_of(header)}'
+        )
+        refuse_known(spec, known)
+        net = load_state(make(header['net']), state, spec)
+    else:
+        net, _ = load_from_file('classifier', foreign, known)
+    return adapter('classifiers').complete(frozen(net), spec)
 
 
 def load_vae(spec):
@@ -1273,9 +1291,12 @@ def read_statistics(path, space):
     'mu_s', 'sigma_s', 'n'; None if the file holds images. Raises UserError for statistics of
     another feature space."""
     with open_npz(path) as z:
-        if 'mu' not in z:
+        if 'mu' not in z and 'pool_3' not in z:
             return None
-        arrays = {k: z[k] for k in z}
+        arrays = {k: z[k] for k in z if not k.startswith('arr_')}
+    if 'mu' not in arrays:  # the features themselves, as of Song's score_sde
+        features = arrays['pool_3'].astype(np.float64)
+        arrays |= {'mu': features.mean(0), 'sigma': np.cov(features.T), 'n': len(features)}
     named = str(arrays.get('space', 'inception'))  # ADM's files do not name theirs
     check(
         named == space,
@@ -1283,7 +1304,7 @@ def read_statistics(path, space):
         'with eval_fid.py --save_stats'
     )
     names = ('mu', 'sigma', 'mu_s', 'sigma_s', 'n')
-    return {k: torch.from_numpy(arrays[k]).double() for k in names if k in arrays}
+    return {k: torch.as_tensor(arrays[k]).double() for k in names if k in arrays}
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -1532,18 +1553,27 @@ def load_teacher(spec, known, guidance, prompts, device, dtype):
     check(bool(prompts) == takes_text, f'{spec} takes {wanted}')
     if takes_text:
         net.set_prompts(read_lines(prompts))
-    guided_before = getattr(net, 'guided', False)  # it is a student of a guided teacher itself
     if guidance == 0:
-        guidance = 2.0 if net.num_classes and not guided_before else 1.0
-    check(
-        guidance == 1 or not guided_before,
-        f'{spec} already makes guided predictions: leave out guidance'
-    )
-    check(
-        guidance == 1 or net.num_classes,
-        f'guidance={guidance} needs classes or texts, which {spec} does not have'
-    )
+        trained = not getattr(net, 'guided', False) and not getattr(net, 'no_null', False)
+        guidance = 2.0 if net.num_classes and trained else 1.0
+        if net.num_classes and getattr(net, 'no_null', False) and rank_and_world()[0] == 0:
+            print(f'{spec} has no null class: it is distilled without guidance')
+    check_guidance(net, spec, guidance)
     return net, diffusion, guidance
+
+
+def check_guidance(net, spec, guidance):
+    """Raises UserError for guidance that a denoiser cannot take."""
+    if guidance == 1:
+        return
+    why = ''
+    if not net.num_classes:
+        why = 'has no classes or texts'
+    elif getattr(net, 'guided', False):
+        why = 'already makes guided predictions'
+    elif getattr(net, 'no_null', False):
+        why = 'was trained without a null class'
+    check(not why, f'guidance={guidance}: {spec} {why}: leave out guidance')
 
 
 def make_teacher(net, guidance=1.0, autocast=contextlib.nullcontext()):
@@ -1659,6 +1689,8 @@ def build_student(
     if spec not in DENOISERS:
         learn_sigma = output_channels(net, device) == 2 * C
         diffusion = Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
+    if init_from == 'teacher' and spec != 'teacher':
+        adapter('from_teacher').lend(teacher[2], process['prediction'], net, diffusion)
     return net, diffusion
 
 
@@ -1696,8 +1728,6 @@ def save_samples(path, rows, decoder, seed, autocast, seconds_per_pass, since):
     for net, diffusion, guidance, steps, sampler in rows:
         device = next(net.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
-    if init_from == 'teacher' and spec != 'teacher':
-        adapter('from_teacher').lend(teacher[2], process['prediction'], net, diffusion)
         shape = n, net.in_channels, net.image_size, net.image_size
         x = random_normal(shape, generator, device)
         y = None

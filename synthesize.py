@@ -143,12 +143,13 @@ NAMES = {
 #       x_t <- x_{t-1}, by the prior's denoising step        Eq. (2); with sampler='renoise' Eq. (5)
 #   the last x_0s, decoded, and y are training images of the teacher's student
 class BatchNormInputs:
-    """Records the input of every BatchNorm2d of a network in each forward pass: `inputs`, {layer:
-    (B, C, h, w)}."""
+    """Records the input of every BatchNorm2d and SyncBatchNorm of a network in each forward pass:
+    `inputs`, {layer: (B, C, ...)}."""
 
     def __init__(self, net):
         self.inputs = {}
-        self.layers = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        kinds = torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm
+        self.layers = [m for m in net.modules() if isinstance(m, kinds)]
         for layer in self.layers:
             layer.register_forward_pre_hook(self.note)
 
@@ -158,11 +159,12 @@ class BatchNormInputs:
 
 def bn_distance(inputs, kind='l2'):
     """L_bn, Eq. (6): the distance of a batch's statistics from the teacher's running ones, summed
-    over layers. `inputs` is {layer: (B, C, h, w)}. 'l2' takes the L2 distances of the means
+    over layers. `inputs` is {layer: (B, C, ...)}. 'l2' takes the L2 distances of the means
     and of the variances, 'kl' the KL divergence of the Gaussians."""
     total = 0.0
     for layer, x in inputs.items():
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        all_but_channels = [d for d in range(x.dim()) if d != 1]
+        var, mean = torch.var_mean(x, all_but_channels, correction=0)
         if kind == 'l2':
             total = total + (mean - layer.running_mean).norm() + (var - layer.running_var).norm()
         else:
@@ -234,7 +236,7 @@ def move(x_t, x0, out, grad, t, diffusion, edit, eta):
         x0 = x0.detach() - step
         x_t = x_t - a_t * step
     if diffusion.clip:
-        x0 = x0.clamp(-1, 1)
+        x0 = x0.clamp(-diffusion.clip, diffusion.clip)
     return (
         x_t,
         x0,
@@ -448,6 +450,13 @@ if __name__ == '__main__':
     channels = net_T.in_channels
     side_kept = image_size or net_T.image_size
     noted = BatchNormInputs(net_T)
+    for layer in net_T.modules():
+        untracked = layer in noted.layers and layer.running_mean is None
+        M.check(
+            alpha == 0 or vae or not untracked and 'FrozenBatchNorm' not in type(layer).__name__,
+            f'{teacher}: its {type(layer).__name__} does not hold the statistics of the images that '
+            f'it was trained on, so L_bn is undefined (alpha={alpha}): use --alpha=0'
+        )
     if alpha and not vae and not noted.layers:
         raise M.UserError(
             f'{teacher} has no BatchNorm, so L_bn is undefined (alpha={alpha}): use --alpha=0'
@@ -472,10 +481,6 @@ if __name__ == '__main__':
                 f"edit='paper' divides by a_t, which is 0 at the start of a flow ({prior}): use "
                 "--edit=x0"
             )
-        if guidance != 1 and not (text or net.num_classes):
-            raise M.UserError(f'guidance={guidance}: {prior} is unconditional and cannot be guided')
-        if guidance != 1 and getattr(net, 'guided', False):
-            raise M.UserError(f'{prior} already makes guided predictions: leave out guidance')
     if class_names and not text:
         raise M.UserError(f'class_names={class_names}: {prior} takes no text')
     if text:
@@ -487,6 +492,8 @@ if __name__ == '__main__':
                 f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes'
             )
         net.set_prompts(texts)
+    if net is not None:
+        M.check_guidance(net, prior, guidance)
     side = net.image_size if net else side_kept or 32
     shape = batch_size, net.in_channels if net else channels, side, side
     if not side_kept:  # the teacher takes any size: keep the size of the prior's images

@@ -271,15 +271,28 @@ def classifier(name, num_classes=10, image_size=32, mean=(0.5,), std=(0.5,), **k
     return net
 
 
-def complete(net):
+def complete(net, spec):
     """Adds the attributes that a user's classifier lacks: in_channels 3, image_size 0 (any size),
-    num_classes the number of its logits."""
+    num_classes the number of its logits. Raises UserError if it does not give logits of at least
+    two classes."""
     if not hasattr(net, 'in_channels'):
         net.in_channels = 3
     if not hasattr(net, 'image_size'):
         net.image_size = 0
+    side = net.image_size or 32
+    noise = torch.randn(4, net.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = net.eval()(noise)
+    M.check(
+        out.shape[1] > 1,
+        f'{spec} has one output, whose softmax is always 1: as logits of two classes, return '
+        'torch.cat([0 * out, out], 1)'
+    )
+    M.check(
+        out.min() < 0 or not torch.allclose(out.sum(1), torch.ones(4), atol=1e-3),
+        f'{spec} returns probabilities, which are positive and sum to 1: return the logits, before '
+        'its softmax'
+    )
     if not hasattr(net, 'num_classes'):
-        side = net.image_size or 32
-        with torch.no_grad():
-            net.num_classes = net.eval()(torch.zeros(1, net.in_channels, side, side)).shape[1]
+        net.num_classes = out.shape[1]
     return net

@@ -7,6 +7,7 @@ config.json, and VAEs. The scripts call this file for every folder and every nam
 
 No code that lies in a folder or on the hub is ever run.
 """
+import contextlib
 import glob
 import inspect
 import json
@@ -16,6 +17,8 @@ import re
 
 import torch
 import torch.nn as nn
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
 
 import models as M
 
@@ -80,10 +83,18 @@ class Pipeline(nn.Module):
         self.condition = 'class' if self.num_classes else ''
         if takes_text:
             self.condition = 'text'
-        self.image_size = c.sample_size
+        size = c.sample_size
+        if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+            size = size[0]
+        M.check(
+            isinstance(size, int),
+            f'this {kind} has sample_size={size!r}: one number is wanted, '
+            'teacher_config.image_size (or student_config.sample_size)'
+        )
+        self.image_size = size
         self.in_channels = c.in_channels
         self.config = {k: v for k, v in c.items() if not k.startswith('_')}
-        self.config |= {'class': kind, 'image_size': c.sample_size, 'out_channels': out_channels}
+        self.config |= {'class': kind, 'image_size': size, 'out_channels': out_channels}
         self.config['adapter'] = 'hub'
 
     def set_process(self, diffusion):
@@ -170,8 +181,33 @@ def check_network(kind):
 def check_name(spec):
     """Raises UserError for what cannot be the name of a model on the hub: such a string is a path,
     and there is nothing at it."""
-    if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', spec):
-        raise M.UserError(f'no file or folder {spec}')
+    is_name = re.fullmatch(r'\w[\w.-]*/[\w.-]+', spec)
+    M.check(
+        is_name and not os.path.isdir(spec.split('/')[0]),  # else it is a path in that folder
+        f'no file or folder {spec!r}'
+    )
+
+
+@contextlib.contextmanager
+def one_line(spec):
+    """What diffusers and the hub raise, for `spec`, as one line."""
+    of_hub = {
+        'GatedRepoError': 'accept its terms on its page there, and log in',
+        'RepositoryNotFoundError': 'there is no such model',
+        'LocalEntryNotFoundError': 'it cannot be reached, and its cache here has no such model',
+        'EntryNotFoundError': 'the model is no pipeline, it has no model_index.json'
+    }
+    try:
+        yield
+    except M.UserError:
+        raise
+    except (OSError, ValueError, EntryNotFoundError, SafetensorError) as e:
+        why = str(e).strip().split('\n')[0]
+        if os.path.isdir(spec):
+            raise M.UserError(f'{spec} cannot be loaded: {why}') from e
+        known = [of_hub[c.__name__] for c in type(e).__mro__ if c.__name__ in of_hub]
+        why = known[0] if known else why
+        raise M.UserError(f'there is no folder {spec} here, and of the hub: {why}') from e
 
 
 def read_pipeline(spec):
@@ -182,8 +218,11 @@ def read_pipeline(spec):
         import huggingface_hub
 
         check_name(spec)
-        with M.local_rank_0_first():
+        with one_line(spec), M.local_rank_0_first():
             path = huggingface_hub.hf_hub_download(spec, 'model_index.json')
+    inside = glob.glob(f'{glob.escape(spec)}/*.safetensors')
+    named = f'; name a file in it, {inside[0]}' if inside else ''
+    M.check(os.path.isfile(path), f'{spec} is no pipeline: it has no model_index.json{named}')
     with open(path) as f:
         parts = json.load(f)
     # older versions of diffusers always run the code in a folder; newer ones only if asked to
@@ -199,7 +238,7 @@ def read_pipeline(spec):
 
 def from_pretrained(kind, spec, **kw):
     """kind.from_pretrained; if there are only half-precision files, it loads those."""
-    with M.local_rank_0_first():
+    with one_line(spec), M.local_rank_0_first():
         try:
             return kind.from_pretrained(spec, low_cpu_mem_usage=False, **kw)
         except (OSError, ValueError) as e:
@@ -248,9 +287,10 @@ def flow_shift(process, net):
     return math.exp(mu) if process['time_shift_type'] == 'exponential' else mu
 
 
-def load_denoiser(spec, dtype=torch.float32):
+def load_denoiser(spec, dtype=torch.float32, image_size=0):
     """(net, diffusion) of a diffusers folder or hub id; the process is that of its scheduler. The
-    text encoders are loaded by `set_prompts`. Raises UserError."""
+    text encoders are loaded by `set_prompts`. image_size: for a U-Net that does not say it. Raises
+    UserError."""
     _, parts = read_pipeline(spec)
     for name in ('unet', 'transformer'):
         if (parts.get(name) or [None])[0]:
@@ -262,6 +302,8 @@ def load_denoiser(spec, dtype=torch.float32):
     scheduler = pipe.scheduler
     process = scheduler.config
     network = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None)
+    if image_size:
+        network.register_to_config(sample_size=image_size)
     net = Pipeline(network)
     if net.config.get('num_class_embeds') is not None:
         raise M.UserError(f'{spec}: class-conditional {type(network).__name__}s are not supported')
@@ -281,20 +323,31 @@ def load_denoiser(spec, dtype=torch.float32):
     predictions = {'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x0'}
     prediction = predictions.get(process.get('prediction_type'))
     scaled = process.get('thresholding')  # for DeepFloyd IF, clamping x_0 replaces it
+    kind = type(scheduler).__name__
+    # their networks are themselves distilled, and predict no mean of x_0; 'learned' is a variance,
+    # where Diffusion knows only a fraction between two ('learned_range')
+    distilled = kind in ('LCMScheduler', 'TCDScheduler')
+    variance = process.get('variance_type') or 'fixed_small'
     if (
         prediction is None
+        or distilled
+        or variance == 'learned'
         or not hasattr(scheduler, 'betas')
         or scaled
         and type(pipe).__name__ != 'IFPipeline'
     ):
         raise M.UserError(
-            f'{spec}: its {type(scheduler).__name__} is not supported: it must have betas and a '
-            'prediction_type, and no thresholding; or be flow matching without other sigmas'
+            f'{spec}: its {kind} is not supported: it must have betas and a prediction_type, no '
+            "thresholding, no variance_type='learned' and no network distilled to few steps (LCM, "
+            'TCD); or be flow matching without other sigmas'
         )
     learn_sigma = net.config['out_channels'] == 2 * net.in_channels
-    clip = bool(process.get('clip_sample') or scaled)
+    clip = bool(scaled)
+    if process.get('clip_sample'):
+        clip = process.get('clip_sample_range', 1.0)
     return net, M.Diffusion(
-        scheduler.betas.tolist(), prediction=prediction, learn_sigma=learn_sigma, clip=clip
+        scheduler.betas.tolist(), prediction=prediction, learn_sigma=learn_sigma, clip=clip,
+        large_variance=variance.startswith('fixed_large')
     )
 
 
@@ -337,6 +390,8 @@ def load_vae(spec):
     UserError for anything else."""
     import diffusers
 
+    if not os.path.isdir(spec):
+        check_name(spec)
     try:
         kind = diffusers.AutoencoderKL.load_config(spec).get('_class_name')
     except OSError:  # no config.json: a pipeline

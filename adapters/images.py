@@ -122,16 +122,31 @@ def labels_of(path):
 def map_images(path):
     """(images uint8 (N, C, H, W), labels or None) of an .npy, uint8 NHWC, which may be larger than
     the memory: an image is read when it is indexed."""
-    images = np.load(M.existing(path), mmap_mode='c', allow_pickle=False)  # a private copy: read only
-    M.check(
-        images.dtype == np.uint8 and images.ndim == 4,
-        f'{path} must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}'
-    )
+    try:  # a private copy: read only
+        images = np.load(M.existing(path), mmap_mode='c', allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise M.UserError(f'{path} is not an array of images, or it is incomplete') from e
+    images = channels_last(images, path)
     labels = None
     if os.path.exists(labels_of(path)):
         labels = torch.from_numpy(np.load(labels_of(path), allow_pickle=False))
         M.check(len(labels) == len(images), f'{labels_of(path)} must be {len(images)} labels')
     return torch.from_numpy(images).permute(0, 3, 1, 2), labels
+
+
+def channels_last(images, path):
+    """uint8 images (N, H, W, C) of a file; N x C x H x W is transposed, and a line says so. Raises
+    UserError for any other array."""
+    shape = images.shape
+    M.check(
+        images.dtype == np.uint8 and images.ndim == 4 and (shape[3] in (1, 3) or shape[1] in (1, 3)),
+        f'{path}: images must be uint8, N x H x W x C; they are {images.dtype}, {shape}'
+    )
+    if shape[3] in (1, 3):
+        return images
+    if M.rank_and_world()[0] == 0:
+        print(f'{path}: its images are N x C x H x W, {shape}')
+    return images.transpose(0, 2, 3, 1)
 
 
 def load_npz(path):
@@ -142,10 +157,7 @@ def load_npz(path):
             images, labels = z['arr_0'], z.get('arr_1')
         except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as e:
             raise M.UserError(f'{path} is incomplete, or holds Python objects: {e}') from e
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise M.UserError(
-            f"{path}: 'arr_0' must be uint8, N x H x W x C; it is {images.dtype}, {images.shape}"
-        )
+    images = channels_last(images, path)
     if labels is not None:
         if (
             labels.shape != images.shape[:1]
