@@ -716,9 +716,11 @@ def dpm_step(diffusion, x_t, t, s, x0, before=None):
     a_s, b_s = diffusion.ab(s, x_t)
     if before is not None and s >= 0:
         a_r, b_r = diffusion.ab(before[0], x_t)
-        h = ((a_s * b_t) / (a_t * b_s)).log()  # lambda = log(a / b) grows by h
-        h_before = ((a_t * b_r) / (a_r * b_t)).log()
-        x0 = x0 + (0.5 * h / h_before).to(x_t) * (x0 - before[1])
+        # lambda = log(a / b), which is -infinity at the start of a flow
+        log_r = (a_r / b_r).clamp(min=3.2e-5).log()
+        log_t = (a_t / b_t).clamp(min=3.2e-5).log()
+        log_s = (a_s / b_s).log()
+        x0 = x0 + (0.5 * (log_s - log_t) / (log_t - log_r)).to(x_t) * (x0 - before[1])
     ratio = b_s / b_t
     return ratio.to(x_t) * x_t + (a_s - a_t * ratio).to(x_t) * x0
 

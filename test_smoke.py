@@ -310,6 +310,27 @@ def test_samplers_reach_the_data(sampler, schedule):
     assert torch.allclose(out, x0.expand_as(out), atol=1e-2)
 
 
+@pytest.mark.parametrize('steps', [2, 7, 20])
+@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'flow'])
+def test_dpm_solver_is_that_of_diffusers(schedule, steps):
+    from diffusers import DPMSolverMultistepScheduler
+    d = M.Diffusion(schedule, prediction='v', clip=False)
+    net = Oracle(lambda x, t: torch.sin(x + t.view(-1, 1, 1, 1) / 200) / 2)
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = M.sample(net, d, noise, steps, 'dpm++')
+    betas = M.betas_from_alpha_bar(d.alpha_bar[:-1].clamp(min=1e-9))
+    solver = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), prediction_type='sample')
+    times = M.sampling_steps(1000, steps)
+    solver.set_timesteps(timesteps=times)
+    norm = (d.a**2 + d.b**2).sqrt()  # x / norm is of constant variance
+    x = (noise / norm[times[0]]).float()
+    for t in times:
+        x_t = (x * norm[t]).float()
+        x0 = d.predict_x0(net(x_t, torch.full((2,), t)), x_t, t)
+        x = solver.step(x0, t, x, return_dict=False)[0]
+    assert torch.allclose(ours, x, atol=1e-4)
+
+
 def expected_x0(x, a, b, mean, std):
     """E[x_0 | x = a x_0 + b noise] of pixels that are N(mean, std^2); with std 0 of one image."""
     return mean + std ** 2 * a / (a ** 2 * std ** 2 + b ** 2) * (x - a * mean)
@@ -371,7 +392,7 @@ def test_evaluations_that_refine():
     net_T, net = (fill(M.UNet(8, 1, 1, 16, 1, (1, 2), (4,))) for _ in range(2))
     net.out[2].weight.data *= 0.5
     walks = few_steps.Walks(6, 1, 6, (1, 8, 8), d, 6)
-    walks.fill(M.make_teacher(net_T), progress=False)
+    walks.fill([M.make_teacher(net_T)] * 6, progress=False)
     torch.manual_seed(1)
     found = few_steps.refine_step(net, net, walks, d, 6, jumps=3)['l1']
     torch.manual_seed(1)
@@ -492,6 +513,40 @@ def test_published_classifiers_load_by_their_shapes(name, kw, renamed, capsys):
     assumed = capsys.readouterr().out
     assert 'image_size=32' in assumed and 'mean=' in assumed
     assert ('max_pool=False' in assumed) == (name in ('resnet18', 'resnet34', 'resnet50'))
+
+
+MY_FAMILY = """
+import torch
+import models as M
+
+def load_denoiser(path, depth=1):
+    net = M.UNet(8, 1, 1, 8, 1, (1, 2)[:depth], ())
+    net.load_state_dict(torch.load(path, weights_only=True))
+    return net, M.Diffusion('linear', 50, 'eps', learn_sigma=False)
+
+def load_images(path):
+    return torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2])
+"""
+
+
+def test_one_door():
+    """A family of the user's: FILE.py:ARGUMENT; an adapter by its long name; what a header may say."""
+    Path('family.py').write_text(MY_FAMILY)
+    net = fill(M.UNet(8, 1, 1, 8, 1, (1, 2), ()))
+    torch.save(net.state_dict(), 'w.pt')
+    loaded, d = M.load_denoiser('family.py:w.pt', depth=2)
+    x, t = wave(2, 1, 8, 8), torch.tensor([3, 40])
+    assert torch.equal(loaded(x, t), net(x, t)) and d.T == 50 and not loaded.training
+    assert M.load_images('family.py:anything:1-2')[1].tolist() == [1, 2]
+    with pytest.raises(M.UserError, match='unexpected keyword'):
+        M.load_denoiser('family.py:w.pt', width=2)
+    fill(big := M.UNet(**ADM))
+    torch.save(big.state_dict(), 'adm.pt')
+    long = M.load_denoiser(f'{M.ADAPTERS}/original.py:adm.pt')[0]
+    assert long.config == M.load_denoiser('adm.pt')[0].config
+    for name in ('../family', 'family', '/tmp/family'):
+        with pytest.raises(M.UserError, match='no adapter'):
+            M.make({'class': 'Net', 'adapter': name})
 
 
 def test_wrappers_of_state_dicts():
@@ -655,6 +710,29 @@ def test_names_with_punctuation():
         distill_classifier.check_origin(spec, 'abc', 'x')
         with pytest.raises(M.UserError, match='was made for the teacher x'):
             distill_classifier.check_origin(spec, 'def', 'y')
+
+
+def test_a_set_that_is_larger_than_the_memory(capsys):
+    """adapters/images.py writes a file that is mapped; it goes on where it was stopped."""
+    images = M.adapter('images')
+    for i in range(6):
+        save_image(f'a/{i % 3}/{i}.png', np.random.default_rng(i).integers(0, 256, (9, 12, 3), np.uint8))
+    images.write_map('a', 8, 3, 'whole.npy')
+    found, labels = M.load_images('whole.npy')
+    wanted, wanted_labels = M.load_images('a', image_size=8)
+    assert torch.equal(found, wanted) and torch.equal(labels, wanted_labels)
+    part = np.lib.format.open_memmap('b.npy.part', 'w+', np.uint8, (6, 8, 8, 3))
+    part[:4] = 7  # as if four had been done
+    part.flush()
+    Path('b.npy.part.json').write_text(json.dumps({'set': [os.path.abspath('a'), 6, 8, 8, 3], 'done': 4}))
+    images.write_map('a', 8, 3, 'b.npy')
+    found, _ = M.load_images('b.npy')
+    assert (found[:4] == 7).all() and torch.equal(found[4:], wanted[4:])
+    assert sorted(os.listdir()) == ['a', 'b.labels.npy', 'b.npy', 'whole.labels.npy', 'whole.npy']
+    chosen, labels = M.load_images('whole.npy:2,0')
+    assert labels.tolist() == [1, 1, 0, 0] and torch.equal(chosen, wanted[[0, 1, 4, 5]])
+    with pytest.raises(M.UserError, match='write it anew'):
+        M.load_images('whole.npy', image_size=4)
 
 
 # ==== how the scripts are started ====
@@ -896,6 +974,22 @@ def test_resuming_and_the_lock(tiny):
     assert process.exitcode == 143 and os.path.exists('a/ckpt.pt')
 
 
+def test_no_run_removes_another(tiny):
+    """An unfinished run is never replaced by mistake; whatever is replaced is kept."""
+    args = f'{DKDM} --max_steps=2 --out_dir=a'
+    run(args)
+    before = Path('a/student.safetensors').read_bytes()
+    assert 'moved to a/earlier-1' in run(f'{args} --seed=1')  # it had finished
+    assert Path('a/earlier-1/student.safetensors').read_bytes() == before
+    os.remove('a/ckpt.pt')
+    assert 'no checkpoint to resume from' in run(f'{args} --init_from=resume', ok=False)
+    torch.save({'step': 1, 'settings': {}}, 'a/ckpt.pt')
+    assert 'unfinished run' in run(args, ok=False)
+    run(f'{args} --init_from=overwrite')
+    assert sorted(os.listdir('a/earlier-2')) == ['ckpt.pt', 'ckpt_2_rank0.pt', 'log.csv',
+                                                 'samples.png', 'student.safetensors']
+
+
 def test_the_printed_commands_work(tiny):
     """Each script's next command, pasted: foreign checkpoints and paths with spaces."""
     adm = M.UNet(16, 3, 6, 16, 1, (1, 2), (8,), num_head_channels=8)
@@ -1045,6 +1139,7 @@ def test_generators_and_classifiers_of_the_user(users):
     follow(out, '--num_samples=16')
     assert metrics('out/eval')[0]['model'] == 'gan.py:o/student.safetensors'
     bad = 'distill_vae.py --out_dir=p --student=gan.py'
+    assert 'Net has no encode()' in run(f'{bad} --method=data --data=images.npz', ok=False)
     assert 'image_range of the network is (0, 1)' in run(f'{bad} --teacher=range.py', ok=False)
     assert 'student.py has no load()' in run(f'{bad} --teacher=student.py', ok=False)
     args = CLASSIFIER.replace('classifier.safetensors', 'clf.py') + ' --epochs=1 '
@@ -1258,6 +1353,68 @@ def test_few_step_flows_in_diffusers(pipelines):
 
 
 # ==== students that begin as their teacher ====
+def test_copies_of_the_teacher(pipelines, tiny_models):
+    """They predict what it predicts; told otherwise, their last layer is negated or begins at 0."""
+    os.symlink(tiny_models / 'teacher.safetensors', 'teacher.safetensors')
+    cpu = torch.device('cpu')
+    dit = M.DiT(16, 2, 1, 16, 1, 2, num_classes=0)
+    torch.nn.init.normal_(dit.final_layer['linear'].weight)
+    M.save_model(dit, 'dit.safetensors', M.Diffusion('cosine'))
+    for name in [*SAMPLED, 'teacher.safetensors', 'dit.safetensors']:
+        prompts = 'names.txt' if name in ('sd', 'sd3', 'sdxl', 'shifted') else ''
+        net_T, diffusion_T, _ = M.load_teacher(name, {}, 1.0, prompts, cpu, torch.float32)
+        C, H = net_T.in_channels, net_T.image_size
+        x, t = wave(2, C, H, H), torch.tensor([900, 20]) % diffusion_T.T
+        y = t % 4 if net_T.num_classes else None
+        theirs = net_T(x, t, y)
+        for prediction in ('teacher', 'x0'):
+            for learn_sigma in (False, True):
+                net, diffusion = M.build_student(
+                    'teacher', {'learn_sigma': learn_sigma}, prediction, (C, H), net_T.num_classes,
+                    diffusion_T.config, (name, {}, net_T), cpu)
+                mine = net(x, t, y)
+                sign = 1 if prediction == 'teacher' else -1 if diffusion_T.prediction == 'v' else 0
+                assert torch.allclose(mine[:, :C], sign * theirs[:, :C], atol=1e-5)
+                assert diffusion.learn_sigma == (mine.shape[1] == 2 * C) == learn_sigma
+                more = theirs[:, C:] if len(theirs[0]) > C else torch.zeros_like(x)
+                assert not learn_sigma or torch.allclose(mine[:, C:], more, atol=1e-5)
+                again = M.make(net.config)
+                again.load_state_dict(net.state_dict())
+    few = f'{FEW} --teacher=sdxl --prompts=names.txt --student=teacher --max_steps=2'
+    at_once(run, [f'{QUICK} --teacher=ddpm --student=teacher --out_dir=a', f'{few} --out_dir=b'])
+    for name in 'ab':
+        run(f'export.py --model={name}/student.safetensors --out_dir={name}/pipeline')
+
+
+def test_shallower_students_borrow_blocks(capsys):
+    """The first and the last block of each stage, and all else that fits."""
+    import diffusers as D
+    from_teacher, hub = M.adapter('from_teacher'), M.adapter('hub')
+    sizes = dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16),
+                 norm_num_groups=4, cross_attention_dim=16, attention_head_dim=8,
+                 down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+                 up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))
+    deep, flat = (hub.Pipeline(D.UNet2DConditionModel(**sizes, layers_per_block=n)) for n in (2, 1))
+    diffusion = M.Diffusion('cosine', prediction='v', learn_sigma=False)
+    from_teacher.lend(deep, 'v', flat, diffusion)
+    assert capsys.readouterr().out.startswith('100% of the student')
+    a, b = deep.net.up_blocks[0].resnets, flat.net.up_blocks[0].resnets
+    for mine, theirs in ((b[0], a[0]), (b[1], a[2])):
+        assert torch.equal(mine.conv1.weight, theirs.conv1.weight)
+    nets = [M.UNet(16, 1, 1, 16, n, (1, 2), (8,), num_head_channels=16) for n in (3, 2)]
+    for p in nets[0].parameters():
+        torch.nn.init.normal_(p)
+    from_teacher.lend(nets[0], 'v', nets[1], M.Diffusion(prediction='x0', learn_sigma=False))
+    assert capsys.readouterr().out.startswith('100% of the student')
+    a, b = (net.state_dict() for net in nets)
+    for pair in ('in 2.0 3.0', 'in 3.0 4.0', 'out 2.1 3.1', 'out 5.0 7.0'):
+        side, mine, theirs = pair.split()
+        mine, theirs = (f'{side}put_blocks.{i}' for i in (mine, theirs))
+        names = [k for k in b if k.startswith(mine)]
+        assert names and all(torch.equal(b[k], a[theirs + k.removeprefix(mine)]) for k in names)
+    assert torch.equal(b['out.2.weight'], -a['out.2.weight'])
+
+
 @pytest.mark.parametrize('name', ['sd', 'sdxl', 'shifted'])
 def test_loras_in_diffusers(name, pipelines):
     """A LoRA's file and its checkpoint hold adapters only; diffusers loads what export.py writes,
@@ -1438,18 +1595,58 @@ def test_distilled_vaes(tiny, pipeline_models):
     diffusers = f'{VAE} --method=synthetic --data=p/images.npz --batch_size=4 --max_steps=2'
     kl = """--teacher=p/sd --student_config="{'block_out_channels':(4,8)}" """
     small = """--teacher=p/tiny_vae --student_config="{'encoder_block_out_channels':(4,4)}" """
+    shutil.copy('p/tiny_vae/config.json', 'tiny.json')
+    to_tiny = f'{diffusers} --teacher=p/sd --student=tiny.json'
     outs = at_once(run, [
         f'{VAE} --max_steps=100 --lr=3e-3 --lr_decay=False --out_dir=a',
         f'{VAE} --method=synthetic --data=images.npz --out_dir=b',
         f'{VAE} --method=data --data=images.npz --kl_warmup=3 --out_dir=c',
-        f'{diffusers} {kl} --out_dir=d', f'{diffusers} {small} --out_dir=e'])
+        f'{diffusers} {kl} --out_dir=d', f'{diffusers} {small} --out_dir=e',
+        f'{to_tiny} --features=p/classifier.safetensors --max_steps=80 --out_dir=f',
+        f'{VAE} --teacher=p/sd --student=tiny.json --out_dir=g'])
     assert log('a')['loss'][-10:].mean() < 0.3 * log('a')['loss'][:5].mean()
     for name, out in zip('abc', outs):
         more = '--num_samples=8 --reference=images.npz --features=classifier.safetensors'
         follow(out, f'{more} --out_dir=e{name}')
         assert os.path.exists(f'{name}/samples.png') and metrics(f'e{name}')[0]['MFLOPs'] > 0
-    assert [type(M.load_vae(f'{name}/student').net).__name__ for name in 'de'] == [
-        'AutoencoderKL', 'AutoencoderTiny']
+    assert [type(M.load_vae(f'{name}/student').net).__name__ for name in 'defg'] == [
+        'AutoencoderKL', 'AutoencoderTiny', 'AutoencoderTiny', 'AutoencoderTiny']
+    assert log('f')['loss'][-5:].mean() < 0.8 * log('f')['loss'][:5].mean()
+    # as `vae=` of a pipeline it decodes the pipeline's latents
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline
+    call = dict(prompt='a', num_inference_steps=1, output_type='np', guidance_scale=1.0)
+    made = []
+    for given in ({}, {'vae': AutoencoderTiny.from_pretrained('f/student')}):
+        pipe = StableDiffusionPipeline.from_pretrained('p/sd', **given)
+        made.append(pipe(**call, latents=torch.ones(1, 4, 8, 8)).images)
+    assert made[0].shape == made[1].shape == (1, 16, 16, 3)
+    teacher = M.load_vae('p/sd')
+    tiny = M.adapter('hub').build_vae('tiny.json', {}, teacher)
+    z = teacher.encode(torch.rand(2, 3, 16, 16))[0][0]
+    theirs = tiny.net.decode(z * teacher.net.config.scaling_factor).sample
+    assert torch.allclose(tiny.decode([z])[0] * 2 - 1, theirs, atol=1e-5)
+
+
+def test_a_vae_of_the_user(tiny):
+    """The slides' pipeline: a VAE is trained, images are made for it, narrower ones learn."""
+    os.symlink(ROOT / 'adapters/plain_vae.py', 'plain.py')
+    plain = 'distill_vae.py --student=plain.py --batch_size=8 --log_every=1'
+    run(f'{plain} --method=data --data=images.npz --student_config.latents=4 --max_steps=60 '
+        '--lr=3e-3 --kl_warmup=0 --out_dir=T')
+    table = log('T')
+    assert table['nll'][-5:].mean() < table['nll'][:5].mean()
+    teacher = 'plain.py:T/student.safetensors'
+    assert M.load_vae(teacher).elbo(torch.rand(2, 1, 16, 16), [torch.zeros(2, 4, 1, 1)])[1][0].ndim
+    out = run(f'{SYNTH} --teacher=vae:{teacher} --edit=paper --eta=1.0 --reevaluate=True '
+              '--lca=none --out_dir=s')
+    assert M.load_images('s')[0].shape == (32, 1, 16, 16) and (log('s')['kl'] > 0).all()
+    small = f'{plain} --teacher={teacher} --student_config="{{\'width\':4,\'latents\':4}}"'
+    run(f'{small} --max_steps=60 --out_dir=noise')
+    assert log('noise')['out'][-5:].mean() < 0.7 * log('noise')['out'][:5].mean()
+    out = follow(out, '--student=plain.py --student_config.latents=4 --max_steps=3 --out_dir=images')
+    assert (log('images')['z_x'] > 0).all()
+    follow(out, '--num_samples=8 --reference=images.npz --features=classifier.safetensors')
+    assert 'the levels' in run(f'{plain} --teacher={teacher} --out_dir=x', ok=False)
 
 
 # ==== eval_fid.py, bench.py ====
