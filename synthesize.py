@@ -51,7 +51,8 @@ tau = 4.0                    # temperature of Eq. (8)
 edit = 'x0'                  # 'paper' is Eq. (10): z_t moves by eta grad_{z_t} L. 'x0': x_0 moves
                              # by eta b_t^2 times grad_{x_0} of its own loss: the step shrinks with
                              # the noise, and the denoiser needs no gradient. 'x_t': the same with
-                             # grad_{x_t}, through the denoiser
+                             # grad_{x_t}, through the denoiser. 'noise', for priors of few_steps.py:
+                             # the noise of an image moves, by `steps` of Adam at the rate `lr`
 eta = 3.0                    # step size for the loss of one walk, whatever the batch_size; 0 is
                              # unguided. With 'paper', 1 is the step of the authors
 reevaluate = False           # the denoiser is evaluated again after the edit and after an
@@ -62,7 +63,7 @@ lca = 'cutmix'               # augmentation, Eq. (11): 'cutmix', 'mixup', 'tradi
                              # shifts) or 'none'
 lca_every = 8                # steps between augmentations, and at least as many after the last one
 # DeepInversion (Yin et al. 2020), prior = 'none': pixels, optimised by Adam
-lr = 0.1                     # its step size
+lr = 0.1                     # its step size, also that of edit='noise'
 tv = 0.0                     # weight of the total variation: the mean squared difference of
                              # neighbouring pixels
 l2 = 0.0                     # weight of the mean square of the pixels (in [-1, 1])
@@ -85,7 +86,7 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 _ranges = {                  # allowed values of string settings
-    'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t'), 'bn_loss': ('l2', 'kl'),
+    'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t', 'noise'), 'bn_loss': ('l2', 'kl'),
     'lca': ('cutmix', 'mixup', 'traditional', 'none'), 'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
@@ -391,6 +392,27 @@ def deep_inversion(
     return kept, rows
 
 
+def move_noise(noise, draw, loss_of, y, times, kept_times, lr=0.1):
+    """Moves the noise (B, C, H, W) from which a few-step prior draws images, draw(z), by a step of
+    Adam for each of `times`: an image is one differentiable pass. The noise keeps its length, so
+    that it stays noise that the prior knows. Returns the same as `synthesize`."""
+    z = noise.clone().requires_grad_()
+    length = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    opt = torch.optim.Adam([z], lr)
+    kept, rows = [], []
+    for t in times:
+        images = draw(z)
+        loss, terms = loss_of(images, y)
+        rows.append((t, {'loss': loss.detach()} | {k: v.detach() for k, v in terms.items()}))
+        if t in kept_times:
+            kept.append(images.detach())
+        (z.grad,) = torch.autograd.grad(loss, z)
+        opt.step()
+        with torch.no_grad():
+            z.mul_(length / z.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+    return kept, rows
+
+
 def read_prompts(prompt, class_names):
     """(texts, names): `prompt` with every subject (the class names, or SUBJECTS) in every style;
     `names` are the class names, [] if class_names is ''."""
@@ -475,7 +497,9 @@ if __name__ == '__main__':
         net = net.to(dev, memory_format=M.memory_format(dev))
         net = M.graph_network(net, dev)
         text = getattr(net, 'condition', '') == 'text'
-        times = M.sampling_steps(diffusion.T, steps, 'trailing' if sampler == 'ddim' else 'even')
+        if edit != 'noise':
+            spacing = 'trailing' if sampler == 'ddim' else 'even'
+            times = M.sampling_steps(diffusion.T, steps, spacing)
         if edit == 'paper' and eta and diffusion.config['schedule'] == 'flow':
             raise M.UserError(
                 f"edit='paper' divides by a_t, which is 0 at the start of a flow ({prior}): use "
@@ -536,6 +560,19 @@ if __name__ == '__main__':
         elif net.num_classes:  # other classes, or prompts without class names: at random
             cond = [torch.randint(net.num_classes, (batch_size,), generator=g)]
         draws = [v.to(dev) for v in (x_t, noise, partners, numbers)]
+        if edit == 'noise':
+            passes = M.sampling_steps(diffusion.T, getattr(net, 'sampling', {}).get('steps', 1))
+
+            def draw(z):
+                for t, s in zip(passes, [*passes[1:], -1]):
+                    tt = torch.full((len(z),), t, device=dev)
+                    with autocast:
+                        out = in_slices(denoise, grad_batch, z, tt, *[c.to(dev) for c in cond])
+                    z = diffusion.ddim_step(out, z, tt, s)
+                return in_slices(images_of, grad_batch, z)
+
+            kept, rows = move_noise(draws[0], draw, loss_of, y.to(dev), times, kept_times, lr)
+            return kept, y, rows
         guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
         kept, rows = synthesize(
             denoise, diffusion, images_of, loss_of, draws, y.to(dev),
