@@ -15,6 +15,10 @@ trains a VAE on images, which is how teachers are made.
     torchrun --nproc_per_node=8 distill_vae.py config/vae_cifar10.py
     python distill_vae.py --teacher=stabilityai/sd-vae-ft-mse --method=synthetic --data=folder/ \\
         --student_config="{'block_out_channels': (32, 64, 128, 128)}"
+    # a small decoder for previews, like TAESD
+    python distill_vae.py config/vae_tiny_sd.py --data=folder/
+
+adapters/plain_vae.py is a VAE of another kind, with the commands that train and distil it.
 """
 import os
 
@@ -23,14 +27,19 @@ teacher = 'pretrained/mnist_lvae.safetensors'  # an LVAE of ours; AutoencoderKL 
                              # a folder or hub id; or a Python file with load(): any generator, a
                              # GAN's too
 # student
-student = ''                 # '' is of the teacher's class; or a Python file with build()
+student = ''                 # '' is of the teacher's class; a Python file with build(); or the
+                             # config.json of an AutoencoderKL or AutoencoderTiny of diffusers
 student_config = {'width': 8}  # changes to the teacher's config, which is of the same class; for
-                             # 'data', the config of an LVAE
+                             # 'data', the config of an LVAE; for a Python file, arguments of its
+                             # build()
 # distillation
 method = 'prior'             # 'prior' (noise only), 'synthetic' (also images, of any origin),
-                             # 'data' (the ELBO, without a teacher)
+                             # 'data' (the ELBO, without a teacher). The last two need a network
+                             # with an encoder
 beta = 0.1                   # the pixels' variance is beta / 2
 lam_z = 0.1                  # weight of the distance between the Gaussians of both networks
+features = ''                # a classifier (models.load_classifier), in whose maps images are
+lam_features = 100.0         # compared too, with this weight
 data = ''                    # 'synthetic' and 'data': an .npz, a folder, or a torchvision name
 flip = False                 # random horizontal flips
 kl_warmup = 500              # 'data': steps in which the weight of the KL grows from 0 to 1; 0 for
@@ -60,6 +69,7 @@ _ranges = {                  # allowed values of string settings
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
+import inspect
 import math
 import shlex
 import time
@@ -95,6 +105,19 @@ def decode(net, noise, seen=None):
     return (made.float(), [], []) if torch.is_tensor(made) else made
 
 
+def feature_distance(net_F, images, images_T):
+    """The squared distance of images (B, C, H, W) in [0, 1] in the maps of a classifier, whose
+    vectors at each position have length 1 (Zhang et al. 2018, Eq. (1), without its weights)."""
+    total = 0.0
+    maps, maps_T = (
+        M.forward_features(net_F, M.preprocess(net_F, x * 2 - 1))[1] for x in (images, images_T)
+    )
+    for f, f_T in zip(maps, maps_T):
+        f, f_T = (torch.nn.functional.normalize(m.float(), dim=1) for m in (f, f_T))
+        total = total + ((f - f_T) ** 2).sum(1).mean()
+    return total
+
+
 def below_prior(seen, n):
     """Puts n uninformative rows before an encoder's Gaussians: an infinite std, or at the top the
     prior itself. One decoder batch then holds samples of the prior and of the posterior, and
@@ -112,10 +135,12 @@ def rows_of(gaussians, part):
     return [(mean[part], std[part]) for mean, std in gaussians]
 
 
-def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1):
+def distill_losses(
+    student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1, net_F=None, lam_features=0.0
+):
     """The loss terms, a dict of scalars, of n images from the prior ('z' and 'out') and of the
-    images x (B, C, H, W) in [0, 1], if given ('z_x' and 'out_x'). channels: the number of channels
-    of `out` that are the mean of the pixels.
+    images x (B, C, H, W) in [0, 1], if given ('z_x' and 'out_x'); of all in the features of net_F,
+    if given. channels: the number of channels of `out` that are the mean of the pixels.
     """
     seen = seen_T = None
     if x is None:
@@ -127,7 +152,9 @@ def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1)
         noise = [torch.randn_like(mean) for mean, _ in seen_T]
     with torch.no_grad():
         out_T, q_T, p_T = decode(teacher, noise, seen_T)
-    out, q, p = decode(student, noise, seen)  # both decoders, from the same noise
+    theirs = x is not None and getattr(student, 'decodes_theirs', False)
+    out, q, p = decode(student, noise, seen_T if theirs else seen)  # from the same noise
+    q = seen if theirs else q
     mean, mean_T = out[:, :channels], out_T[:, :channels]
     prior, posterior = slice(n), slice(n, None)
     p, p_T = rows_of(p, prior), rows_of(p_T, prior)
@@ -140,6 +167,8 @@ def distill_losses(student, teacher, channels, n=0, x=None, beta=0.1, lam_z=0.1)
     if x is not None:
         terms['z_x'] = lam_z * sum(map(wasserstein, q, q_T))
         terms['out_x'] = output_kl(mean[n:], mean_T[n:], beta)
+    if net_F is not None:
+        terms['features'] = lam_features * feature_distance(net_F, mean, mean_T)
     return terms
 
 
@@ -166,6 +195,17 @@ def build_vae(config, teacher):
             f"{', '.join(k for k in teacher if k not in ('class', 'adapter'))}"
         )
     return M.make(config)
+
+
+def build_generator(path, config, image_size, in_channels):
+    """The network that build(**config) in a user's file returns. build() also gets `image_size` and
+    `in_channels` if it has such parameters."""
+    build = getattr(M.run_file(path), 'build', None)
+    takes = inspect.signature(build).parameters if build else {}
+    if config == {'width': 8} and 'width' not in takes:  # the default, which is for an LVAE
+        config = {}
+    size = {'image_size': image_size, 'in_channels': in_channels}
+    return M.build_from_file(path, **config | {k: v for k, v in size.items() if k in takes})
 
 
 def check_image_range(net, spec):
@@ -206,12 +246,6 @@ if __name__ == '__main__':
         f"method={method!r} needs images: --data=mnist, an .npz or a folder; "
         'python synthesize.py config/synth_mnist_vae.py makes some'
     )
-    foreign = M.split_file(teacher)[0] or student
-    M.check(
-        method == 'prior' or not foreign,
-        "a generator from a Python file can only be distilled from noise: method='prior', not "
-        f'{method!r}'
-    )
     dev, autocast, rank, world = M.init_distributed(device, dtype, seed)
     micro_batch = M.per_rank(batch_size, world)  # images of one forward pass
     compute_dtype = M.pick_dtype(dev, dtype)
@@ -225,33 +259,44 @@ if __name__ == '__main__':
             check_image_range(net_T, teacher)
         settings['teacher_digest'] = M.digest(net_T)
         net_T = M.cast_frozen(net_T.to(dev, memory_format=M.memory_format(dev)), compute_dtype)
-        M.check(
-            method != 'prior' or getattr(net_T, 'has_prior', True),
-            f'{teacher} makes no images from its prior: use --method=synthetic'
-        )
     if method != 'prior':
-        images, _ = M.load_images(data, channels=net_T.in_channels if net_T else 0)
+        images, _ = M.load_images(data, channels=getattr(net_T, 'in_channels', 0))
         images = M.on_device(images, dev)  # uint8
-    if net_T is None:
-        channels = images.shape[1]
-    elif hasattr(net_T, 'in_channels'):
-        channels = net_T.in_channels
+        channels, side = images.shape[1], images.shape[-1]
     else:
         with torch.no_grad(), autocast:
-            channels = decode(net_T, net_T.noise(2))[0].shape[1]
+            made = decode(net_T, net_T.noise(2, torch.Generator(dev)))[0]
+        channels, side = getattr(net_T, 'in_channels', made.shape[1]), made.shape[-1]
 
     # ---- student ----
-    if student:
-        net = M.build_from_file(student)
+    if student.endswith('.json'):
+        changes = {k: v for k, v in student_config.items() if k != 'width'}  # that is an LVAE's
+        net = M.adapter('hub').build_vae(student, changes, net_T)
+    elif student:
+        net = build_generator(student, student_config, side, channels)
     elif net_T is None:
-        whole = {'class': 'LVAE', 'image_size': images.shape[-1], 'in_channels': channels}
+        whole = {'class': 'LVAE', 'image_size': side, 'in_channels': channels}
         whole['width'] = 128
         net = build_vae(whole | student_config, whole)
     else:
+        foreign = M.split_file(teacher)[0]
         M.check(not foreign, f'{teacher} needs a student: --student=FILE.py with build()')
         net = build_vae(net_T.config | student_config, net_T.config)
+    net_F = M.load_classifier(features).to(dev) if features else None
+    wanted = getattr(net, 'image_size', 0)
+    if images is not None and wanted:
+        size = tuple(images.shape[2:])
+        M.check(size == (wanted, wanted), f'{data} has images of {size}, the VAE is for {wanted}')
     net = net.to(dev, memory_format=M.memory_format(dev))
     both = [n for n in (net_T, net) if n is not None]
+    needs = {'prior': [], 'synthetic': ['encode'], 'data': ['encode', 'elbo']}[method]
+    for n in both:
+        for name in needs:
+            M.check(
+                hasattr(n, name),
+                f'{type(n).__name__} has no {name}(), which method={method!r} needs; a generator '
+                "without an encoder can be distilled from noise: --method=prior"
+            )
     with autocast, torch.no_grad():
         x = None if images is None else images[:2].to(dev).float() / 255
         noise = both[0].noise(2) if x is None else None
@@ -261,6 +306,15 @@ if __name__ == '__main__':
         f'the teacher has the levels {shapes[0]}, the student {shapes[-1]}: image_size, '
         'in_channels and the latents must be the same'
     )
+    if x is not None:
+        with autocast, torch.no_grad():
+            seen = net.encode(x)
+            made = net.decode([torch.zeros_like(mean) for mean, _ in seen], seen)[0]
+        M.check(
+            made.shape[2:] == x.shape[2:],
+            f'{data}: the VAE turns images of {tuple(x.shape[2:])} into {tuple(made.shape[2:])}: '
+            'use images whose size its downsampling divides'
+        )
     checkpoint = M.resume(settings, rank, net)
     if method == 'prior' and type(net).__name__ == 'LVAE':  # its encoder is not trained
         for name, p in net.named_parameters():
@@ -279,8 +333,8 @@ if __name__ == '__main__':
             nll, kl = net.elbo(x, net.noise(len(x)), beta)
             return {'nll': nll.mean(), 'kl': sum(kl).mean()}
         # n rows from the prior, then the images
-        n = micro_batch if getattr(net_T, 'has_prior', True) else 0
-        return distill_losses(net, net_T, channels, n, x, beta, lam_z)
+        n = micro_batch if x is None or getattr(net_T, 'has_prior', True) else 0
+        return distill_losses(net, net_T, channels, n, x, beta, lam_z, net_F, lam_features)
 
     model = Losses(net, loss_of)
     if compile:
@@ -289,7 +343,8 @@ if __name__ == '__main__':
         # BatchNorm's running statistics are not used in training, and only those of rank 0 are
         # saved
         model = torch.nn.parallel.DistributedDataParallel(
-            model, gradient_as_bucket_view=True, broadcast_buffers=False
+            model, gradient_as_bucket_view=True, broadcast_buffers=False,
+            find_unused_parameters=bool(student)
         )
     kl_weight = torch.ones((), device=dev)  # grows in the first steps of 'data'
 

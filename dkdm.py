@@ -28,7 +28,7 @@ prompts = ''                 # text-conditional teachers: a file of texts, one p
 student = 'unet'             # 'unet' or 'dit', whatever the teacher is; 'teacher', a copy of the
                              # teacher; a Python file with build(); or the config.json of a network
                              # of diffusers
-student_config = {}          # its sizes, where they differ from models.SIZES
+student_config = {}          # its sizes, where they differ from adapters/students.py
                              # (--student_config.model_channels=64); learn_sigma=False for one that
                              # does not predict its variance, Eq. (12); lora_rank=64 for LoRA
                              # adapters of a copy of the teacher, a pipeline with texts
@@ -104,6 +104,8 @@ import torch
 from tqdm import tqdm
 
 import models as M
+
+students = M.adapter('students')
 
 
 # ==== the method ====
@@ -341,10 +343,8 @@ def distance_of(net, diffusion, decoder, steps, space, seed, autocast):
 # ==== set-up ====
 if __name__ == '__main__':
     config = {k: globals()[k] for k in _defaults}
-    M.check(max_steps > 0, f'max_steps={max_steps} must be above 0')
-    M.check(batch_size > 0 and grad_accum > 0, 'batch_size and grad_accum must be above 0')
-    M.check(0 <= ema < 1, f'ema={ema} must be from 0 to below 1')
-    M.check(0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob} must be from 0 to 1')
+    M.check(min(max_steps, batch_size, grad_accum) > 0, 'max_steps, batch_size, grad_accum: above 0')
+    M.check(0 <= ema < 1 and 0 <= uncond_prob <= 1, 'ema and uncond_prob must be from 0 to 1')
     M.check(not class_cond or method == 'data', 'class_cond: the teacher says what the classes are')
     mixed = method == 'synthetic' and data
     M.check(mixed or not synthetic['real_fraction'], 'synthetic.real_fraction needs --data=...')
@@ -369,23 +369,20 @@ if __name__ == '__main__':
         net_T, diffusion_T, guidance_T = M.load_teacher(
             teacher, teacher_config, guidance, prompts, dev, M.pick_dtype(dev, dtype)
         )
-        M.check(
-            uncond_prob == 0 or not getattr(net_T, 'no_null', False),
-            f'uncond_prob={uncond_prob}: {teacher} has no null class to learn from'
-        )
+        null = not getattr(net_T, 'no_null', False)
+        M.check(null or uncond_prob == 0, f'uncond_prob: {teacher} has no null class to learn from')
         config['teacher_digest'] = net_T.digest
         guided = guidance_T != 1 or getattr(net_T, 'guided', False)
-        if compile:
-            M.compile_blocks(net_T)
         if rank == 0:
-            M.warn_if_y_is_ignored(net_T, f'the teacher {teacher}', diffusion_T, dev, autocast)
+            students.warn_if_y_is_ignored(net_T, teacher, diffusion_T, dev, autocast)
         ask_teacher = M.make_teacher(net_T, guidance_T, autocast)
-        C, H, num_classes = net_T.in_channels, net_T.image_size, net_T.num_classes
+        C, H = net_T.in_channels, net_T.image_size
+        num_classes = net_T.num_classes
         process_S = diffusion_T.config
     draw_labels = M.make_labels(num_classes, uncond_prob, dev)
 
     # ---- student ----
-    net, diffusion = M.build_student(
+    net, diffusion = students.build_student(
         student, student_config, student_prediction, (C, H), num_classes, process_S,
         (teacher, teacher_config, net_T) if net_T else None, dev, init_from
     )
@@ -398,14 +395,13 @@ if __name__ == '__main__':
         weight_decay=adamw['weight_decay'], fused=True
     )
     if compile:
-        M.compile_blocks(net)
+        M.compile_blocks(net_T, net)
     model = net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
             net, gradient_as_bucket_view=True, broadcast_buffers=False,
             find_unused_parameters=student not in M.DENOISERS
         )
-    space = None
     if eval_every:
         space = load_space(eval_reference, 3 if getattr(net_T, 'vae', None) else C, dev)
     torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
@@ -448,10 +444,8 @@ if __name__ == '__main__':
                 )
         shape = tuple(images.shape[1:])
         M.check(shape == (C, H, H), f'the images are {shape}, they must be {(C, H, H)}')
-        M.check(
-            num_classes == 0 or labels is not None and labels.max() < num_classes,
-            f"the images need labels 0 ... {num_classes - 1} ('arr_1', or a subfolder per class)"
-        )
+        fits = num_classes == 0 or labels is not None and labels.max() < num_classes
+        M.check(fits, f'the images need labels from 0 to {num_classes - 1}')
         source = Images(
             M.on_device(images, dev), M.on_device(labels, dev) if num_classes else None,
             uncond_prob, flip, dev
@@ -510,7 +504,8 @@ if __name__ == '__main__':
     meter = M.Meter(dev)
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
-        step, evaluations, best = shared['step'], shared['evaluations'], shared['best']
+        step, best = shared['step'], shared['best']
+        evaluations = shared['evaluations']
         meter = M.Meter(dev, own['sums'])
         net_ema.load_state_dict(shared['ema'])
         if walking:
@@ -595,7 +590,7 @@ if __name__ == '__main__':
             break
     bar.close()
     if rank == 0:
-        M.warn_if_y_is_ignored(net_ema, 'the student', diffusion, dev, autocast)
+        students.warn_if_y_is_ignored(net_ema, 'the student', diffusion, dev, autocast)
         if step == first:  # killed after the last checkpoint, before the result was saved
             save_student()
         path = os.path.join(out_dir, 'student.safetensors')

@@ -25,7 +25,7 @@ prompts = ''                 # text-conditional teachers: a file of texts, one p
 student = 'unet'             # 'unet' or 'dit', whatever the teacher is; 'teacher', a copy of the
                              # teacher; a Python file with build(); or the config.json of a network
                              # of diffusers
-student_config = {}          # its sizes, where they differ from models.SIZES
+student_config = {}          # its sizes, where they differ from adapters/students.py
 lora_rank = 0                # above 0: of a copy of the teacher, a pipeline with texts, only LoRA
                              # adapters of this rank are trained; it predicts what the teacher does
 student_prediction = 'x0'    # 'x0', 'v', 'flow', or 'teacher': the same as the teacher's. Of 'v',
@@ -81,6 +81,8 @@ import torch
 from tqdm import tqdm
 
 import models as M
+
+students = M.adapter('students')
 
 
 # ==== the method ====
@@ -261,10 +263,8 @@ if __name__ == '__main__':
     )
     config['teacher_digest'] = net_T.digest
     guided = guidance_T != 1 or getattr(net_T, 'guided', False)
-    if compile:
-        M.compile_blocks(net_T)
     if rank == 0:
-        M.warn_if_y_is_ignored(net_T, f'the teacher {teacher}', diffusion_T, dev, autocast)
+        students.warn_if_y_is_ignored(net_T, f'the teacher {teacher}', diffusion_T, dev, autocast)
     C, H = net_T.in_channels, net_T.image_size
 
     # ---- student ----
@@ -279,7 +279,7 @@ if __name__ == '__main__':
     )
     # its sampler adds no noise, so it predicts no variance; x_0* averages clamped x_0s of the
     # teacher, so what it predicts needs no clamping
-    net, diffusion = M.build_student(
+    net, diffusion = students.build_student(
         student, sizes | {'learn_sigma': False}, student_prediction, (C, H), net_T.num_classes,
         diffusion_T.config | {'clip': False}, (teacher, teacher_config, net_T), dev, init_from
     )
@@ -291,7 +291,7 @@ if __name__ == '__main__':
         weight_decay=adamw['weight_decay'], fused=True
     )
     if compile:
-        M.compile_blocks(net)
+        M.compile_blocks(net_T, net)
     model = net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
@@ -434,7 +434,7 @@ if __name__ == '__main__':
             break
     bar.close()
     if rank == 0:
-        M.warn_if_y_is_ignored(net_ema, 'the student', diffusion, dev, autocast)
+        students.warn_if_y_is_ignored(net_ema, 'the student', diffusion, dev, autocast)
         if step == first:  # killed after the last checkpoint, before the result was saved
             save_student()
         path = os.path.join(out_dir, 'student.safetensors')

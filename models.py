@@ -13,15 +13,15 @@ Part 2, the plumbing:
     loaders      load_denoiser, load_classifier, load_vae, load_images
     measuring    features, read_statistics, frechet_distance, save_grid
     training     optimizer_step, update_ema, Meter, compile_blocks, Graphed, graph_network
-    denoisers    load_teacher, make_teacher, build_student, save_samples
+    denoisers    load_teacher, make_teacher, make_labels, save_samples
     running      init_distributed, pick_dtype, all_reduce_max, StopFlag, finish
     checkpoints  save_checkpoint, resume, set_aside, restore, Log
 
 Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ... T-1; `x_t` at `t`
-is what the network sees when it predicts the step to `t-1`; `s = -1` means the clean image. A class
-label of -1 is the null condition of classifier-free guidance. A denoiser has the attributes
-`image_size`, `in_channels` and `num_classes` (0 for none), and `net(x_t, t, y=None)` returns
-(B, C or 2C, H, W). A mistake that the user can correct raises UserError.
+is what the network sees when it predicts the step to `t-1`; `s = -1` is the clean image. A label of
+-1 is the null condition of guidance. A denoiser has the attributes `image_size`, `in_channels` and
+`num_classes` (0 for none), and `net(x_t, t, y=None)` returns (B, C or 2C, H, W). A mistake that the
+user can correct raises UserError.
 """
 
 import math
@@ -437,8 +437,7 @@ def gaussian_kl(q, p):
 
 
 def betas_from_alpha_bar(alpha_bar):
-    """The betas (T,) of the variance-preserving process with this alpha_bar (T,), which decreases
-    from near 1 to near 0.
+    """The betas (T,) of the variance-preserving process with this decreasing alpha_bar (T,).
 
     Dividing any process x_t = a_t x_0 + b_t eps by sqrt(a_t^2 + b_t^2) makes it one, with
     alpha_bar = a^2 / (a^2 + b^2): `Diffusion(betas_from_alpha_bar(alpha_bar).tolist())`.
@@ -517,7 +516,7 @@ class Diffusion:
         self.a = torch.cat([a, torch.ones(1, dtype=torch.float64)])
         self.b = torch.cat([b, torch.zeros(1, dtype=torch.float64)])
         self.alpha_bar = self.a**2 / (self.a**2 + self.b**2)
-        # variances are clamped to this value before their logarithm is taken: that of step 1 -> 0
+        # variances are clamped to that of step 1 -> 0 before their logarithm is taken
         self.floor = self.posterior(torch.zeros(1), torch.zeros(1), 1, 0)[1].item()
 
     def ab(self, t, like):
@@ -862,8 +861,8 @@ def read_lines(path):
 
 
 def write_atomically(path, write):
-    """Calls write(temporary path) and renames the result: no reader sees a half-written file, and a
-    failed write leaves nothing behind. Raises UserError if the disk is full."""
+    """Calls write(temporary path) and renames the result: a failed write changes nothing. Raises
+    UserError if it fails."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     tmp = os.path.join(folder, '.tmp-' + name)
@@ -873,7 +872,7 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as e:  # torch.save has its own words for a full disk
         full = getattr(e, 'errno', 0) == errno.ENOSPC or shutil.disk_usage(folder).free < 2**16
         why = f'no space left in {folder}' if full else e
-        raise UserError(f'{path} could not be written: {why}; what was there before is intact') from e
+        raise UserError(f'{path} was not written, and what it held before is kept: {why}') from e
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
@@ -891,7 +890,8 @@ def save_model(net, path, diffusion=None, **more):
     description that rebuilds the network, `diffusion.config`, and `more`: `vae`, the pipeline whose
     VAE decodes the latents; `pipeline`, that of the text encoders and the scheduler; `guided`,
     whether guidance is distilled into the predictions; `no_null`, whether it never saw the null
-    condition; `sampling`, the sampler's settings; `prompts`, the file of texts. Raises UserError if a weight is not finite."""
+    condition; `sampling`, the sampler's settings; `prompts`, the file of texts. Raises UserError
+    if a weight is not finite."""
     state = {}
     for k, v in net.state_dict().items():  # clones, because tied weights share memory
         state[k] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -929,7 +929,7 @@ def read_weights(path):
 
 
 def is_plain(spec):
-    """Whether `spec` is a file of weights without a description of their network."""
+    """Whether `spec` is a file of weights that does not describe their network."""
     return os.path.isfile(spec) and not spec.endswith('.py') and not read_weights(spec)[1]
 
 
@@ -993,8 +993,7 @@ def adapter(name):
 
 
 def split_file(spec):
-    """Splits 'my.py:weights.pt' into ('my.py', 'weights.pt') and 'my.py' into ('my.py', '');
-    anything else gives ('', spec)."""
+    """('my.py', 'weights.pt') of 'my.py:weights.pt', ('my.py', '') of 'my.py', ('', spec) of others."""
     if spec.endswith('.py'):
         return spec, ''
     head, found, weights = spec.partition('.py:')
@@ -1075,7 +1074,7 @@ def decode(net, z):
 
 
 def attach_vae(net, vae):
-    """Sets `net.vae` without registering it as a submodule, so that it is not trained or saved."""
+    """Sets `net.vae`, not as a submodule: it is not trained or saved."""
     net.__dict__['vae'] = frozen(vae) if vae is not None else None
 
 
@@ -1083,7 +1082,7 @@ def attach_vae(net, vae):
 
 
 def refuse_known(spec, known):
-    """Raises UserError if settings are given for a model that needs none, and would ignore them."""
+    """Raises UserError if settings are given for a model that would ignore them."""
     check(not known, f"{spec} says itself what it is: leave out {', '.join(known)}")
 
 
@@ -1126,8 +1125,7 @@ def load_denoiser(spec, dtype=torch.float32, **known):
         if header.get('vae'):
             check(
                 os.path.isdir(net.source) or not os.path.isabs(net.source),
-                f'{spec} needs the VAE of its teacher, {net.source}, which is not there any more: '
-                'move it back, or make a link there'
+                f'{spec} needs the VAE of its teacher, {net.source}, which is not there any more'
             )
             attach_vae(net, adapter('hub').load_part(header['vae'], 'vae', 'vqvae'))
         if getattr(net, 'dtype_as_loaded', False):
@@ -1311,8 +1309,7 @@ def read_statistics(path, space):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. (6)),
-    and whether sigma1 sigma2 is near singular. Its eigenvalues are computed as those of the
-    symmetric sigma1^(1/2) sigma2 sigma1^(1/2)."""
+    and whether sigma1 sigma2, by way of sigma1^(1/2) sigma2 sigma1^(1/2), is near singular."""
     values, vectors = torch.linalg.eigh(sigma1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = torch.linalg.eigvalsh(root @ sigma2 @ root)
@@ -1332,7 +1329,7 @@ def mean_and_backward(terms, loss_scale=1.0):
 
 
 def learning_rate_factor(step, max_steps, warmup=0, decay=True):
-    """What the learning rate is multiplied by: a linear warm-up, and a cosine to 0 at max_steps."""
+    """A linear warm-up, and if `decay` a cosine to 0 at max_steps."""
     factor = min(1.0, (step + 1) / max(1, warmup))
     if decay:
         factor *= 0.5 * (1 + math.cos(math.pi * step / max_steps))
@@ -1418,17 +1415,17 @@ class Meter:
 BLOCKS = (ResBlock, AttentionBlock, DiTBlock)
 
 
-def compile_blocks(net):
-    """torch.compile for each kind of block of a network, which takes seconds where the whole
-    network takes minutes; a network without such blocks is compiled as a whole."""
+def compile_blocks(*nets):
+    """torch.compile for each kind of block of the networks (None: no network), which takes seconds
+    where a whole network takes minutes; one without such blocks is compiled as a whole."""
     torch._dynamo.config.cache_size_limit = 256  # all blocks share one list
-    blocks = [m for m in net.modules() if isinstance(m, BLOCKS)]
-    if getattr(getattr(net, 'net', None), '_repeated_blocks', None):  # of diffusers
-        net.net.compile_repeated_blocks(dynamic=False)
-    else:
-        for block in blocks or [net]:
-            block.compile(dynamic=False)
-    return net
+    for net in filter(None, nets):
+        blocks = [m for m in net.modules() if isinstance(m, BLOCKS)]
+        if getattr(getattr(net, 'net', None), '_repeated_blocks', None):  # of diffusers
+            net.net.compile_repeated_blocks(dynamic=False)
+        else:
+            for block in blocks or [net]:
+                block.compile(dynamic=False)
 
 
 class Graphed:
@@ -1536,12 +1533,6 @@ def graph_network(net, device):
 
 # ==== Teachers and students of dkdm.py and few_steps.py
 
-SIZES = {  # default sizes of the student; student_config overrides them
-    'unet': dict(patch_size=2, model_channels=28, num_res_blocks=1, channel_mult=(1, 1),
-                 attention_resolutions=(7,)),
-    'dit': dict(patch_size=2, hidden_size=128, depth=6, num_heads=4)}
-
-
 def load_teacher(spec, known, guidance, prompts, device, dtype):
     """(net, diffusion, guidance): a denoiser on the device, its texts embedded, and the guidance at
     which it is distilled (0: 2 where it has a condition, else 1). `net.digest` names its weights.
@@ -1601,115 +1592,6 @@ def make_labels(num_classes, uncond_prob=0.0, device='cpu'):
         return torch.where(torch.rand(n, device=device) < uncond_prob, -1, y)
 
     return draw_labels
-
-
-def build_denoiser(
-    spec, image_size, in_channels, num_classes, learn_sigma=True, config={}, teacher=None
-):
-    """A denoiser with random weights: a name in DENOISERS with `config` as its sizes; a Python
-    file, whose build(image_size, in_channels, num_classes, **config) is called; or the config.json
-    of a diffusers network, which shares the teacher's embedded texts. Raises UserError if it does
-    not fit the images or the condition."""
-    size = dict(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
-    if spec in DENOISERS:
-        takes = inspect.signature(DENOISERS[spec]).parameters.keys()
-        sizes = takes - size.keys() - {'out_channels', 'learn_sigma'}
-        if odd := config.keys() - sizes:
-            raise UserError(
-                f"student_config: {spec} has no {min(odd)!r}; it has {', '.join(sorted(sizes))}"
-            )
-        if 'out_channels' in takes:
-            size['out_channels'] = in_channels * (2 if learn_sigma else 1)
-        elif 'learn_sigma' in takes:
-            size['learn_sigma'] = learn_sigma
-        kw = SIZES.get(spec, {}) | config | size
-        net = DENOISERS[spec](**kw)
-        if 'class' not in getattr(net, 'config', {}):
-            net.config = kw | {'class': type(net).__name__}
-        return net
-    if spec.endswith('.py'):
-        net = build_from_file(spec, **config | size)
-    elif spec.endswith('.json'):
-        net = adapter('hub').build_student(existing(spec), config, num_classes, teacher)
-    else:
-        raise UserError(
-            f"student={spec!r}: {', '.join(map(repr, DENOISERS))}, 'teacher', a Python file with "
-            'build(), or the config.json of a network of diffusers'
-        )
-    for key, value in size.items():
-        if getattr(net, key) != value:
-            raise UserError(f'{spec}: its {key} is {getattr(net, key)}, it should be {value}')
-    return net
-
-
-def output_channels(net, device):
-    """The number of channels that a user's or a diffusers network predicts. Raises UserError if it
-    is neither C nor 2C."""
-    C, H = net.in_channels, net.image_size
-    t = torch.zeros(1, dtype=torch.long, device=device)
-    with torch.no_grad():
-        out = net.eval()(torch.zeros(1, C, H, H, device=device), t, t if net.num_classes else None)
-    check(
-        out.shape in ((1, C, H, H), (1, 2 * C, H, H)),
-        f'the student turns {(C, H, H)} into {tuple(out.shape[1:])}; it must return the same '
-        'number of channels, or twice as many'
-    )
-    return out.shape[1]
-
-
-def build_student(
-    spec, config, prediction, image_shape, num_classes, process, teacher, device, init_from=''
-):
-    """(net, diffusion): a student on the device and its process.
-
-    spec, config: see `build_denoiser`; 'teacher' is a copy of the teacher's network. config's entry
-    'learn_sigma' says whether it predicts its variance (the default), and 'lora_rank' trains
-    adapters of a copy, which predicts what the teacher predicts. prediction: 'eps', 'v', 'x0',
-    'flow' or 'teacher'. process: the arguments of the teacher's `Diffusion`. teacher: (its spec,
-    its config, its network) or None. init_from='teacher' copies what fits. Raises UserError.
-    """
-    C, H = image_shape[:2]
-    config = dict(config)
-    learn_sigma = config.pop('learn_sigma', True)
-    lora_rank = config.pop('lora_rank', 0)
-    if prediction == 'teacher' or lora_rank:
-        prediction = process.get('prediction', 'v')
-    needs = spec == 'teacher' or init_from == 'teacher' or lora_rank
-    check(teacher or not needs, 'there is no teacher to begin as')
-    check(spec == 'teacher' or not lora_rank, 'lora_rank needs --student=teacher')
-    if lora_rank:
-        net = adapter('from_teacher').add_lora(teacher[0], teacher[2], lora_rank)
-    elif spec == 'teacher':
-        net = adapter('from_teacher').copy_of_teacher(*teacher, prediction, learn_sigma)
-    else:
-        net = build_denoiser(
-            spec, H, C, num_classes, learn_sigma, config, teacher[2] if teacher else None
-        )
-    net = net.to(device, memory_format=memory_format(device))
-    diffusion = Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
-    paired(net, diffusion)
-    if spec not in DENOISERS:
-        learn_sigma = output_channels(net, device) == 2 * C
-        diffusion = Diffusion(**process | dict(prediction=prediction, learn_sigma=learn_sigma))
-    if init_from == 'teacher' and spec != 'teacher':
-        adapter('from_teacher').lend(teacher[2], process['prediction'], net, diffusion)
-    return net, diffusion
-
-
-@torch.no_grad()
-def warn_if_y_is_ignored(net, name, diffusion, device, autocast):
-    """Prints a warning if the network has classes, but gives the same output for two of them."""
-    if net.num_classes < 2:
-        return
-    noise = torch.Generator(device).manual_seed(0)
-    x_t = random_normal((1, net.in_channels, net.image_size, net.image_size), noise, device)
-    t = torch.full((2,), diffusion.T // 2, device=device)
-    y = torch.tensor([0, net.num_classes - 1], device=device)
-    with autocast:
-        first, last = net(x_t.expand(2, -1, -1, -1), t, y).float()
-    if torch.allclose(first, last, rtol=1e-5, atol=1e-6):
-        print(f'WARNING: {name} gives the same output for all {net.num_classes} classes; does its '
-              'forward use y?')
 
 
 def save_samples(path, rows, decoder, seed, autocast, seconds_per_pass, since):
@@ -1783,9 +1665,9 @@ def init_distributed(device='auto', dtype='auto', seed=0):
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # the first convolution reads x_t in float32
     if world > 1 and not dist.is_initialized():
-        # CPU tensors go through gloo, so that all_reduce_max does not wait for the GPU. The timeout
-        # is hours long, since one rank may work alone (downloads, pictures). The prefix keeps a
-        # restarted run from reading the addresses of dead ranks in the store, where it would hang.
+        # CPU tensors go through gloo, so that all_reduce_max does not wait for the GPU. One rank may
+        # work alone for hours (downloads). The prefix keeps a restarted run from reading the
+        # addresses of dead ranks in the store, where it would hang.
         store, rank, world = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
@@ -1809,8 +1691,8 @@ def per_rank(batch_size, world, grad_accum=1):
 
 
 def pick_dtype(device, dtype='auto'):
-    """The dtype that networks compute in: `dtype`, or for 'auto' bfloat16 where the hardware computes
-    in it, else float16 on GPUs (of frozen pipelines: there is no loss scaling), float32 on CPUs."""
+    """The dtype that networks compute in: `dtype`, or for 'auto' bfloat16 where the hardware has it,
+    else float16 on GPUs (of frozen pipelines: there is no loss scaling), float32 on CPUs."""
     if dtype != 'auto':
         return getattr(torch, dtype)
     if device.type == 'cuda':
@@ -1874,9 +1756,8 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """`signal` is 0 until Ctrl-C or SIGTERM, then the signal's number; the loop then saves and
-    leaves. Inside `with flag.interrupts():` the signal also ends the block, which is meant for
-    work that may be lost, such as pictures."""
+    """`signal` is 0 until Ctrl-C or SIGTERM, then its number; the loop then saves and leaves. Inside
+    `with flag.interrupts():` it also ends the block, of work that may be lost, such as pictures."""
 
     def __init__(self):
         self.signal = 0
@@ -1952,10 +1833,10 @@ def lock_out_dir(out_dir, rank):
 
 
 def save_checkpoint(settings, step, net, opt, shared, own, rank, finished=False):
-    """Writes `shared`, the state of all ranks (on rank 0), and `own`, the state of this rank, to
-    which it adds the random generators. A run that is killed at any moment leaves a complete
-    checkpoint: `ckpt.pt` names the step, and is renamed into place after all ranks have written.
-    Other runs may only take the place of a `finished` one."""
+    """Writes `shared`, the state of all ranks (on rank 0), and `own`, the state of this rank, with
+    its random generators. A run that is killed at any moment leaves a complete checkpoint:
+    `ckpt.pt` names the step, and is renamed into place after all ranks have written. Another run
+    takes the place of a `finished` one only."""
     out_dir = settings['out_dir']
     mine = f'ckpt_{step}_rank{rank}.pt'
     own = own | {'random': torch.get_rng_state()}
@@ -1990,7 +1871,8 @@ def resume(settings, rank, net):
         )
     if init_from not in ('scratch', 'resume', 'overwrite', 'teacher'):
         state, header = read_weights(init_from)
-        load_state(net, state if header else adapter('original').unwrap(state, init_from), init_from)
+        state = state if header else adapter('original').unwrap(state, init_from)
+        load_state(net, state, init_from)
     lock_out_dir(out_dir, rank)
     path = os.path.join(out_dir, 'ckpt.pt')
     found = os.path.exists(path)

@@ -12,6 +12,7 @@ import glob
 import importlib.util
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import re
@@ -584,6 +585,113 @@ def test_networks_that_are_refused(spec, kw, message):
         M.load_denoiser(spec, **kw)
 
 
+def averages(state):
+    return {k: v + 1 for k, v in state.items()}
+
+
+def test_averaged_weights_come_first(capsys):
+    """Under the names of many trainers, as dicts, lists and prefixes; a line says so."""
+    raw = M.classifier('resnet8', width=4).state_dict()
+    mean = averages(raw)
+    trained = [v for k, v in mean.items() if k.endswith(('weight', 'bias'))]
+    held = [{'model': raw, 'ema': mean}, {'model_ema': mean, 'model': raw, 'epoch': 5},
+            {'net_model': raw, 'ema_model': mean}, {'state_dict': raw, 'state_dict_ema': mean},
+            {'params': raw, 'params_ema': mean},
+            {'model': raw, 'ema': {'module.' + k: v for k, v in mean.items()}},
+            {'model': raw, 'ema': {'decay': 0.9, 'shadow_params': trained}},
+            {'model.' + k: v for k, v in raw.items()} | {
+                'model_ema.' + k: v for k, v in mean.items()}]
+    for checkpoint in held:
+        torch.save(checkpoint, 'c.pt')
+        loaded = M.load_classifier('c.pt').state_dict()
+        assert torch.equal(loaded['fc.weight'], mean['fc.weight']), checkpoint.keys()
+        assert 'averaged' in capsys.readouterr().out
+    for checkpoint, message in (({'shadow_params': trained}, 'without names'), (trained, 'a list')):
+        torch.save(checkpoint, 'c.pt')
+        with pytest.raises(M.UserError, match=message):
+            M.load_classifier('c.pt')
+
+
+@torch.no_grad()
+def test_networks_with_the_names_of_others(capsys):
+    """SiT, LightningDiT, PixArt and EDM; tables of labels with and without a null class."""
+    original = M.adapter('original')
+    net = fill(M.DiT(**SMALL_DIT | {'num_heads': 1}))
+    torch.save(net.state_dict(), 'sit.pt')
+    sit, flow = M.load_denoiser('sit.pt', kind='sit')
+    z = wave(3, 4, 8, 8)
+    noise, y = z, torch.tensor([0, 7, 3])
+    for i in range(5):  # SiT's own sampler: Euler from noise, time 0, to the image, time 1
+        z = z + net(z, torch.full((3,), i / 5), y)[:, :4] / 5
+    assert torch.allclose(M.sample(sit, flow, noise, 5, 'ddim', y), z, rtol=1e-4, atol=1e-4)
+    M.save_model(sit, 'sit.safetensors', flow)
+    again, _ = M.load_denoiser('sit.safetensors')
+    assert torch.equal(again(z, y, y), sit(z, y, y))
+    with pytest.raises(M.UserError, match="kind='sit'"):
+        M.load_denoiser('sit.pt', schedule='flow', prediction='flow')
+    for lacks in ('blocks.0.mlp.fc1.weight', 'pos_embed'):
+        torch.save({k: v for k, v in net.state_dict().items() if k != lacks}, 'other.pt')
+        with pytest.raises(M.UserError, match=f"lacks '{lacks}'"):
+            M.load_denoiser('other.pt')
+
+    capsys.readouterr()
+    M.load_denoiser('sit.pt')
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 1 and "kind='dit'" in said and 'DOUBTFUL' in said
+    oracle = torch.nn.Linear(1, 1)
+    oracle.forward = lambda x, t, y=None: x
+    oracle.in_channels, oracle.image_size, oracle.num_classes = 3, 8, 0
+    assert original.doubt_of(oracle, M.Diffusion('linear')) == ''
+
+    table = net.state_dict()
+    name = 'y_embedder.embedding_table.weight'
+    torch.save(table | {name: table[name][:10]}, 'ten.pt')  # classes, and no null class
+    unet = fill(M.UNet(**ADM | dict(num_classes=11)))
+    torch.save(unet.state_dict(), 'eleven.pt')
+    torch.save(M.UNet(**BIG).state_dict(), 'adm.pt')
+    for spec, known, guidance in (('ten.pt', {}, 1), ('sit.pt', {}, 2), ('eleven.pt', {}, 2),
+                                  ('adm.pt', {}, 1), ('adm.pt', {'null_class': True}, 2)):
+        loaded, _, found = M.load_teacher(spec, known, 0, '', torch.device('cpu'), torch.float32)
+        assert found == guidance and loaded.num_classes == (9 if known else 10)
+        assert loaded.no_null == (guidance == 1)
+    with pytest.raises(M.UserError, match='without a null class'):
+        M.load_teacher('ten.pt', {}, 2.0, '', torch.device('cpu'), torch.float32)
+    x, t = wave(2, 3, 32, 32), torch.tensor([5, 900])
+    mine, _ = M.load_denoiser('eleven.pt')
+    wanted = unet(x, t, torch.tensor([10, 3]))
+    assert torch.allclose(mine(x, t, torch.tensor([-1, 3])), wanted, atol=1e-5)
+
+
+KINDS = """
+import torch, torchvision, models
+from torch import nn
+def net(norm=nn.BatchNorm2d, outputs=4, last=nn.Identity()):
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), norm(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(8, outputs), last)
+    made.in_channels, made.image_size = 1, 16
+    return made
+def load(kind):
+    return {'one': net(outputs=1), 'soft': net(last=nn.Softmax(1)),
+            'log': net(last=nn.LogSoftmax(1)), 'sync': net(nn.SyncBatchNorm),
+            'untracked': net(lambda c: nn.BatchNorm2d(c, track_running_stats=False)),
+            'frozen': net(torchvision.ops.FrozenBatchNorm2d)}[kind]
+"""
+
+
+def test_teachers_of_other_kinds(tiny):
+    Path('kinds.py').write_text(KINDS)
+    for kind, message in (('one', 'has one output'), ('soft', 'returns probabilities')):
+        with pytest.raises(M.UserError, match=message):
+            M.load_classifier(f'kinds.py:{kind}')
+    assert M.load_classifier('kinds.py:log').num_classes == 4  # these are logits too
+    at_once(lambda kind: run(f'{SYNTH} --teacher=kinds.py:{kind} --out_dir={kind}'), ['sync'])
+    assert log('sync')['bn'].min() > 0
+    for kind, name in (('untracked', 'BatchNorm2d'), ('frozen', 'FrozenBatchNorm2d')):
+        said = run(f'{SYNTH} --teacher=kinds.py:{kind} --out_dir={kind}', ok=False)
+        assert f'its {name} does not hold' in said
+
+
 # ==== images in files ====
 def save_image(path, pixels, **kw):
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -638,6 +746,53 @@ def test_images_of_any_size():
     net = M.classifier('resnet8', width=4, image_size=32)
     for shape in ((48, 32), (32, 48)):
         assert M.preprocess(net, torch.zeros(1, 3, *shape)).shape == (1, 3, 32, 32)
+
+
+def test_classes_of_folders():
+    """Numbers in their order, links followed, EDM's labels, and roots of train and test sets."""
+    for i in range(12):
+        save_image(f'numbers/{i}/0.png', plain(i))
+    os.makedirs('links')
+    os.symlink(os.path.abspath('numbers/3'), 'links/b')
+    save_image('links/a/0.png', plain(7))
+    save_image('edm/00000/0.png', plain(1))
+    save_image('edm/00000/1.png', plain(2))
+    rows = {'labels': [['00000/1.png', 4], ['00000/0.png', 6]]}
+    Path('edm/dataset.json').write_text(json.dumps(rows))
+    for name, pixels, wanted in (('numbers', range(12), range(12)), ('links', (7, 3), (0, 1)),
+                                 ('edm', (2, 1), (4, 6))):
+        images, labels = M.load_images(name)
+        assert images[:, 0, 0, 0].tolist() == list(pixels) and labels.tolist() == list(wanted)
+    for split in ('train', 'val'):
+        save_image(f'root/{split}/a/0.png', plain(1))
+    with pytest.raises(M.UserError, match='name one of them, root/train'):
+        M.load_images('root')
+
+
+def test_arrays_of_other_kinds(capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez('a.npz', arr_0=pixels.transpose(0, 3, 1, 2))
+    np.save('a.npy', pixels.transpose(0, 3, 1, 2))
+    for name in ('a.npz', 'a.npy'):
+        images, _ = M.load_images(name)
+        assert torch.equal(images, torch.tensor(pixels).permute(0, 3, 1, 2))
+        assert 'N x C x H x W' in capsys.readouterr().out
+    np.savez('keys.npz', images=pixels)
+    np.save('features.npy', pixels.reshape(6, -1))
+    Path('page.npy').write_text('<html>')
+    for name, message in (('keys.npz', "'arr_0', but images"), ('features.npy', 'N x H x W x C'),
+                          ('page.npy', 'not an array of images')):
+        with pytest.raises(M.UserError, match=message):
+            M.load_images(name)
+    f = np.random.default_rng(0).normal(size=(50, 4))
+    np.savez('pool.npz', pool_3=f.astype(np.float32))  # the features of a set, of score_sde
+    found = M.read_statistics('pool.npz', 'inception')
+    assert np.allclose(found['sigma'], np.cov(f.T), atol=1e-5) and found['n'] == 50
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    for labels in (None, torch.arange(40) // 10):  # sorted by class: a random part is measured
+        part = eval_fid.ImageSet(images, labels, 5).take(20)
+        seen = torch.cat([x for _, x in part.batches(0, 1)]).flatten()
+        assert len(seen.unique()) == 20 and len((seen // 10).unique()) == 4
 
 
 RED = Image.new('RGB', (8, 8), (255, 0, 0))
@@ -807,8 +962,14 @@ def said(folder, name):
 
 
 def run(command, ranks=0, ok=True):
-    """What a script prints. One that is refused (ok=False) says one line and exits with 2."""
+    """What a script prints. One that is refused (ok=False) says one line, on all ranks together,
+    and exits with 2; as under torchrun, the first rank that ends has the others ended."""
     processes, folder = start(command, ranks)
+    if not ok:
+        multiprocessing.connection.wait([process.sentinel for process in processes])
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
     for process in processes:
         process.join()
     err = said(folder, 'err')
@@ -816,7 +977,8 @@ def run(command, ranks=0, ok=True):
         assert not any(p.exitcode for p in processes), f'{command}: {err[-3000:]}'
         return said(folder, 'out')
     messages = [line for line in err.splitlines() if line.strip() and '%|' not in line]
-    assert processes[0].exitcode == 2 and len(messages) == 1, f'{command}: {err[-3000:]}'
+    refused = 2 in [process.exitcode for process in processes]
+    assert refused and len(messages) == 1, f'{command}: {err[-3000:]}'
     return messages[0]
 
 
@@ -1278,6 +1440,61 @@ def test_pipelines_sample_what_diffusers_samples(name, pipelines):
     assert_same_images(sampled(pipe, noise, 5, **call), M.decode(net, ours))
 
 
+def changed(name, part, **values):
+    """A copy of the pipeline `ddpm` with other values in one config."""
+    shutil.copytree('ddpm', name, symlinks=True)
+    path = Path(name, part, 'scheduler_config.json' if part == 'scheduler' else 'config.json')
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return name
+
+
+def test_processes_and_folders_of_diffusers(pipelines, monkeypatch):
+    """What a scheduler's config says is done, or refused; errors of diffusers and moved folders."""
+    from diffusers import DDPMScheduler
+    from diffusers.schedulers import scheduling_ddpm
+    noise = torch.randn(2, 3, 16, 16)
+    monkeypatch.setattr(scheduling_ddpm, 'randn_tensor', lambda *_, **__: noise)
+    for said in ({'clip_sample_range': 2.0}, {'variance_type': 'fixed_large'}):
+        net, diffusion = M.load_denoiser(changed(min(said), 'scheduler', **said))
+        theirs = DDPMScheduler.from_pretrained(min(said), subfolder='scheduler')
+        for t in (999, 300, 2):
+            out = net(noise, torch.tensor([t, t]))
+            wanted = theirs.step(out, t, noise).prev_sample
+            tt = torch.tensor([t, t])
+            for a, b in ((t, t - 1), (tt, tt - 1), (tt, None)):
+                b = a - 1 if b is None else b
+                assert torch.allclose(diffusion.ddpm_step(out, noise, a, b, noise), wanted, atol=2e-4)
+    refused = [({'variance_type': 'learned'}, "variance_type='learned'"),
+               ({'_class_name': 'LCMScheduler'}, 'LCMScheduler is not supported'),
+               ({'rescale_betas_zero_snr': True}, 'zero terminal SNR')]
+    for i, (said, message) in enumerate(refused):
+        name = changed(f'r{i}', 'scheduler', **said)
+        index = json.loads(Path(name, 'model_index.json').read_text())
+        index['scheduler'][1] = said.get('_class_name', index['scheduler'][1])
+        Path(name, 'model_index.json').write_text(json.dumps(index))
+        with pytest.raises(M.UserError, match=message):
+            M.load_denoiser(name)
+    assert M.load_denoiser(changed('square', 'unet', sample_size=[16, 16]))[0].image_size == 16
+    name = changed('null', 'unet', sample_size=None)
+    assert M.load_denoiser(name, image_size=16)[0].image_size == 16
+    with pytest.raises(M.UserError, match='sample_size=None'):
+        M.load_denoiser(name)
+    net, diffusion = M.load_denoiser('ddpm')
+    M.save_model(net, 'moved.safetensors', diffusion, vae='/gone/pipeline')
+    weights, = glob.glob(f'{name}/unet/*.safetensors')
+    Path(weights).write_text('version https://git-lfs.github.com/spec/v1')
+    os.makedirs('run')
+    shutil.copy('moved.safetensors', 'run/student.safetensors')
+    for spec, message in ((name, 'cannot be loaded'), ('moved.safetensors', 'move it back'),
+                          ('run', 'name a file in it, run/student'), ('run/none', 'no file or folder'),
+                          ('./none', 'no file or folder'), ('a/b/c', 'no file or folder')):
+        with pytest.raises(M.UserError, match=message):
+            M.load_denoiser(spec)
+    np.savez('odd.npz', arr_0=plain(0, (4, 15, 15, 3)))
+    args = 'distill_vae.py --method=synthetic --teacher=sd --data=odd.npz --batch_size=2'
+    assert 'its downsampling divides' in run(f"{args} --student_config={{}}", ok=False)
+
+
 MORE = {'dit': '--guidance=2.0 --uncond_prob=0.2 --student_prediction=teacher',
         'sd': '--prompts=names.txt --guidance=2.0',
         'sd3': '--prompts=names.txt --guidance=2.0 --student_prediction=teacher'}
@@ -1369,7 +1586,7 @@ def test_copies_of_the_teacher(pipelines, tiny_models):
         theirs = net_T(x, t, y)
         for prediction in ('teacher', 'x0'):
             for learn_sigma in (False, True):
-                net, diffusion = M.build_student(
+                net, diffusion = M.adapter('students').build_student(
                     'teacher', {'learn_sigma': learn_sigma}, prediction, (C, H), net_T.num_classes,
                     diffusion_T.config, (name, {}, net_T), cpu)
                 mine = net(x, t, y)
@@ -1669,6 +1886,28 @@ def test_a_number_does_not_depend_on_the_ranks(tiny):
     assert drawn['spacing'] == 'even' and 'agreement' in drawn and same['precision'] == 1
 
 
+def test_references_and_folders_of_runs(tiny):
+    """Statistics beside images, which differ; alone; and a run's folder, which is no set."""
+    run(f'{FID} --save_stats=stats.npz')
+    made = dict(np.load('stats.npz')) | {'arr_0': np.load('images.npz')['arr_0'][:48, ::-1]}
+    np.savez('both.npz', **made)
+    os.makedirs('run')
+    shutil.copy('teacher.safetensors', 'run/student.safetensors')
+    for name in ('log.csv', 'samples.png', 'ckpt.pt'):
+        Path('run', name).touch()
+    args = f'{FID} --models=run,images.npz --num_samples=16'
+    outs = at_once(run, [f'{args} --reference=both.npz --out_dir=a',
+                         f'{args} --reference=stats.npz --out_dir=b'])
+    assert 'these two are' in outs[0] and 'statistics alone' in outs[1]
+    assert 'run/student.safetensors is measured' in outs[0]
+    both, alone = metrics('a'), metrics('b')
+    assert 'precision' in both[0] and 'precision' not in alone[0] and 'MFLOPs' in both[0]
+    assert both[1]['Frechet'] == pytest.approx(alone[1]['Frechet'])
+    os.remove('run/student.safetensors')
+    with pytest.raises(M.UserError, match='without a student'):
+        eval_fid.student_of('run')
+
+
 def test_metrics_have_their_definitions():
     g = np.random.default_rng(0)
     a = g.normal(size=(300, 5))
@@ -1706,6 +1945,12 @@ MISTAKES = lines("""
     dkdm.py --rho=many : rho is float
     dkdm.py --method=best : method is one of
     dkdm.py --rho : --key=value
+    dkdm.py --batch_size 64 : --batch_size: overrides look like --key=value
+    dkdm.py -rho=1.0 : --key=value
+    dkdm.py --batch-size=4 : did you mean 'batch_size'
+    dkdm.py --max_steps=0 : above 0
+    dkdm.py --teacher= : no file or folder
+    dkdm.py --teacher=google/none : there is no folder google/none
     dkdm.py config/none.py : no config file
     dkdm.py wrong.py : rho is float
     dkdm.py --teacher=gone.safetensors : no file gone.safetensors
@@ -1736,6 +1981,8 @@ MISTAKES = lines("""
     distill_classifier.py --method=data --data=images.npz:5-3 : must not be greater than b
     distill_vae.py --teacher=lvae.safetensors --student_config.depth=3 : has no 'depth'
     distill_vae.py --teacher=classifier.safetensors : is not a VAE
+    distill_vae.py --beta=1e999 : not a finite number
+    distill_classifier.py --method=data --data=images.npz:1-1 --holdout=0 --batch_size=8 : of one class
     eval_fid.py : nothing to measure
     eval_fid.py --models=images.npz --features=classifier.safetensors : in the feature space
     export.py --model=classes.safetensors --out_dir=o : patch_size""")
@@ -1755,6 +2002,49 @@ def test_a_mistake_is_one_line(tiny):
     assert not wrong, '\n'.join(wrong)
     home = os.path.expanduser('~/gone.pt')
     assert home in run('dkdm.py --teacher=~/gone.pt', ok=False)
+
+
+RANKS = lines("""
+    dkdm.py --roh=0.4 : did you mean 'rho'
+    dkdm.py --teacher=gone.safetensors : no file gone.safetensors
+    few_steps.py --teacher=teacher.safetensors --batch_size=9 : multiple of 2 ranks
+    synthesize.py --teacher=gone.pth : no file gone.pth
+    distill_classifier.py --data=nowhere --teacher=classifier.safetensors : no images at
+    distill_vae.py --teacher=classifier.safetensors : is not a VAE
+    eval_fid.py --models=gone.safetensors : no file gone.safetensors
+    dkdm.py --teacher=second.py : only the second""")
+
+
+def test_a_mistake_is_one_line_on_two_ranks(tiny):
+    """Before and after the ranks have met, and where only the second one refuses."""
+    Path('second.py').write_text(
+        'import os, models\ndef load():\n    if os.environ["RANK"] == "1":\n'
+        '        raise models.UserError("only the second")\n    models.dist.barrier()\n')
+
+    def one(line):
+        command, _, message = line.partition(' : ')
+        own = f'--out_dir=r{RANKS.index(line)}'
+        assert message in run(f'{command} {own}', ranks=2, ok=False)
+    at_once(one, RANKS)
+
+
+def test_torchrun_shows_the_line(tiny, monkeypatch):
+    command = f'-m torch.distributed.run --nproc_per_node=2 --master_port={free_port()} {ROOT}/dkdm.py'
+    ended = subprocess.run([sys.executable, *command.split(), '--teacher=gone.safetensors'],
+                           capture_output=True, text=True, timeout=200)
+    said = [line for line in ended.stderr.splitlines() if line.startswith('dkdm.py: ')]
+    assert ended.returncode and said == ['dkdm.py: no file gone.safetensors']
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(M.UserError, match='not RANK, MASTER_ADDR'):
+        M.init_distributed()
+
+
+def test_students_with_unused_parameters_on_two_ranks(users):
+    Path('spare.py').write_text(MY_NET.replace('    def forward', '''        self.spare = nn.Linear(2, 2)
+
+    def forward'''))
+    run(f'{MINE} --student=spare.py --max_steps=2 --save_every=2 --out_dir=a', ranks=2)
+    assert len(log('a')) == 2
 
 
 class Marker:

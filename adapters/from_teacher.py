@@ -39,6 +39,28 @@ def share(net):
     return copy.deepcopy(net, shared(net))
 
 
+def begin(spec, known, net_T, config, prediction, learn_sigma):
+    """The student of --student=teacher: a copy of the teacher, or for `lora_rank` in config adapters
+    of it. `gradient_checkpointing` saves memory in networks of diffusers and costs time. Raises
+    UserError for other entries."""
+    choices = {'lora_rank': 0, 'gradient_checkpointing': False}
+    odd = config.keys() - choices
+    M.check(
+        not odd,
+        f"student_config: a copy of the teacher has no {min(odd, default='')!r}; it has "
+        f"{' and '.join(choices)}"
+    )
+    choices |= config
+    if choices['lora_rank']:
+        net = add_lora(spec, net_T, choices['lora_rank'])
+    else:
+        net = copy_of_teacher(spec, known, net_T, prediction, learn_sigma)
+    if choices['gradient_checkpointing']:
+        M.check(isinstance(net, hub.Pipeline), f'gradient_checkpointing: {spec} is no pipeline')
+        net.net.enable_gradient_checkpointing()
+    return net
+
+
 # ==== a copy ====
 def copy_of_teacher(spec, known, net_T, prediction, learn_sigma):
     """The teacher's network with its weights, in float32, to be trained. `tell` lets it make the

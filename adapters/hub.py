@@ -353,9 +353,11 @@ def load_denoiser(spec, dtype=torch.float32, image_size=0):
 
 class Autoencoder(nn.Module):
     """diffusers' AutoencoderKL or AutoencoderTiny behind the interface of LVAE: images in [0, 1],
-    one level, and no noise (std 0) where the class has no posterior."""
+    one level, and no noise (std 0) where the class has no posterior. Latents are those of the
+    network, or of its teacher after `in_units_of`."""
 
-    has_prior = False  # noise alone makes no images
+    has_prior = False  # noise has the scale of the latents, but makes no images of the teacher's
+    decodes_theirs = True  # as a student it decodes the teacher's latents, as in a pipeline
 
     def __init__(self, net):
         super().__init__()
@@ -364,19 +366,46 @@ class Autoencoder(nn.Module):
         self.image_size = 0  # any
         self.config = {k: v for k, v in net.config.items() if not k.startswith('_')}
         self.config |= {'class': type(net).__name__, 'adapter': 'hub'}
+        self.factor, self.offset = 1.0, 0.0
+
+    def scaling(self):
+        """(scale, shift): a pipeline's latents are (latents - shift) * scale."""
+        return self.config['scaling_factor'], self.config.get('shift_factor') or 0.0
+
+    def in_units_of(self, teacher):
+        """Lets the latents of both be the same in a pipeline. Returns self."""
+        (scale, shift), (scale_T, shift_T) = self.scaling(), teacher.scaling()
+        self.factor = scale / scale_T
+        self.offset = shift_T - shift * self.factor
+        return self
+
+    def noise(self, n, generator=None):
+        """[noise (n, C, h, w)] with the mean and the scale of the latents."""
+        c = self.config
+        side = (c.get('sample_size') or 256) // 2 ** (len(c['block_out_channels']) - 1)
+        shape = n, c['latent_channels'], side, side
+        scale, shift = self.scaling()
+        return [M.random_normal(shape, generator, self.net.device) / scale + shift]
 
     def encode(self, x):
         """[(mean, std)] of the latents (B, C, h, w)."""
         found = self.net.encode(x * 2 - 1)
         if hasattr(found, 'latent_dist'):
-            return [(found.latent_dist.mean.float(), found.latent_dist.std.float())]
-        return [(found.latents.float(), torch.zeros_like(found.latents.float()))]
+            mean, std = found.latent_dist.mean.float(), found.latent_dist.std.float()
+        else:
+            mean, std = found.latents.float(), torch.zeros_like(found.latents.float())
+        return [(mean * self.factor + self.offset, std * self.factor)]
 
-    def decode(self, noise, seen):
-        """(out (B, C, H, W), q, p) of latents mean + std noise."""
-        ((mean, std),) = seen
-        out = (self.net.decode(mean + std * noise[0]).sample.float() + 1) / 2
-        return out, seen, [(torch.zeros_like(mean), torch.ones_like(std))]
+    def decode(self, noise, seen=None):
+        """(out (B, C, H, W), q, p) of latents mean + std noise, or of the noise itself."""
+        z = noise[0]
+        p = []
+        if seen:
+            ((mean, std),) = seen
+            z = mean + std * z
+            p = [(torch.zeros_like(mean), torch.ones_like(std))]
+        out = self.net.decode((z - self.offset) / self.factor).sample.float()
+        return (out + 1) / 2, seen or [], p
 
     def forward(self, x, noise):
         return self.decode(noise, self.encode(x))
@@ -417,15 +446,32 @@ def build(class_name, config):
     raise M.UserError(f'no network {class_name!r}')
 
 
-def build_student(path, config, num_classes, teacher):
-    """The network of a config.json with changes, and random weights. It shares the embedded texts
-    of its teacher. Raises UserError if it takes another condition."""
-    with open(path) as f:
+def build_json(path, config):
+    """The network of a config.json with changes, and random weights."""
+    with open(M.existing(path)) as f:
         said = json.load(f)
     M.check('_class_name' in said, f'{path} is not the config.json of a network of diffusers')
     kind = said['_class_name']
     said = {k: v for k, v in said.items() if not k.startswith('_')}
-    net = build(kind, said | config)
+    return build(kind, said | config)
+
+
+def build_vae(path, config, teacher):
+    """A VAE with random weights whose latents are those of its teacher in a pipeline. Raises
+    UserError if one of both is not of diffusers."""
+    net = build_json(path, config)
+    M.check(
+        isinstance(net, Autoencoder) and isinstance(teacher, Autoencoder),
+        f"a VAE by its config.json, {path}, must be one of {', '.join(VAES)}, and its teacher too"
+    )
+    return net.in_units_of(teacher)
+
+
+def build_student(path, config, num_classes, teacher):
+    """The network of a config.json with changes, and random weights. It shares the embedded texts
+    of its teacher. Raises UserError if it takes another condition."""
+    net = build_json(path, config)
+    M.check(isinstance(net, Pipeline), f'{path} is the config of a VAE')
     condition = getattr(teacher, 'condition', 'class' if num_classes else '')
     if net.condition != condition or condition == 'class' and net.num_classes != num_classes:
         raise M.UserError(

@@ -8,11 +8,11 @@
 # python synthesize.py config/synth_sd15.py --teacher=out/teacher_cifar100_vgg11/student.safetensors --out_dir=out/synth_cifar100_vgg11
 # Tiny-ImageNet:
 # python synthesize.py config/synth_sd15.py --teacher=out/teacher_tinyimagenet/student.safetensors --num_images=30000 --out_dir=out/synth_tinyimagenet
-# DomainNet, its first ten classes (Table II): Clipart, Sketch, and QuickDraw, where the paper has s
+# DomainNet, ten classes (Table II): Clipart, Sketch, and QuickDraw, where the paper has s
 # = 7.5 and 70 steps:
 # python synthesize.py config/synth_sd15.py --teacher=out/teacher_domainnet/student.safetensors --num_images=12000 --out_dir=out/synth_domainnet
 # python synthesize.py config/synth_sd15.py --teacher=out/teacher_domainnet_sketch/student.safetensors --num_images=12000 --out_dir=out/synth_domainnet_sketch
-# python synthesize.py config/synth_sd15.py --teacher=out/teacher_domainnet_quickdraw/student.safetensors --num_images=12000 --guidance=7.5 --steps=70 --keep_every=10 --lca_every=10 --out_dir=out/synth_domainnet_quickdraw
+# python synthesize.py config/synth_sd15.py --teacher=out/teacher_domainnet_quickdraw/student.safetensors --num_images=12000 --guidance=7.5 --steps=70 --keep_every=14 --lca_every=14 --out_dir=out/synth_domainnet_quickdraw
 # Other priors (Table III, 3,000 images for the ResNet-34): Stable Diffusion; DiT-XL/2, whose
 # ImageNet classes are drawn at random; the first stage of DeepFloyd IF, 64x64, where x_0 is clamped
 # and not thresholded dynamically. The paper uses GLIDE instead, for which there is no maintained
@@ -29,9 +29,13 @@
 #
 # The scale s, the steps, the number of images and four images of each walk are the paper's. Its
 # 15,000 images are read as the images that are kept, of 3,750 walks; if they are the walks,
-# --num_images=60000 is right. alpha, beta and eta are those of the authors' option files (gamma is
-# 0 or 1 there, and counts only with a --student). keep_every and lca_every are in neither and are
-# ours. Nothing of this is tuned, or has been run at this size.
+# --num_images=60000 is right. alpha, beta, eta, keep_every and lca_every are those of the published
+# code, which its authors wrote again from memory: gamma is 0 or 1 there, and counts only with a
+# --student; both intervals are steps // 5, so 2 for 10 steps, 10 for 50 and 14 for 70. That code
+# makes one image at a time, so L_bn is over one image and CutMix has no partner; it also evaluates
+# the denoiser again after the edit and after an augmentation:
+# python synthesize.py config/synth_sd15.py --batch_size=1 --lca=none --reevaluate=True --out_dir=out/single_cifar10
+# Nothing of this is tuned, or has been run at this size.
 teacher = 'out/teacher_cifar10/student.safetensors'
 # made by: python distill_classifier.py config/teacher_cifar10.py
 prior = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
