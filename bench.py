@@ -56,8 +56,6 @@ import models as M
 
 students = M.adapter('students')
 
-students = M.adapter('students')
-
 
 # ==== measuring ====
 def now(device):
