@@ -1494,13 +1494,14 @@ class Graphed:
         except RuntimeError as e:  # it may leave the stream and the generator in the capture
             torch.cuda.set_stream(main)
             graph.reset()
-            generator = torch.cuda.default_generators[main.device_index]
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
             self.broken = graph  # older versions of torch keep a pointer to it
             self.give_up(e.__context__ or e)
 
     def give_up(self, why):
-        print(f'not run as a CUDA graph: {str(why).splitlines()[0]}')
+        reason, _, _ = str(why).partition('\n')
+        print(f'not run as a CUDA graph: {reason}')
         self.enabled = False
         if self.opt:
             self.opt.zero_grad(set_to_none=True)  # they are not valid after half a capture
