@@ -606,7 +606,7 @@ def test_averaged_weights_come_first(capsys):
         loaded = M.load_classifier('c.pt').state_dict()
         assert torch.equal(loaded['fc.weight'], mean['fc.weight']), checkpoint.keys()
         assert 'averaged' in capsys.readouterr().out
-    for checkpoint, message in (({'shadow_params': trained}, 'without names'), (trained, 'a list')):
+    for checkpoint, message in (({'ema': trained}, 'without names'), (trained, 'a list')):
         torch.save(checkpoint, 'c.pt')
         with pytest.raises(M.UserError, match=message):
             M.load_classifier('c.pt')
@@ -659,7 +659,7 @@ def test_networks_with_the_names_of_others(capsys):
     x, t = wave(2, 3, 32, 32), torch.tensor([5, 900])
     mine, _ = M.load_denoiser('eleven.pt')
     wanted = unet(x, t, torch.tensor([10, 3]))
-    assert torch.allclose(mine(x, t, torch.tensor([-1, 3])), wanted, atol=1e-5)
+    assert torch.allclose(mine(x, t, torch.tensor([-1, 3])), wanted, atol=1e-4)
 
 
 KINDS = """
@@ -685,7 +685,7 @@ def test_teachers_of_other_kinds(tiny):
         with pytest.raises(M.UserError, match=message):
             M.load_classifier(f'kinds.py:{kind}')
     assert M.load_classifier('kinds.py:log').num_classes == 4  # these are logits too
-    at_once(lambda kind: run(f'{SYNTH} --teacher=kinds.py:{kind} --out_dir={kind}'), ['sync'])
+    run(f'{SYNTH} --teacher=kinds.py:sync --num_images=16 --out_dir=sync')
     assert log('sync')['bn'].min() > 0
     for kind, name in (('untracked', 'BatchNorm2d'), ('frozen', 'FrozenBatchNorm2d')):
         said = run(f'{SYNTH} --teacher=kinds.py:{kind} --out_dir={kind}', ok=False)
@@ -1445,6 +1445,10 @@ def changed(name, part, **values):
     shutil.copytree('ddpm', name, symlinks=True)
     path = Path(name, part, 'scheduler_config.json' if part == 'scheduler' else 'config.json')
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    if '_class_name' in values:
+        index = Path(name, 'model_index.json')
+        said = json.loads(index.read_text()) | {part: ['diffusers', values['_class_name']]}
+        index.write_text(json.dumps(said))
     return name
 
 
@@ -1454,9 +1458,10 @@ def test_processes_and_folders_of_diffusers(pipelines, monkeypatch):
     from diffusers.schedulers import scheduling_ddpm
     noise = torch.randn(2, 3, 16, 16)
     monkeypatch.setattr(scheduling_ddpm, 'randn_tensor', lambda *_, **__: noise)
-    for said in ({'clip_sample_range': 2.0}, {'variance_type': 'fixed_large'}):
-        net, diffusion = M.load_denoiser(changed(min(said), 'scheduler', **said))
-        theirs = DDPMScheduler.from_pretrained(min(said), subfolder='scheduler')
+    ddpm = {'_class_name': 'DDPMScheduler'}
+    for i, said in enumerate(({'clip_sample_range': 2.0}, {'variance_type': 'fixed_large'})):
+        net, diffusion = M.load_denoiser(changed(f'd{i}', 'scheduler', **said | ddpm))
+        theirs = DDPMScheduler.from_pretrained(f'd{i}', subfolder='scheduler')
         for t in (999, 300, 2):
             out = net(noise, torch.tensor([t, t]))
             wanted = theirs.step(out, t, noise).prev_sample
@@ -1464,16 +1469,12 @@ def test_processes_and_folders_of_diffusers(pipelines, monkeypatch):
             for a, b in ((t, t - 1), (tt, tt - 1), (tt, None)):
                 b = a - 1 if b is None else b
                 assert torch.allclose(diffusion.ddpm_step(out, noise, a, b, noise), wanted, atol=2e-4)
-    refused = [({'variance_type': 'learned'}, "variance_type='learned'"),
+    refused = [(ddpm | {'variance_type': 'learned'}, "variance_type='learned'"),
                ({'_class_name': 'LCMScheduler'}, 'LCMScheduler is not supported'),
                ({'rescale_betas_zero_snr': True}, 'zero terminal SNR')]
     for i, (said, message) in enumerate(refused):
-        name = changed(f'r{i}', 'scheduler', **said)
-        index = json.loads(Path(name, 'model_index.json').read_text())
-        index['scheduler'][1] = said.get('_class_name', index['scheduler'][1])
-        Path(name, 'model_index.json').write_text(json.dumps(index))
         with pytest.raises(M.UserError, match=message):
-            M.load_denoiser(name)
+            M.load_denoiser(changed(f'r{i}', 'scheduler', **said))
     assert M.load_denoiser(changed('square', 'unet', sample_size=[16, 16]))[0].image_size == 16
     name = changed('null', 'unet', sample_size=None)
     assert M.load_denoiser(name, image_size=16)[0].image_size == 16
