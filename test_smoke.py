@@ -1531,7 +1531,11 @@ def test_students_of_pipelines(pipelines):
     models = ','.join(f'{name}/student.safetensors' for name in ('o_ddpm', 'o_sd', 'half_s'))
     run(f'{FID} --models={models} --num_samples=8 --steps=2 --prompts=names.txt --out_dir=e')
     assert len(metrics('e')) == 3
-    for name, message in (('upscaler', 'super-resolution'), ('lcm', 'time_cond_proj_dim')):
+    os.mkdir('flux')
+    parts = {'_class_name': 'FluxPipeline', 'transformer': ['diffusers', 'FluxTransformer2DModel']}
+    Path('flux/model_index.json').write_text(json.dumps(parts))
+    for name, message in (('upscaler', 'super-resolution'), ('lcm', 'time_cond_proj_dim'),
+                          ('flux', 'FluxTransformer2DModel is not supported')):
         with pytest.raises(M.UserError, match=message):
             M.load_denoiser(name)
 
