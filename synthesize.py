@@ -476,8 +476,8 @@ if __name__ == '__main__':
         untracked = layer in noted.layers and layer.running_mean is None
         M.check(
             alpha == 0 or vae or not untracked and 'FrozenBatchNorm' not in type(layer).__name__,
-            f'{teacher}: its {type(layer).__name__} does not hold the statistics of the images that '
-            f'it was trained on, so L_bn is undefined (alpha={alpha}): use --alpha=0'
+            f'{teacher}: its {type(layer).__name__} does not hold the statistics of its training '
+            f'images, so L_bn is undefined (alpha={alpha}): use --alpha=0'
         )
     if alpha and not vae and not noted.layers:
         raise M.UserError(

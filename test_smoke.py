@@ -612,6 +612,20 @@ def test_averaged_weights_come_first(capsys):
             M.load_classifier('c.pt')
 
 
+def test_files_that_are_no_weights():
+    torch.save({'w': torch.zeros(99)}, 'whole.pt')
+    M.save_model(M.classifier('resnet8', width=4), 'whole.safetensors')
+    for name, start in (('lfs', b'version https://git-lfs.github.com/spec/v1\noid sha256:0'),
+                        ('page', b'<!DOCTYPE html>'), ('empty', b''), ('half', None)):
+        for ending in ('.pt', '.safetensors'):
+            whole = Path('whole' + ending).read_bytes()
+            Path(name + ending).write_bytes(whole[:len(whole) // 2] if start is None else start)
+            message = {'lfs': 'pointer', 'page': 'web page', 'half': 'incomplete'}.get(name, name)
+            with pytest.raises(M.UserError, match=message) as e:
+                M.read_weights(name + ending)
+            assert 'weights_only' not in str(e.value)
+
+
 @torch.no_grad()
 def test_networks_with_the_names_of_others(capsys):
     """SiT, LightningDiT, PixArt and EDM; tables of labels with and without a null class."""
@@ -1301,7 +1315,7 @@ def test_generators_and_classifiers_of_the_user(users):
     follow(out, '--num_samples=16')
     assert metrics('out/eval')[0]['model'] == 'gan.py:o/student.safetensors'
     bad = 'distill_vae.py --out_dir=p --student=gan.py'
-    assert 'Net has no encode()' in run(f'{bad} --method=data --data=images.npz', ok=False)
+    assert 'Generator has no encode()' in run(f'{bad} --method=data --data=images.npz', ok=False)
     assert 'image_range of the network is (0, 1)' in run(f'{bad} --teacher=range.py', ok=False)
     assert 'student.py has no load()' in run(f'{bad} --teacher=student.py', ok=False)
     args = CLASSIFIER.replace('classifier.safetensors', 'clf.py') + ' --epochs=1 '
@@ -1462,13 +1476,14 @@ def test_processes_and_folders_of_diffusers(pipelines, monkeypatch):
     for i, said in enumerate(({'clip_sample_range': 2.0}, {'variance_type': 'fixed_large'})):
         net, diffusion = M.load_denoiser(changed(f'd{i}', 'scheduler', **said | ddpm))
         theirs = DDPMScheduler.from_pretrained(f'd{i}', subfolder='scheduler')
-        for t in (999, 300, 2):
+        for t in (999, 300, 20):
             out = net(noise, torch.tensor([t, t]))
             wanted = theirs.step(out, t, noise).prev_sample
             tt = torch.tensor([t, t])
             for a, b in ((t, t - 1), (tt, tt - 1), (tt, None)):
                 b = a - 1 if b is None else b
-                assert torch.allclose(diffusion.ddpm_step(out, noise, a, b, noise), wanted, atol=2e-4)
+                found = diffusion.ddpm_step(out, noise, a, b, noise)
+                assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
     refused = [(ddpm | {'variance_type': 'learned'}, "variance_type='learned'"),
                ({'_class_name': 'LCMScheduler'}, 'LCMScheduler is not supported'),
                ({'rescale_betas_zero_snr': True}, 'zero terminal SNR')]
@@ -1606,6 +1621,21 @@ def test_copies_of_the_teacher(pipelines, tiny_models):
     at_once(run, [f'{QUICK} --teacher=ddpm --student=teacher --out_dir=a', f'{few} --out_dir=b'])
     for name in 'ab':
         run(f'export.py --model={name}/student.safetensors --out_dir={name}/pipeline')
+
+
+def test_scripts_that_begin_as_the_teacher(pipelines):
+    pytest.importorskip('peft')
+    sd = f'{QUICK} --teacher=sd --prompts=names.txt'
+    out = run(f'{sd} --student=sd.json --init_from=teacher --out_dir=a')
+    assert '100% of the student' in out
+    run(f'{sd} --student=teacher --student_config.lora_rank=4 --out_dir=b', ranks=2)
+    state, _ = M.read_weights('b/student.safetensors')
+    assert state and all('lora_' in key for key in state)
+    for command, message in (
+            (f'{sd} --student=unet --student_config.lora_rank=4', 'needs --student=teacher'),
+            (f'{QUICK} --teacher=ldm --student=teacher --student_config.lora_rank=4', 'with texts'),
+            (f'{sd} --student=teacher --student_config.width=4', "no 'width'")):
+        assert message in run(f'{command} --out_dir=c', ok=False)
 
 
 def test_shallower_students_borrow_blocks(capsys):
