@@ -41,6 +41,7 @@ students = M.adapter('students')
 begin = time.time()
 tiny = not torch.cuda.is_available()
 device = torch.device('cpu' if tiny else 'cuda')
+patience = 1200 if tiny else 240  # seconds that a script may take
 size = dict(patch_size=1, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(8,),
             num_head_channels=16)
 pair = ['config/dkdm_cifar10.py', '--teacher_config={}']
@@ -57,12 +58,12 @@ def say(line):
         f.write(line + '\n')
 
 
-def run(name, *command, limit=240):
+def run(name, *command):
     """The output of a script, which is also written to NAME.txt."""
     start = time.time()
     done = subprocess.run(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=limit
+        timeout=patience
     )
     with open(os.path.join(out_dir, f'{name}.txt'), 'w') as f:
         f.write(done.stdout)
@@ -218,12 +219,12 @@ def resume():
     with open(os.path.join(out_dir, 'killed.txt'), 'w') as f:
         killed = subprocess.Popen(
             [*command, '--init_from=overwrite'], stdout=f, stderr=subprocess.STDOUT)
-        for _ in range(1200):
+        for _ in range(10 * patience):
             time.sleep(0.1)
             if killed.poll() is not None or os.path.exists(log) and len(rows(log)) > 2:
                 break
         killed.send_signal(signal.SIGTERM)
-        code = killed.wait(120)
+        code = killed.wait(patience)
     say(f'  killed: exit code {code}, after step {rows(log)[-1]["step"]}')
     run('resumed', 'dkdm.py', f'--out_dir={folder}', *short, '--init_from=resume')
     one, _ = M.read_weights(os.path.join(out_dir, 'default', 'student.safetensors'))
