@@ -1501,7 +1501,7 @@ def test_processes_and_folders_of_diffusers(pipelines, monkeypatch):
     Path(weights).write_text('version https://git-lfs.github.com/spec/v1')
     os.makedirs('run')
     shutil.copy('moved.safetensors', 'run/student.safetensors')
-    for spec, message in ((name, 'cannot be loaded'), ('moved.safetensors', 'move it back'),
+    for spec, message in ((name, 'cannot be loaded'), ('moved.safetensors', 'needs the VAE of'),
                           ('run', 'name a file in it, run/student'), ('run/none', 'no file or folder'),
                           ('./none', 'no file or folder'), ('a/b/c', 'no file or folder')):
         with pytest.raises(M.UserError, match=message):

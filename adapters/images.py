@@ -138,8 +138,9 @@ def channels_last(images, path):
     """uint8 images (N, H, W, C) of a file; N x C x H x W is transposed, and a line says so. Raises
     UserError for any other array."""
     shape = images.shape
+    known = images.ndim == 4 and (shape[3] in (1, 3) or shape[1] in (1, 3))
     M.check(
-        images.dtype == np.uint8 and images.ndim == 4 and (shape[3] in (1, 3) or shape[1] in (1, 3)),
+        images.dtype == np.uint8 and known,
         f'{path}: images must be uint8, N x H x W x C; they are {images.dtype}, {shape}'
     )
     if shape[3] in (1, 3):
