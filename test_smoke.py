@@ -1898,7 +1898,8 @@ def test_a_vae_of_the_user(tiny):
     out = follow(out, '--student=plain.py --student_config.latents=4 --max_steps=3 --out_dir=images')
     assert (log('images')['z_x'] > 0).all()
     follow(out, '--num_samples=8 --reference=images.npz --features=classifier.safetensors')
-    assert 'the levels' in run(f'{plain} --teacher={teacher} --out_dir=x', ok=False)
+    other = f'{plain} --teacher={teacher} --method=synthetic --data=s --out_dir=other'
+    assert 'the levels' in run(other, ok=False)  # 4 latents and 128
 
 
 # ==== eval_fid.py, bench.py ====
