@@ -1675,6 +1675,8 @@ def test_loras_in_diffusers(name, pipelines):
     pytest.importorskip('peft')
     args = (f'{FEW} --teacher={name} --prompts=names.txt --guidance=2.0 --student=teacher '
             '--lora_rank=4 --lr=3e-2 --ema=0.5 --batch_size=4 --max_steps=4')
+    if name == 'sdxl':
+        args += ' --student_config.gradient_checkpointing=True'
     run(f'{args} --out_dir=o')
     run(f'{args} --max_steps=2 --out_dir=r')
     run(f'{args} --init_from=resume --out_dir=r')
