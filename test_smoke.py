@@ -1994,7 +1994,7 @@ MISTAKES = lines("""
     dkdm.py --teacher=gone.safetensors : no file gone.safetensors
     dkdm.py --teacher=classifier.safetensors : is not a denoiser
     dkdm.py --teacher=teacher.safetensors --teacher_config.steps=50 : leave out steps
-    dkdm.py --teacher=teacher.safetensors --guidance=2.0 : needs classes or texts
+    dkdm.py --teacher=teacher.safetensors --guidance=2.0 : has no classes or texts
     dkdm.py --teacher=teacher.safetensors --stride=200 : T=100
     dkdm.py --teacher=teacher.safetensors --student_config.channels=3 : has no 'channels'
     dkdm.py --teacher=teacher.safetensors --student_config.patch_size=3 : patches of 3
