@@ -4,9 +4,10 @@
 #
 # Config files are Python files of assignments, applied in the order given; then every --key=value,
 # typed like the default that it replaces (an int where a float is wanted is fine).
-# --key.name=value changes one entry of a dict, --key="{...}" several; a dict NAME_config is replaced
-# as a whole by the latter, and may have any entries. Keys that do not exist, wrong types and words
-# that are not in the script's _ranges end in one line and exit code 2. --help lists the keys.
+# --key.name=value changes one entry of a dict, --key="{...}" several; a dict NAME_config is
+# replaced as a whole by the latter, and may have any entries. Keys that do not exist, wrong types
+# and words that are not in the script's _ranges end in one line and exit code 2. --help lists the
+# keys.
 import ast
 import builtins
 import difflib

@@ -261,7 +261,8 @@ if __name__ == '__main__':
     settings = {k: globals()[k] for k in _defaults}
     distilling = method == 'distill'
     M.check(
-        not distilling or lam_kl or lam_msarc, 'lam_kl=0 and lam_msarc=0 leave no loss to train with'
+        lam_kl or lam_msarc or not distilling,
+        'lam_kl=0 and lam_msarc=0 leave no loss to train with'
     )
     M.check(
         method != 'test' or test, "method='test' needs images: --test=mnist, an .npz or a folder"

@@ -343,7 +343,7 @@ def distance_of(net, diffusion, decoder, steps, space, seed, autocast):
 # ==== set-up ====
 if __name__ == '__main__':
     config = {k: globals()[k] for k in _defaults}
-    M.check(min(max_steps, batch_size, grad_accum) > 0, 'max_steps, batch_size, grad_accum: above 0')
+    M.check(min(max_steps, batch_size, grad_accum) > 0, 'max_steps, batch_size, grad_accum: >= 1')
     M.check(0 <= ema < 1 and 0 <= uncond_prob <= 1, 'ema and uncond_prob must be from 0 to 1')
     M.check(not class_cond or method == 'data', 'class_cond: the teacher says what the classes are')
     mixed = method == 'synthetic' and data

@@ -993,7 +993,7 @@ def adapter(name):
 
 
 def split_file(spec):
-    """('my.py', 'weights.pt') of 'my.py:weights.pt', ('my.py', '') of 'my.py', ('', spec) of others."""
+    """('my.py', 'weights.pt') of 'my.py:weights.pt', ('my.py', '') of 'my.py', else ('', spec)."""
     if spec.endswith('.py'):
         return spec, ''
     head, found, weights = spec.partition('.py:')
@@ -1666,8 +1666,8 @@ def init_distributed(device='auto', dtype='auto', seed=0):
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # the first convolution reads x_t in float32
     if world > 1 and not dist.is_initialized():
-        # CPU tensors go through gloo, so that all_reduce_max does not wait for the GPU. One rank may
-        # work alone for hours (downloads). The prefix keeps a restarted run from reading the
+        # CPU tensors go through gloo, so that all_reduce_max does not wait for the GPU. One rank
+        # may work alone for hours (downloads). The prefix keeps a restarted run from reading the
         # addresses of dead ranks in the store, where it would hang.
         store, rank, world = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
@@ -1692,8 +1692,8 @@ def per_rank(batch_size, world, grad_accum=1):
 
 
 def pick_dtype(device, dtype='auto'):
-    """The dtype that networks compute in: `dtype`, or for 'auto' bfloat16 where the hardware has it,
-    else float16 on GPUs (of frozen pipelines: there is no loss scaling), float32 on CPUs."""
+    """The dtype that networks compute in: `dtype`, or for 'auto' bfloat16 where the hardware has
+    it, else float16 on GPUs (of frozen pipelines, without loss scaling) and float32 on CPUs."""
     if dtype != 'auto':
         return getattr(torch, dtype)
     if device.type == 'cuda':
@@ -1757,8 +1757,8 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """`signal` is 0 until Ctrl-C or SIGTERM, then its number; the loop then saves and leaves. Inside
-    `with flag.interrupts():` it also ends the block, of work that may be lost, such as pictures."""
+    """`signal` is 0 until Ctrl-C or SIGTERM, then its number; the loop then saves and leaves. In
+    `with flag.interrupts():` it ends the block, of work that may be lost, such as pictures."""
 
     def __init__(self):
         self.signal = 0

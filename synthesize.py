@@ -51,8 +51,8 @@ tau = 4.0                    # temperature of Eq. (8)
 edit = 'x0'                  # 'paper' is Eq. (10): z_t moves by eta grad_{z_t} L. 'x0': x_0 moves
                              # by eta b_t^2 times grad_{x_0} of its own loss: the step shrinks with
                              # the noise, and the denoiser needs no gradient. 'x_t': the same with
-                             # grad_{x_t}, through the denoiser. 'noise', for priors of few_steps.py:
-                             # the noise of an image moves, by `steps` of Adam at the rate `lr`
+                             # grad_{x_t}, through the denoiser. 'noise', for a prior of
+                             # few_steps.py: its noise moves, by `steps` of Adam at the rate `lr`
 eta = 3.0                    # step size for the loss of one walk, whatever the batch_size; 0 is
                              # unguided. With 'paper', 1 is the step of the authors
 reevaluate = False           # the denoiser is evaluated again after the edit and after an
@@ -86,7 +86,8 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 _ranges = {                  # allowed values of string settings
-    'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t', 'noise'), 'bn_loss': ('l2', 'kl'),
+    'sampler': ('ddpm', 'ddim', 'renoise'), 'edit': ('paper', 'x0', 'x_t', 'noise'),
+    'bn_loss': ('l2', 'kl'),
     'lca': ('cutmix', 'mixup', 'traditional', 'none'), 'dtype': ('auto', 'bfloat16', 'float32')}
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())

@@ -476,7 +476,7 @@ def build_student(path, config, num_classes, teacher):
     if net.condition != condition or condition == 'class' and net.num_classes != num_classes:
         raise M.UserError(
             f"{path} takes {net.num_classes or ''} {net.condition or 'no condition'}, the teacher "
-            f"{num_classes or ''} {condition or 'none'} (num_class_embeds counts the null class too)"
+            f"{num_classes or ''} {condition or 'none'} (num_class_embeds counts the null class)"
         )
     net.num_classes = num_classes
     net.shared = getattr(teacher, 'shared', net.shared)

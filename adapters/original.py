@@ -3,7 +3,8 @@ Published checkpoints: denoisers of ADM, DDPM-IP, Improved DDPM, DKDM, LDM and D
 ResNets, Wide ResNets and VGGs, and torchvision's classifiers. The scripts call this file for every
 file of weights that does not describe itself:
 
-    python dkdm.py --teacher=cifar10_32.pt       # short for --teacher=adapters/original.py:cifar10_32.pt
+    python dkdm.py --teacher=cifar10_32.pt
+    # short for --teacher=adapters/original.py:cifar10_32.pt
 
 The shapes of the tensors give the architecture. What they do not give is assumed, printed, and
 changed by teacher_config, prior_config or model_config. This file is also the example to copy for
