@@ -837,7 +837,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 from tqdm import tqdm
 
-WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')  # endings of files of weights
+WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')
 
 
 def check(ok, message):
@@ -853,7 +853,7 @@ def existing(path):
 
 
 def read_lines(path):
-    """The non-empty lines of a text file. Raises UserError if there are none."""
+    """The non-empty lines of a text file. Raises UserError."""
     with open(existing(path), encoding='utf-8') as f:
         lines = [line.strip() for line in f if line.strip()]
     check(lines, f'{path} is empty')
@@ -879,8 +879,8 @@ def write_atomically(path, write):
 
 
 def description(net):
-    """The dict that a file holds of its network: net.config, or for one of a user's Python file the
-    arguments of its build(). A module with neither is loaded as FILE.py:WEIGHTS."""
+    """What a file says of its network: net.config, or the arguments of a user's build(). A module
+    with neither is loaded as FILE.py:WEIGHTS."""
     own = getattr(net, 'built_as', None) or getattr(net, 'config', None)
     return own or {'class': 'file', 'file': 'FILE.py'}
 
@@ -961,7 +961,7 @@ def size_of(net):
 
 
 def digest(net):
-    """Eight hexadecimal digits that name a network's weights."""
+    """Eight hexadecimal digits, of a network's weights."""
     data = hashlib.sha256()
     for v in net.state_dict().values():
         data.update(v.detach().cpu().flatten().view(torch.uint8).numpy())
@@ -1232,7 +1232,7 @@ def load_images(spec, train=True, image_size=0, channels=0):
 
 
 def open_npz(path):
-    """np.load(path) of a file of arrays. Raises UserError if it is none, or incomplete."""
+    """np.load(path). Raises UserError for what is no file of arrays, or incomplete."""
     try:
         return np.load(existing(path), allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
@@ -1706,9 +1706,8 @@ def pick_dtype(device, dtype='auto'):
 
 
 def cast_frozen(net, dtype):
-    """Casts the convolutions and linear layers of a frozen network to bfloat16 once, which autocast
-    would do in every call; except `first_layer`, which reads x_t in float32. Only networks with
-    `castable = True` are cast."""
+    """Casts the convolutions and linear layers of a frozen network with `castable = True` to
+    bfloat16 once, not in every call; except `first_layer`, which reads x_t in float32."""
     if dtype == torch.bfloat16 and getattr(net, 'castable', False):
         first = set(net.first_layer.modules()) if hasattr(net, 'first_layer') else set()
         for m in set(net.modules()) - first:
@@ -1718,7 +1717,7 @@ def cast_frozen(net, dtype):
 
 
 def on_device(images, device):
-    """A tensor on the device; on the CPU if it would take more than half of a GPU's memory."""
+    """A tensor on the device, unless it would take more than half of a GPU's memory."""
     if device.type == 'cuda' and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return images
     return images.to(device)
@@ -1730,8 +1729,7 @@ def memory_format(device):
 
 
 def all_reduce_max(value=0):
-    """The maximum of `value` over all ranks. The ranks wait for each other here, but not for their
-    GPUs. On a single rank, `value` itself."""
+    """The maximum of `value` over all ranks, which wait for each other, but not for their GPUs."""
     if not dist.is_initialized():
         return value
     value = torch.tensor(float(value), dtype=torch.float64)
@@ -1741,7 +1739,7 @@ def all_reduce_max(value=0):
 
 @contextlib.contextmanager
 def local_rank_0_first():
-    """Local rank 0 runs the block first (a download); the node's other ranks follow."""
+    """Local rank 0 runs the block first (a download); its node's others follow."""
     waits = dist.is_initialized() and int(os.environ.get('LOCAL_RANK', 0))
     if waits:
         all_reduce_max()
@@ -1784,7 +1782,7 @@ class StopFlag:
 
 
 def finish(stopped_by=0):
-    """Ends the script with exit code 0, or with 128 + the number of the signal that stopped it."""
+    """Ends the script: exit code 0, or 128 + the signal that stopped it."""
     code = 128 + int(stopped_by) if stopped_by else 0
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1933,7 +1931,7 @@ def set_aside(out_dir, rank):
 
 
 def restore(checkpoint, opt):
-    """Restores the optimiser and this rank's random generators; called right before the loop."""
+    """Restores the optimiser and this rank's random generators, right before the loop."""
     shared, own = checkpoint
     hyper = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
     opt.load_state_dict(shared['opt'])
