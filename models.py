@@ -841,13 +841,13 @@ WEIGHTS = ('.safetensors', '.pt', '.pth', '.th', '.ckpt', '.bin')
 
 
 def check(ok, message):
-    """Raises UserError(message) unless ok."""
+    """Raises UserError unless ok."""
     if not ok:
         raise UserError(message)
 
 
 def existing(path):
-    """Returns `path`. Raises UserError if there is no such file."""
+    """`path`. Raises UserError if there is no file."""
     check(os.path.isfile(path), f'no file {path}')
     return path
 
