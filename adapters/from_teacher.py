@@ -27,7 +27,7 @@ LORA_LAYERS = [
 ]
 
 
-def shared(net):
+def weights_below(net):
     """What a deep copy takes over and does not copy: all tensors but those of adapters."""
     tensors = [*net.named_parameters(), *net.named_buffers()]
     return {id(p): p for name, p in tensors if 'lora_' not in name}
@@ -36,13 +36,13 @@ def shared(net):
 def share(net):
     """A copy of a network that shares its tensors, except those of adapters. A layer that is
     replaced in one of them is not replaced in the other."""
-    return copy.deepcopy(net, shared(net))
+    return copy.deepcopy(net, weights_below(net))
 
 
 def begin(spec, known, net_T, config, prediction, learn_sigma):
-    """The student of --student=teacher: a copy of the teacher, or for `lora_rank` in config adapters
-    of it. `gradient_checkpointing` saves memory in networks of diffusers and costs time. Raises
-    UserError for other entries."""
+    """The student of --student=teacher: a copy of the teacher, or where config has a `lora_rank`
+    adapters of it. `gradient_checkpointing` saves memory in networks of diffusers and costs time.
+    Raises UserError for other entries."""
     choices = {'lora_rank': 0, 'gradient_checkpointing': False}
     odd = config.keys() - choices
     M.check(
@@ -70,7 +70,10 @@ def copy_of_teacher(spec, known, net_T, prediction, learn_sigma):
     if hasattr(net_T, 'shared'):  # a pipeline's embedded texts
         net.shared = net_T.shared
         net.num_classes = net_T.num_classes
-    return tell(net.requires_grad_(True), spec, diffusion, prediction, learn_sigma)
+    net.requires_grad_(True)
+    if isinstance(net, M.DiT):
+        net.pos_embed.requires_grad_(False)  # a fixed table
+    return tell(net, spec, diffusion, prediction, learn_sigma)
 
 
 def tell(net, spec, diffusion, prediction, learn_sigma):
@@ -85,8 +88,8 @@ def tell(net, spec, diffusion, prediction, learn_sigma):
         factor = -1.0 if {prediction, diffusion.prediction} == {'v', 'x0'} else 0.0
     M.check(
         hasattr(net, 'last_layer'),
-        f"{spec}: the last layer of a {type(net).__name__} is not known, so a copy predicts what it "
-        'predicts: --student_prediction=teacher, and learn_sigma as it has'
+        f'{spec}: the last layer of a {type(net).__name__} is not known, so a copy predicts what '
+        'it predicts: --student_prediction=teacher, and learn_sigma as it has'
     )
     change_outputs(net, factor, learn_sigma)
     return net
@@ -226,7 +229,7 @@ class Lora(hub.Pipeline):
 
     def __deepcopy__(self, memo):
         """Adapters are copied, the weights below them are shared."""
-        memo.update(shared(self.net))
+        memo.update(weights_below(self.net))
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new

@@ -1,7 +1,8 @@
 # A decoder and encoder of 2.4 M parameters, of TAESD's size, for the VAE of Stable Diffusion:
 # python distill_vae.py config/vae_tiny_sd.py --data=folder/
 # The images may be synthetic. In diffusers it stands in the VAE's place:
-# DiffusionPipeline.from_pretrained(..., vae=AutoencoderTiny.from_pretrained('out/vae_tiny_sd/student'))
+# vae = AutoencoderTiny.from_pretrained('out/vae_tiny_sd/student')
+# DiffusionPipeline.from_pretrained(..., vae=vae)
 # Run with tiny networks only; the numbers are guesses.
 teacher = 'stabilityai/sd-vae-ft-mse'
 student = 'config/taesd_student.json'
