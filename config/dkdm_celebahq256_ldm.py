@@ -12,7 +12,7 @@ student_config = dict(learn_sigma=False, patch_size=1, model_channels=128, num_r
                       channel_mult=(1, 2, 3, 4), attention_resolutions=(32, 16, 8), num_head_channels=32,
                       resblock_updown=False, use_scale_shift_norm=False,
                       use_new_attention_order=False)
-rho = 0.4
+rho = 0.004                  # 4 batches, as in the authors' settings for latents
 stride = 1
 warmup_steps = 1000
 lam = 0.0

@@ -7,6 +7,7 @@ teacher = 'cifar10_32.pt'
 # teacher: ADM_cifar10_baseline.pt, linked from the README of github.com/forever208/DDPM-IP
 teacher_config = dict(image_size=32, num_head_channels=32)
 student_prediction = 'teacher'
+# the student of Figure 4's ablations is of the teacher's size: model_channels=128
 student_config = dict(patch_size=1, model_channels=64, num_res_blocks=3, channel_mult=(1, 2, 2, 2),
                       attention_resolutions=(16, 8), num_head_channels=32, dropout=0.3)
 rho = 0.4
