@@ -264,7 +264,7 @@ if __name__ == '__main__':
     config['teacher_digest'] = net_T.digest
     guided = guidance_T != 1 or getattr(net_T, 'guided', False)
     if rank == 0:
-        students.warn_if_y_is_ignored(net_T, f'the teacher {teacher}', diffusion_T, dev, autocast)
+        students.warn_if_y_is_ignored(net_T, teacher, diffusion_T, dev, autocast)
     C, H = net_T.in_channels, net_T.image_size
 
     # ---- student ----
@@ -352,7 +352,7 @@ if __name__ == '__main__':
     def save_pictures(seconds_per_pass):
         global last_pictures
         rows = [
-            (net_T, diffusion_T, guidance_T, walk_steps, 'ddim'),
+            (net_T, diffusion_T, guidance_T, walk_steps, walk_sampler),
             (net_ema, diffusion, 1.0, jumps, 'ddim')
         ]
         path = os.path.join(out_dir, 'samples.png')
