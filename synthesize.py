@@ -317,7 +317,7 @@ def synthesize(
     list of (t, terms)).
 
     prior(x_t, t, *cond): the guided output. images_of(x_0): decoded, as they are kept.
-    loss_of(images, y): (loss, terms). draws: the noise of the start (B, C, H, W) and of every step,
+    loss_of(images, y): (loss, terms); None if unguided and not logged. draws: the noise of the start (B, C, H, W) and of every step,
     the partners and random numbers of the augmentation. times: the walk's timesteps, from noise to
     image; at kept_times the predicted x_0 is kept. The rest are settings.
     """
@@ -356,7 +356,7 @@ def synthesize(
             with torch.no_grad():
                 with autocast:
                     kept.append(in_slices(images_of, grad_batch, x0))
-                if not guiding:
+                if not guiding and loss_of is not None:  # for the log only
                     loss, terms = loss_of(kept[-1], y)
                     rows.append((t, {'loss': loss} | terms))
         last = len(times) - 1
@@ -575,8 +575,10 @@ if __name__ == '__main__':
             kept, rows = move_noise(draws[0], draw, loss_of, y.to(dev), times, kept_times, lr)
             return kept, y, rows
         guiding = eta > 0 and (alpha > 0 or beta > 0 or (gamma > 0 and net_S is not None))
+        # the loss of unguided images can cost more than they do: that of four shards is enough
+        logged = guiding or shard < 4 * world
         kept, rows = synthesize(
-            denoise, diffusion, images_of, loss_of, draws, y.to(dev),
+            denoise, diffusion, images_of, loss_of if logged else None, draws, y.to(dev),
             [c.to(dev) for c in cond], times, kept_times, autocast, guiding, edit, eta, reevaluate,
             lca, lca_every, sampler, ddim_eta, grad_batch
         )
@@ -626,8 +628,8 @@ if __name__ == '__main__':
             )
         # .cpu() waits for the device
         images = torch.cat([M.to_uint8(x) for x in images]).permute(0, 2, 3, 1).cpu()
-        values = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist()
-        if rank == 0:
+        if rank == 0 and rows:
+            values = torch.stack([torch.stack(list(terms.values())) for _, terms in rows]).tolist()
             for (t, terms), v in zip(rows, values):
                 log(step=shard * steps + times.index(t) + 1, t=t, **dict(zip(terms, v)))
         arrays = {
