@@ -736,10 +736,12 @@ def sample(
     draws the starting noise and the noise of every step. spacing: see `sampling_steps`. Raises
     UserError for more steps than the process has.
     """
-    device = next(net.parameters()).device
+    if sampler not in ('ddpm', 'ddim', 'dpm++'):
+        raise UserError(f"no sampler {sampler!r}: 'ddpm', 'ddim' or 'dpm++'")
     x = shape_or_noise
     if not torch.is_tensor(x):
-        x = random_normal(x, generator, device)
+        x = random_normal(x, generator, next(net.parameters()).device)
+    device = x.device
     times = sampling_steps(diffusion.T, steps, spacing)
     before = None
     for t, s in zip(times, times[1:] + [-1]):

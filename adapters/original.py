@@ -209,7 +209,7 @@ def doubt_of(net, diffusion):
     return (
         f'. DOUBTFUL: at t={diffusion.T - 1} it should predict the noise that it sees, but the '
         f'correlation is {like:.2f}. EDM and consistency models have the names of ADM, SiT those '
-        'of DiT: see docs/reference.md, Teachers'
+        'of DiT: see docs/reference.md, Wrappers for other processes'
     )
 
 
