@@ -732,12 +732,11 @@ def sample(
     """Images (B, C, H, W), float32, from a network and its process.
 
     shape_or_noise: (B, C, H, W), or the noise itself. y: labels (B,), -1 for none. sampler: 'ddpm'
-    (ancestral), 'ddim' or 'dpm++' (DPM-Solver++ of second order). generator:
-    draws the starting noise and the noise of every step. spacing: see `sampling_steps`. Raises
-    UserError for more steps than the process has.
+    (ancestral), 'ddim' or 'dpm++' (DPM-Solver++ of second order). generator: draws the noise of the
+    start and of every step. spacing: see `sampling_steps`. Raises UserError.
     """
     if sampler not in ('ddpm', 'ddim', 'dpm++'):
-        raise UserError(f"no sampler {sampler!r}: 'ddpm', 'ddim' or 'dpm++'")
+        raise UserError(f'no sampler {sampler!r}')
     x = shape_or_noise
     if not torch.is_tensor(x):
         x = random_normal(x, generator, next(net.parameters()).device)
@@ -1097,7 +1096,7 @@ def load_denoiser(spec, dtype=torch.float32, **known):
         whose build() makes the network.
     dtype: of the weights of a diffusers pipeline; all others are float32 (`cast_frozen`).
     known: what an original checkpoint does not record, or the arguments of a load().
-    Raises UserError if it is not a denoiser, or if it needs inputs other than x_t, t and y.
+    Raises UserError if it is none, or needs inputs other than x_t, t and y.
     """
     state, header = {}, {}
     file, argument = split_file(spec)
