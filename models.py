@@ -20,8 +20,7 @@ Part 2, the plumbing:
 Conventions. Images are float32 NCHW in [-1, 1]. `t` is a long tensor (B,), 0 ... T-1; `x_t` at `t`
 is what the network sees when it predicts the step to `t-1`; `s = -1` is the clean image. A label of
 -1 is the null condition of guidance. A denoiser has the attributes `image_size`, `in_channels` and
-`num_classes` (0 for none), and `net(x_t, t, y=None)` returns (B, C or 2C, H, W). A mistake that the
-user can correct raises UserError.
+`num_classes` (0 for none), and `net(x_t, t, y=None)` returns (B, C or 2C, H, W).
 """
 
 import math

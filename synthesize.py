@@ -317,9 +317,10 @@ def synthesize(
     list of (t, terms)).
 
     prior(x_t, t, *cond): the guided output. images_of(x_0): decoded, as they are kept.
-    loss_of(images, y): (loss, terms); None if unguided and not logged. draws: the noise of the start (B, C, H, W) and of every step,
-    the partners and random numbers of the augmentation. times: the walk's timesteps, from noise to
-    image; at kept_times the predicted x_0 is kept. The rest are settings.
+    loss_of(images, y): (loss, terms); None if unguided and not logged. draws: the noise of the
+    start (B, C, H, W) and of every step, the partners and random numbers of the augmentation.
+    times: the walk's timesteps, from noise to image; at kept_times the predicted x_0 is kept. The
+    rest are settings.
     """
     x_t, noise, partners, numbers = draws
 
