@@ -1986,7 +1986,7 @@ MISTAKES = lines("""
     dkdm.py --batch_size 64 : --batch_size: overrides look like --key=value
     dkdm.py -rho=1.0 : --key=value
     dkdm.py --batch-size=4 : did you mean 'batch_size'
-    dkdm.py --max_steps=0 : above 0
+    dkdm.py --max_steps=0 : >= 1
     dkdm.py --teacher= : no file or folder
     dkdm.py --teacher=google/none : there is no folder google/none
     dkdm.py config/none.py : no config file

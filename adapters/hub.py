@@ -255,7 +255,8 @@ def open_pipeline(spec, dtype, **given):
 
     _, parts = read_pipeline(spec)
     given = {k: v for k, v in (dict.fromkeys(UNUSED) | given).items() if k in parts}
-    return from_pretrained(DiffusionPipeline, spec, **given).to(dtype), parts
+    pipe = from_pretrained(DiffusionPipeline, spec, **given)
+    return pipe if pipe.dtype == dtype else pipe.to(dtype), parts
 
 
 def load_part(spec, *names):
