@@ -408,7 +408,7 @@ def test_evaluations_that_refine():
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_part_1_of_models_stands_alone():
+def test_part_1_of_models_stands_alone(monkeypatch):
     part1, part2 = (ROOT / 'models.py').read_text().split('# ==== Part 2')
     used = {node.id for node in ast.walk(ast.parse(part1)) if isinstance(node, ast.Name)}
     assert not used & set(re.findall(r'^(?:def |class )?(\w+)(?:\(| = )', part2, re.M))
@@ -416,9 +416,16 @@ def test_part_1_of_models_stands_alone():
     Path('part1.py').write_text(part1)
     spec = importlib.util.spec_from_file_location('part1', 'part1.py')
     alone = importlib.util.module_from_spec(spec)
+    M.save_model(fill(M.UNet(8, 1, 2, 8, 1, (1, 2), (4,))), 'a.safetensors')
+    for name in ('numpy', 'scipy', 'tqdm', 'torchvision', 'diffusers', 'transformers',
+                 'safetensors', 'torch_fidelity', 'models'):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     spec.loader.exec_module(alone)
+    state, header = alone.read_safetensors('a.safetensors')
+    alone.UNet(**{k: v for k, v in header['net'].items() if k != 'class'}).load_state_dict(state)
     for net in (alone.UNet(8, 1, 2, 8, 1, (1, 2), (4,)), alone.DiT(8, 2, 1, 16, 1, 2)):
-        out = alone.sample(net, alone.Diffusion(), (2, 1, 8, 8), steps=3)
+        for sampler in ('ddpm', 'ddim', 'dpm++'):
+            out = alone.sample(net, alone.Diffusion(), (2, 1, 8, 8), 3, sampler)
         assert out.shape == (2, 1, 8, 8) and out.isfinite().all()
 
 
