@@ -1,7 +1,7 @@
 # Natural images in one evaluation: the student begins as its teacher, 2.22 M parameters.
 # torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10.py     # on a CPU, a rank per core
-# Eight steps of DPM-Solver++ are as good a target as sixteen of DDIM, at half the price
-# (docs/results.md).
+# Eight steps of DPM-Solver++ cost half as much as sixteen of DDIM; their images are nearly as
+# close to the data (3.67 against 3.45, 1,024 images, one seed).
 teacher = 'pretrained/cifar10_classes.safetensors'
 guidance = 4.0
 student = 'teacher'
