@@ -510,6 +510,7 @@ if __name__ == '__main__':
         net_ema.load_state_dict(shared['ema'])
         if walking:
             source.load(own['pool'])
+        del checkpoint, shared, own  # they would stay in memory
     else:
         M.set_aside(out_dir, rank)
         if walking:

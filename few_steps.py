@@ -368,6 +368,7 @@ if __name__ == '__main__':
         meter = M.Meter(dev, own['sums'])
         net_ema.load_state_dict(shared['ema'])
         source.load(own['walks'])
+        del checkpoint, shared, own  # they would stay in memory
     else:
         M.set_aside(out_dir, rank)
         guided_T = M.make_teacher(net_T, guidance_T, autocast)

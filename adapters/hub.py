@@ -255,7 +255,7 @@ def open_pipeline(spec, dtype, **given):
 
     _, parts = read_pipeline(spec)
     given = {k: v for k, v in (dict.fromkeys(UNUSED) | given).items() if k in parts}
-    pipe = from_pretrained(DiffusionPipeline, spec, **given)
+    pipe = from_pretrained(DiffusionPipeline, spec, dtype=dtype, **given)
     return pipe if pipe.dtype == dtype else pipe.to(dtype), parts
 
 
