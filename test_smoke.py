@@ -1553,11 +1553,14 @@ def test_students_of_pipelines(pipelines):
     models = ','.join(f'{name}/student.safetensors' for name in ('o_ddpm', 'o_sd', 'half_s'))
     run(f'{FID} --models={models} --num_samples=8 --steps=2 --prompts=names.txt --out_dir=e')
     assert len(metrics('e')) == 3
-    os.mkdir('flux')
-    parts = {'_class_name': 'FluxPipeline', 'transformer': ['diffusers', 'FluxTransformer2DModel']}
-    Path('flux/model_index.json').write_text(json.dumps(parts))
-    for name, message in (('upscaler', 'super-resolution'), ('lcm', 'time_cond_proj_dim'),
-                          ('flux', 'FluxTransformer2DModel is not supported')):
+    for family in ('Flux', 'QwenImage'):
+        os.mkdir(family)
+        net = f'{family}Transformer2DModel'
+        parts = {'_class_name': f'{family}Pipeline', 'transformer': ['diffusers', net]}
+        Path(f'{family}/model_index.json').write_text(json.dumps(parts))
+        message = run(f'few_steps.py --teacher={family} --prompts=names.txt', ok=False)
+        assert f'{family}Pipeline: a {net} is not supported' in message and 'adapter' in message
+    for name, message in (('upscaler', 'super-resolution'), ('lcm', 'time_cond_proj_dim')):
         with pytest.raises(M.UserError, match=message):
             M.load_denoiser(name)
 
@@ -1635,9 +1638,11 @@ def test_scripts_that_begin_as_the_teacher(pipelines):
     sd = f'{QUICK} --teacher=sd --prompts=names.txt'
     out = run(f'{sd} --student=sd.json --init_from=teacher --out_dir=a')
     assert '100% of the student' in out
-    run(f'{sd} --student=teacher --student_config.lora_rank=4 --out_dir=b', ranks=2)
+    size = '--teacher_config.image_size=16'  # not that of the pipeline
+    run(f'{sd} {size} --student=teacher --student_config.lora_rank=4 --out_dir=b', ranks=2)
     state, _ = M.read_weights('b/student.safetensors')
     assert state and all('lora_' in key for key in state)
+    assert M.load_denoiser('b/student.safetensors')[0].image_size == 16
     for command, message in (
             (f'{sd} --student=unet --student_config.lora_rank=4', 'needs --student=teacher'),
             (f'{QUICK} --teacher=ldm --student=teacher --student_config.lora_rank=4', 'with texts'),

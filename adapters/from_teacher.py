@@ -251,5 +251,5 @@ def add_lora(spec, net_T, rank):
 def build(class_name, config):
     """The LoRA of a file's header: its pipeline, with adapters that have random weights."""
     M.check(class_name == 'Lora', f'no network {class_name!r}')
-    net, _ = hub.load_denoiser(config['pipeline'])
+    net, _ = hub.load_denoiser(config['pipeline'], image_size=config['image_size'])
     return Lora(net, config['lora_rank'])

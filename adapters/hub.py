@@ -172,10 +172,13 @@ class Pipeline(nn.Module):
         return self.net(x.to(self.net.dtype), timestep=t, **kw).sample.float()
 
 
-def check_network(kind):
-    """Raises UserError for a class of networks that is not supported."""
-    if kind not in PIPELINE_NETWORKS:
-        raise M.UserError(f"a {kind} is not supported; {', '.join(PIPELINE_NETWORKS)} are")
+def check_network(kind, of=''):
+    """Raises UserError for a class of networks that is not supported. of: its pipeline's class."""
+    M.check(
+        kind in PIPELINE_NETWORKS,
+        f"{of and of + ': '}a {kind} is not supported; {', '.join(PIPELINE_NETWORKS)} are. Others "
+        'need an adapter, a Python file with load()'
+    )
 
 
 def check_name(spec):
@@ -295,7 +298,7 @@ def load_denoiser(spec, dtype=torch.float32, image_size=0):
     _, parts = read_pipeline(spec)
     for name in ('unet', 'transformer'):
         if (parts.get(name) or [None])[0]:
-            check_network(parts[name][1])
+            check_network(parts[name][1], parts.get('_class_name', ''))
     if parts.get('requires_aesthetics_score'):
         raise M.UserError(f'{spec} refines images; the base model is supported')
     encoders = [name for name in parts if name.startswith(('text_encoder', 'tokenizer'))]
