@@ -400,6 +400,11 @@ if __name__ == '__main__':
     steps_per_epoch = len(train) // batch_size
     epoch, first = 0, 0
     sums, best = {}, -1.0
+
+    def save_checkpoint(step, finished=False):
+        own = {'sums': sums}
+        M.save_checkpoint(settings, step, net, opt, {'best': best}, own, rank, finished)
+
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
         epoch, first = divmod(shared['step'], steps_per_epoch)  # may be within an epoch
@@ -407,6 +412,7 @@ if __name__ == '__main__':
         best = shared['best']
     else:
         M.set_aside(out_dir, rank)
+        save_checkpoint(0)  # so that a run can be resumed from its first moment on
     if rank == 0:
         log = M.Log(os.path.join(out_dir, 'log.csv'), epoch)
         size = f'{sum(p.numel() for p in net.parameters()):,} parameters'
@@ -462,10 +468,7 @@ if __name__ == '__main__':
                 'checkpoint is intact'
             )
         if leaving:
-            M.save_checkpoint(
-                settings, epoch * steps_per_epoch + i, net, opt, {'best': best}, {'sums': sums},
-                rank
-            )
+            save_checkpoint(epoch * steps_per_epoch + i)
             break
         epoch += 1
         totals = torch.stack(list(sums.values())).tolist()
@@ -490,10 +493,7 @@ if __name__ == '__main__':
             if holdout and row['agreement'] > best:
                 M.save_model(net, os.path.join(out_dir, 'best.safetensors'))
         best = max(best, row.get('agreement', -1.0))
-        M.save_checkpoint(
-            settings, epoch * steps_per_epoch, net, opt, {'best': best}, {'sums': sums}, rank,
-            epoch == epochs
-        )
+        save_checkpoint(epoch * steps_per_epoch, epoch == epochs)
     if rank == 0:
         path = os.path.join(out_dir, 'student.safetensors')
         if epoch:

@@ -413,6 +413,7 @@ if __name__ == '__main__':
         meter = M.Meter(dev, own['sums'])
     else:
         M.set_aside(out_dir, rank)
+        save_checkpoint()  # so that a run can be resumed from its first moment on
     if rank == 0:
         for role, n in (('teacher', net_T), ('student', net)):
             if n is not None:

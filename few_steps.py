@@ -9,6 +9,9 @@ to image. In neither paper; it generalises Luhman & Luhman (2021) and progressiv
     # the student begins as a copy of its teacher
     python few_steps.py --student=teacher --student_prediction=teacher --lr=1e-3
     torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10.py    # a rank per core
+    # a trained one-pass student goes on with score distillation
+    python few_steps.py config/few_steps_cifar10.py --critic=0.5 --lr=1e-4 --max_steps=250 \\
+        --init_from=out/few_steps_cifar10/student.safetensors --seed=1 --out_dir=out/critic
 """
 import os
 
@@ -39,6 +42,10 @@ unguided_steps = 0           # so many last steps of a walk without guidance, wh
 loss = 'l1'                  # 'l1' (absolute error, clearer images) or 'l2' (squared error)
 refine = False               # every evaluation aims at the end of the walk, and starts where the
                              # student's own earlier ones arrive
+critic = 0.0                 # one evaluation: weight of score distillation beside the regression, for
+                             # a student that is trained already (--init_from); 0 for none. The
+                             # critic, a second network of the teacher's size, learns at the rate lr
+critic_steps = 2             # steps of the critic for each of the student
 uncond_prob = 0.0            # conditional students: how often the condition is replaced by the
                              # null condition
 # optimisation
@@ -76,6 +83,7 @@ import contextlib
 import copy
 import shlex
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -230,6 +238,49 @@ def refine_step(
     return regress(student, x0, x_t, t, y, diffusion, loss, autocast, loss_scale)
 
 
+def critic_step(
+    student, critic, opt, teacher, walks, diffusion, diffusion_T, n, weight=0.5, steps=2,
+    autocast=contextlib.nullcontext(), loss_scale=1.0
+):
+    """Score distillation (Diff-Instruct, Luo et al. 2023; the weights are those of DMD, Yin et al.
+    2024), for a student of one evaluation. `critic`, a copy of the teacher's network with the
+    optimiser `opt`, takes `steps` steps of a denoiser's training on the student's images. Then n
+    new images get a gradient from what the critic makes of them, noised, to what the guided
+    `teacher` makes of them; it is `weight` times as long as that of an absolute error."""
+
+    def images():
+        z = torch.randn(n, *walks.x.shape[2:], device=walks.x.device)
+        y = walks.draw_labels(n)
+        t = torch.full((n,), diffusion.T - 1, device=z.device)
+        with autocast:
+            out = student(z, t, y)
+        return diffusion.predict_x0(out, z, t), torch.randn_like(z), y
+
+    def ask(x_t, t, y):
+        with autocast:
+            return critic(x_t, t, y)[:, : x_t.shape[1]].float()
+
+    for _ in range(steps):
+        with torch.no_grad():
+            x0, noise, y = images()
+        t = torch.randint(diffusion_T.T, (n,), device=x0.device)
+        x_t = diffusion_T.q_sample(x0, t, noise)
+        target = diffusion_T.target(x0, x_t, t, diffusion_T.prediction, noise)
+        ((ask(x_t, t, y) - target) ** 2).mean().backward()
+        M.optimizer_step(critic, opt, 1.0)
+
+    x0, noise, y = images()
+    with torch.no_grad():
+        t = torch.randint(diffusion_T.T // 50, diffusion_T.T * 49 // 50, (n,), device=x0.device)
+        x_t = diffusion_T.q_sample(x0, t, noise)
+        x0_T = diffusion_T.predict_x0(teacher(x_t, t, y), x_t, t)
+        x0_C = diffusion_T.predict_x0(ask(x_t, t, y), x_t, t)
+        error = (x0 - x0_T).abs().mean((1, 2, 3), keepdim=True)
+        step = (x0_C - x0_T) / error.clamp(min=0.02)
+        step = weight * step / step.square().mean().sqrt().clamp(min=1e-8)
+    ((x0 * step).mean() * loss_scale).backward()
+
+
 # ==== set-up ====
 if __name__ == '__main__':
     config = {k: globals()[k] for k in _defaults}
@@ -239,6 +290,10 @@ if __name__ == '__main__':
     M.check(
         0 <= unguided_steps <= walk_steps,
         f'unguided_steps={unguided_steps} must be from 0 to walk_steps={walk_steps}'
+    )
+    M.check(
+        critic == 0 or jumps == 1 and not refine and not lora_rank,
+        'critic is for one evaluation (--jumps=1), without refine and lora_rank'
     )
     M.check(0 <= ema < 1, f'ema={ema} must be from 0 to below 1')
     M.check(0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob} must be from 0 to 1')
@@ -285,19 +340,27 @@ if __name__ == '__main__':
     )
     checkpoint = M.resume(config, rank, net)
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
-    graph_on = graph and dev.type == 'cuda' and world == 1
+    graph_on = graph and dev.type == 'cuda' and world == 1 and critic == 0
     opt = torch.optim.AdamW(
         [p for p in net.parameters() if p.requires_grad], lr, (0.9, adamw['beta2']),
         weight_decay=adamw['weight_decay'], fused=True
     )
+    net_C = None
+    if critic:
+        net_C = copy.deepcopy(net_T).float().requires_grad_(True)
+        opt_C = torch.optim.AdamW(net_C.parameters(), lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     if compile:
         M.compile_blocks(net_T, net)
-    model = net
+    model, model_C = net, net_C
     if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(
-            net, gradient_as_bucket_view=True, broadcast_buffers=False,
-            find_unused_parameters=student not in M.DENOISERS
+        parallel = partial(
+            torch.nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True,
+            broadcast_buffers=False
         )
+        model = parallel(net, find_unused_parameters=student not in M.DENOISERS)
+        if critic:
+            ours = isinstance(net_T, (M.UNet, M.DiT))
+            model_C = parallel(net_C, find_unused_parameters=not ours)
     torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
     begin = time.time()
 
@@ -306,6 +369,7 @@ if __name__ == '__main__':
         -(-walks // world), 1 if refine else jumps, walk_steps, (C, H, H), diffusion_T,
         micro_batch, M.make_labels(net_T.num_classes, uncond_prob, dev), dev
     )
+    guided_T = M.make_teacher(net_T, guidance_T, autocast)
     decay = torch.zeros((), device=dev) if graph_on else 0.0  # of the average, at this step
 
     def one_step():
@@ -322,6 +386,11 @@ if __name__ == '__main__':
             else:
                 terms = jump_step(
                     model, source, diffusion, micro_batch, loss, autocast, 1 / grad_accum
+                )
+            if critic:
+                critic_step(
+                    model, model_C, opt_C, guided_T, source, diffusion, diffusion_T, micro_batch,
+                    critic, critic_steps, autocast, 1 / grad_accum
                 )
             for name, value in terms.items():
                 total[name] = total.get(name, 0.0) + value / grad_accum
@@ -346,6 +415,8 @@ if __name__ == '__main__':
 
     def save_checkpoint():
         shared = {'ema': net_ema.state_dict(), 'evaluations': evaluations}
+        if critic:
+            shared['critic'] = {'net': net_C.state_dict(), 'opt': opt_C.state_dict()}
         own = {'walks': source.state(), 'sums': meter.sums}
         M.save_checkpoint(config, step, net, opt, shared, own, rank, step == max_steps)
 
@@ -368,10 +439,12 @@ if __name__ == '__main__':
         meter = M.Meter(dev, own['sums'])
         net_ema.load_state_dict(shared['ema'])
         source.load(own['walks'])
+        if critic:
+            net_C.load_state_dict(shared['critic']['net'])
+            M.restore((shared['critic'], own), opt_C)
         del checkpoint, shared, own  # they would stay in memory
     else:
         M.set_aside(out_dir, rank)
-        guided_T = M.make_teacher(net_T, guidance_T, autocast)
         unguided_T = M.make_teacher(net_T, 1.0, autocast)
         teachers = [guided_T] * (walk_steps - unguided_steps) + [unguided_T] * unguided_steps
         evaluations = source.fill(teachers, walk_sampler, rank == 0)

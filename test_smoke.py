@@ -386,6 +386,21 @@ def test_one_step_of_dkdm():
     assert torch.equal(pool.x, fresh) and torch.equal(pool.t, torch.where(t == 0, 49, t - 1))
 
 
+def test_score_distillation():
+    """Images move from what the critic makes of them to what the teacher makes of them."""
+    torch.manual_seed(0)
+    d = M.Diffusion('cosine', 50, 'x0', learn_sigma=False, clip=False)
+    walks = few_steps.Walks(6, 1, 6, (1, 8, 8), d, 6)
+    for to, sign in ((0.5, 1), (-0.5, -1)):
+        images = torch.zeros(6, 1, 8, 8, requires_grad=True)
+        few_steps.critic_step(
+            lambda x, t, y: images, lambda x, t, y: 0 * x, None, lambda x, t, y: to + 0 * x,
+            walks, d, d, 6, weight=0.5, steps=0
+        )
+        assert (images.grad * sign < 0).all()
+        assert (images.grad * images.numel()).square().mean().sqrt().item() == pytest.approx(0.5)
+
+
 def test_evaluations_that_refine():
     """Each starts where the student's own earlier ones arrive, and aims at the walk's image."""
     torch.manual_seed(0)
@@ -1107,6 +1122,7 @@ RESUMED = {
     'dkdm': f"{DKDM} --student_config.dropout=0.1 --max_steps=12 --log_every=2 --save_every=3",
     'jumps': f'{JUMPS} --max_steps=12 --save_every=3',
     'refine': f'{JUMPS} --refine=True --max_steps=12 --save_every=3',
+    'critic': f'{JUMPS} --jumps=1 --critic=0.5 --max_steps=12 --save_every=3',
     'classifier': f'{CLASSIFIER} --epochs=4 --batch_size=8 --augment_flip=True',
     'vae': f'{VAE} --method=synthetic --data=images.npz --flip=True --max_steps=12 --save_every=3',
     'synth': f'{SYNTH} --batch_size=4 --num_images=48'}
