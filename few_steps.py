@@ -9,9 +9,10 @@ to image. In neither paper; it generalises Luhman & Luhman (2021) and progressiv
     # the student begins as a copy of its teacher
     python few_steps.py --student=teacher --student_prediction=teacher --lr=1e-3
     torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10.py    # a rank per core
-    # a trained one-pass student goes on with score distillation
-    python few_steps.py config/few_steps_cifar10.py --critic=0.5 --lr=1e-4 --max_steps=250 \\
-        --init_from=out/few_steps_cifar10/student.safetensors --seed=1 --out_dir=out/critic
+    # its student goes on with score distillation
+    python few_steps.py config/few_steps_cifar10.py --critic=0.5 --lr=1e-4 --lr_warmup=20 \\
+        --batch_size=32 --walks=2048 --max_steps=250 --seed=1 --out_dir=out/critic \\
+        --init_from=out/few_steps_cifar10/student.safetensors
 """
 import os
 
@@ -42,8 +43,8 @@ unguided_steps = 0           # so many last steps of a walk without guidance, wh
 loss = 'l1'                  # 'l1' (absolute error, clearer images) or 'l2' (squared error)
 refine = False               # every evaluation aims at the end of the walk, and starts where the
                              # student's own earlier ones arrive
-critic = 0.0                 # one evaluation: weight of score distillation beside the regression, for
-                             # a student that is trained already (--init_from); 0 for none. The
+critic = 0.0                 # one evaluation: weight of score distillation beside the regression;
+                             # 0 for none. For a student that is trained already (--init_from). The
                              # critic, a second network of the teacher's size, learns at the rate lr
 critic_steps = 2             # steps of the critic for each of the student
 uncond_prob = 0.0            # conditional students: how often the condition is replaced by the

@@ -7,7 +7,7 @@ distill_vae.py and synthesize.py call.
     P=adapters/plain_vae.py
     # a teacher, from data
     python distill_vae.py --method=data --data=mnist --student=$P --student_config.width=64 \\
-        --lr=1e-3 --out_dir=out/plain
+        --lr=1e-3 --grad_clip=10.0 --kl_warmup=1000 --out_dir=out/plain    # else it collapses
     # a student of width 8, from noise
     python distill_vae.py --teacher=$P:out/plain/student.safetensors --student=$P
     # and with its encoder, on images that are made for this teacher

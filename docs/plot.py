@@ -3,7 +3,6 @@ Draws the plots of docs/results.md from what its commands leave in out/. Needs m
 
     python docs/plot.py methods            # distance against seconds of training, a line for each method
     python docs/plot.py few_steps          # distance against evaluations, for three samplers
-    python docs/plot.py architectures      # distance against training images, U-Net and DiT students
     python docs/plot.py diffdfkd_mnist     # the losses of synthesize.py over the denoising steps
 
 Each writes assets/NAME.png.
@@ -55,16 +54,6 @@ def few_steps():
     plt.legend()
 
 
-def architectures():
-    for run in 'dkdm', 'dit_small', 'dkdm_mnist_dit':
-        rows = distances(run)
-        images = [32 * int(row['step']) for row in rows]               # batch_size is 32
-        plt.semilogy(images, [float(row['frechet']) for row in rows], '.-', label=run)
-    plt.xlabel('images')
-    plt.ylabel('distance')
-    plt.legend()
-
-
 def diffdfkd_mnist():
     _, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout='constrained')
     for run, style in ('ours', '-'), ('paper', '--'), ('dmkd', 'o'):
@@ -85,7 +74,7 @@ def diffdfkd_mnist():
     axes[2].axis('off')
 
 
-PLOTS = {f.__name__: f for f in (methods, few_steps, architectures, diffdfkd_mnist)}
+PLOTS = {f.__name__: f for f in (methods, few_steps, diffdfkd_mnist)}
 if __name__ == '__main__':
     if len(sys.argv) != 2 or sys.argv[1] not in PLOTS:
         sys.exit(f"python docs/plot.py NAME, one of {', '.join(PLOTS)}")
