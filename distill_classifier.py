@@ -412,7 +412,7 @@ if __name__ == '__main__':
         best = shared['best']
     else:
         M.set_aside(out_dir, rank)
-        save_checkpoint(0)  # so that a run can be resumed from its first moment on
+        save_checkpoint(0, True)  # to resume from; another run may take its place
     if rank == 0:
         log = M.Log(os.path.join(out_dir, 'log.csv'), epoch)
         size = f'{sum(p.numel() for p in net.parameters()):,} parameters'

@@ -378,7 +378,7 @@ if __name__ == '__main__':
 
     def save_checkpoint():
         own = {'sums': meter.sums}
-        M.save_checkpoint(settings, step, net, opt, {}, own, rank, step == max_steps)
+        M.save_checkpoint(settings, step, net, opt, {}, own, rank, step in (0, max_steps))
 
     @torch.no_grad()
     @autocast
@@ -413,7 +413,7 @@ if __name__ == '__main__':
         meter = M.Meter(dev, own['sums'])
     else:
         M.set_aside(out_dir, rank)
-        save_checkpoint()  # so that a run can be resumed from its first moment on
+        save_checkpoint()  # to resume from; another run may take its place
     if rank == 0:
         for role, n in (('teacher', net_T), ('student', net)):
             if n is not None:

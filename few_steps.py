@@ -46,7 +46,7 @@ refine = False               # every evaluation aims at the end of the walk, and
 critic = 0.0                 # one evaluation: weight of score distillation beside the regression;
                              # 0 for none. For a student that is trained already (--init_from). The
                              # critic, a second network of the teacher's size, learns at the rate lr
-critic_steps = 2             # steps of the critic for each of the student
+critic_steps = 2             # steps of the critic in each accumulation step
 uncond_prob = 0.0            # conditional students: how often the condition is replaced by the
                              # null condition
 # optimisation
@@ -71,7 +71,7 @@ device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 compile = False              # torch.compile of each kind of block, for GPUs
-graph = True                 # on one GPU: the whole step as one CUDA graph
+graph = True                 # on one GPU, without a critic: the whole step as one CUDA graph
 wandb = ''                   # a Weights & Biases project, '' for none
 _ranges = {                  # allowed values of string settings
     'loss': ('l1', 'l2'), 'walk_sampler': ('ddim', 'dpm++'),
@@ -247,7 +247,8 @@ def critic_step(
     2024), for a student of one evaluation. `critic`, a copy of the teacher's network with the
     optimiser `opt`, takes `steps` steps of a denoiser's training on the student's images. Then n
     new images get a gradient from what the critic makes of them, noised, to what the guided
-    `teacher` makes of them; it is `weight` times as long as that of an absolute error."""
+    `teacher` makes of them; it is `weight` times as long as that of an absolute error. Returns the
+    critic's error."""
 
     def images():
         z = torch.randn(n, *walks.x.shape[2:], device=walks.x.device)
@@ -267,7 +268,8 @@ def critic_step(
         t = torch.randint(diffusion_T.T, (n,), device=x0.device)
         x_t = diffusion_T.q_sample(x0, t, noise)
         target = diffusion_T.target(x0, x_t, t, diffusion_T.prediction, noise)
-        ((ask(x_t, t, y) - target) ** 2).mean().backward()
+        error = ((ask(x_t, t, y) - target) ** 2).mean()
+        error.backward()
         M.optimizer_step(critic, opt, 1.0)
 
     x0, noise, y = images()
@@ -276,10 +278,11 @@ def critic_step(
         x_t = diffusion_T.q_sample(x0, t, noise)
         x0_T = diffusion_T.predict_x0(teacher(x_t, t, y), x_t, t)
         x0_C = diffusion_T.predict_x0(ask(x_t, t, y), x_t, t)
-        error = (x0 - x0_T).abs().mean((1, 2, 3), keepdim=True)
-        step = (x0_C - x0_T) / error.clamp(min=0.02)
+        distance = (x0 - x0_T).abs().mean((1, 2, 3), keepdim=True)
+        step = (x0_C - x0_T) / distance.clamp(min=0.02)
         step = weight * step / step.square().mean().sqrt().clamp(min=1e-8)
     ((x0 * step).mean() * loss_scale).backward()
+    return error.detach() if steps else torch.zeros((), device=x0.device)
 
 
 # ==== set-up ====
@@ -291,10 +294,6 @@ if __name__ == '__main__':
     M.check(
         0 <= unguided_steps <= walk_steps,
         f'unguided_steps={unguided_steps} must be from 0 to walk_steps={walk_steps}'
-    )
-    M.check(
-        critic == 0 or jumps == 1 and not refine and not lora_rank,
-        'critic is for one evaluation (--jumps=1), without refine and lora_rank'
     )
     M.check(0 <= ema < 1, f'ema={ema} must be from 0 to below 1')
     M.check(0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob} must be from 0 to 1')
@@ -325,6 +324,11 @@ if __name__ == '__main__':
 
     # ---- student ----
     sizes = {'lora_rank': lora_rank} | student_config
+    M.check(
+        critic == 0 or jumps == 1 and not refine and not sizes['lora_rank'],
+        'critic is for one evaluation (--jumps=1), without refine and lora_rank'
+    )
+    M.check(min(critic, critic_steps) >= 0, 'critic and critic_steps must not be negative')
     # the student predicts what the teacher predicts
     same = student_prediction == 'teacher' or sizes['lora_rank']
     noise_only = diffusion_T.a[diffusion_T.T - 1] < 0.05  # at the start of a walk
@@ -349,9 +353,15 @@ if __name__ == '__main__':
     net_C = None
     if critic:
         net_C = copy.deepcopy(net_T).float().requires_grad_(True)
-        opt_C = torch.optim.AdamW(net_C.parameters(), lr, (0.9, 0.99), weight_decay=0.0, fused=True)
+        M.attach_vae(net_C, None)
+        if isinstance(net_C, M.DiT):
+            net_C.pos_embed.requires_grad_(False)  # a fixed table
+        opt_C = torch.optim.AdamW(
+            [p for p in net_C.parameters() if p.requires_grad], lr, (0.9, 0.99), weight_decay=0.0,
+            fused=True
+        )
     if compile:
-        M.compile_blocks(net_T, net)
+        M.compile_blocks(net_T, net, net_C)
     model, model_C = net, net_C
     if world > 1:
         parallel = partial(
@@ -389,7 +399,7 @@ if __name__ == '__main__':
                     model, source, diffusion, micro_batch, loss, autocast, 1 / grad_accum
                 )
             if critic:
-                critic_step(
+                total['critic'] = critic_step(
                     model, model_C, opt_C, guided_T, source, diffusion, diffusion_T, micro_batch,
                     critic, critic_steps, autocast, 1 / grad_accum
                 )
@@ -485,8 +495,8 @@ if __name__ == '__main__':
         if logging or saving:
             means = meter.means(step, net, save_checkpoint, f'try a smaller --lr (now {rate:.2g})')
         if logging and rank == 0:
-            norm = means.pop('grad_norm')
-            row = dict(step=step, loss=sum(means.values()), **means, grad_norm=norm, lr=rate)
+            other = {k: means.pop(k) for k in ('critic', 'grad_norm') if k in means}
+            row = dict(step=step, loss=sum(means.values()), **means, **other, lr=rate)
             bar.set_postfix(loss=f"{row['loss']:.4f}")
             seconds = time.time() - start - paused
             row['images_per_s'] = (step - first) * batch_size / seconds

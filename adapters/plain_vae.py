@@ -7,13 +7,14 @@ distill_vae.py and synthesize.py call.
     P=adapters/plain_vae.py
     # a teacher, from data
     python distill_vae.py --method=data --data=mnist --student=$P --student_config.width=64 \\
-        --lr=1e-3 --grad_clip=10.0 --kl_warmup=1000 --out_dir=out/plain    # else it collapses
-    # a student of width 8, from noise
-    python distill_vae.py --teacher=$P:out/plain/student.safetensors --student=$P
+        --lr=1e-3 --grad_clip=10.0 --kl_warmup=1000 --out_dir=out/plain
+    # a student of width 8, from noise; at the default rate, made for models.LVAE, all images
+    # become the same
+    python distill_vae.py --teacher=$P:out/plain/student.safetensors --student=$P --lr=1e-3
     # and with its encoder, on images that are made for this teacher
     python synthesize.py config/synth_mnist_vae.py \\
         --teacher=vae:$P:out/plain/student.safetensors --out_dir=out/synth_plain
-    python distill_vae.py --teacher=$P:out/plain/student.safetensors --student=$P \\
+    python distill_vae.py --teacher=$P:out/plain/student.safetensors --student=$P --lr=1e-3 \\
         --method=synthetic --data=out/synth_plain
 """
 import math
