@@ -1148,7 +1148,8 @@ def test_killed_and_resumed_is_the_same_run(ranks, tiny):
         run(command, ranks)
         assert rows(name) == rows(f'{name}_whole')
         files = set(os.listdir(f'{name}_whole'))
-        assert files == set(os.listdir(name))
+        # earlier-1: half a checkpoint, where the first one was being written
+        assert files == set(os.listdir(name)) - {'earlier-1', 'earlier-2'}
         for file in files:
             if file.endswith(('.safetensors', '.npz')):
                 assert same_file(f'{name}/{file}', f'{name}_whole/{file}'), file

@@ -16,6 +16,10 @@ distill_vae.py and synthesize.py call.
         --teacher=vae:$P:out/plain/student.safetensors --out_dir=out/synth_plain
     python distill_vae.py --teacher=$P:out/plain/student.safetensors --student=$P --lr=1e-3 \\
         --method=synthetic --data=out/synth_plain
+
+Distances to MNIST (5,000 images, seed 0): the teacher, of 2.2 M parameters and two minutes of a
+core, 23.8, the students, of 0.13 M, 30.0 and 28.9. For eval_fid.py they are
+--models=$P:out/plain/student.safetensors and so on.
 """
 import math
 
