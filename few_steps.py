@@ -262,6 +262,7 @@ def critic_step(
         with autocast:
             return critic(x_t, t, y)[:, : x_t.shape[1]].float()
 
+    error = torch.zeros((), device=walks.x.device)
     for _ in range(steps):
         with torch.no_grad():
             x0, noise, y = images()
@@ -282,7 +283,7 @@ def critic_step(
         step = (x0_C - x0_T) / distance.clamp(min=0.02)
         step = weight * step / step.square().mean().sqrt().clamp(min=1e-8)
     ((x0 * step).mean() * loss_scale).backward()
-    return error.detach() if steps else torch.zeros((), device=x0.device)
+    return error.detach()
 
 
 # ==== set-up ====
