@@ -35,6 +35,8 @@ features = ''                # 'inception' (downloaded once), or a classifier; '
                              # stored statistics
 inception_weights = ''       # a file with Inception's weights, for machines that are offline
 save_stats = ''              # write the reference's statistics to this .npz
+reconstruct = ''             # a set of images: VAEs with an encoder are also given these, and `MSE` is
+                             # the squared error of what they make of them, per pixel in [0, 1]
 n_two_sample = 1000          # EMD, MMD and 1-NN compare at most this many images of each set;
                              # 0 skips these metrics
 # sampling
@@ -427,6 +429,22 @@ class Samples:
         return row | {'ms/image': 1000 * np.mean(seconds), '+-': 1000 * np.std(seconds)}
 
 
+@torch.no_grad()
+def reconstruction_error(vae, images, autocast, device):
+    """The mean squared error, per pixel in [0, 1], of what a VAE makes of an ImageSet: decoded from the
+    mean of the posterior, with no noise at any level. The ranks share the images."""
+    low, high = getattr(vae, 'image_range', (0, 1))
+    total = torch.zeros((), device=device)
+    for _, x in images.batches(*M.rank_and_world()):
+        x = x.to(device).float() / 255
+        with autocast:
+            seen = vae.encode(x)
+            out = vae.decode([torch.zeros_like(mean) for mean, _ in seen], seen)[0]
+        out = (out[:, : x.shape[1]].float() - low) / (high - low)
+        total += ((out - x) ** 2).mean((1, 2, 3)).sum()
+    return all_reduce_sum(total).item() / images.n
+
+
 def feature_space(features, reference, channels):
     """(features, reference), where '' stands for what the stored statistics say, or else for the
     bundled ones for images of so many channels."""
@@ -582,6 +600,12 @@ if __name__ == '__main__':
             source.take(num_samples)
         batches, total = source.batches(rank, world), source.n
         found = measure_set(first(batches, kept), total, KEEP[1], extract, sizes, exact, rank == 0)
+        error = None
+        if reconstruct and hasattr(getattr(source, 'net', None), 'encode'):
+            vae = source.net
+            size = {'image_size': vae.image_size, 'channels': getattr(vae, 'in_channels', 0)}
+            images = ImageSet(*M.load_images(reconstruct, **size), batch_size).take(num_samples)
+            error = reconstruction_error(vae, images, autocast, dev)
         if rank:
             continue
         if isinstance(source, Samples):
@@ -612,6 +636,8 @@ if __name__ == '__main__':
             n = min(n_two_sample, len(real), len(fake))
             if n > 1:
                 row |= two_sample(real[:n], fake[:n])
+        if error is not None:
+            row['MSE'] = error
         if total <= sizes[0]:
             print(f'{spec}: {total:,} images for {sizes[0]:,} features: the distance is biased')
         elif singular:

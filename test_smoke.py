@@ -1892,6 +1892,14 @@ def test_distilled_vaes(tiny, pipeline_models):
         more = '--num_samples=8 --reference=images.npz --features=classifier.safetensors'
         follow(out, f'{more} --out_dir=e{name}')
         assert os.path.exists(f'{name}/samples.png') and metrics(f'e{name}')[0]['MFLOPs'] > 0
+    run(f'{FID} --models=b/student.safetensors --num_samples=24 --reconstruct=images.npz '
+        '--out_dir=mse', ranks=2)
+    vae, (images, _) = M.load_vae('b/student.safetensors').eval(), M.load_images('images.npz')
+    picked = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:24]
+    x = images[picked].float() / 255
+    out, _, _ = vae(x, [torch.zeros_like(n) for n in vae.noise(24)])
+    error = F.mse_loss(out[:, : x.shape[1]], x).item()
+    assert metrics('mse')[0]['MSE'] == pytest.approx(error, rel=1e-4)
     assert [type(M.load_vae(f'{name}/student').net).__name__ for name in 'defg'] == [
         'AutoencoderKL', 'AutoencoderTiny', 'AutoencoderTiny', 'AutoencoderTiny']
     assert log('f')['loss'][-5:].mean() < 0.8 * log('f')['loss'][:5].mean()
