@@ -603,8 +603,11 @@ if __name__ == '__main__':
         error = None
         if reconstruct and hasattr(getattr(source, 'net', None), 'encode'):
             vae = source.net
-            size = {'image_size': vae.image_size, 'channels': getattr(vae, 'in_channels', 0)}
-            images = ImageSet(*M.load_images(reconstruct, **size), batch_size).take(num_samples)
+            images, labels = M.load_images(
+                reconstruct, image_size=getattr(vae, 'image_size', 0),
+                channels=getattr(vae, 'in_channels', 0)
+            )
+            images = ImageSet(images, labels, batch_size).take(num_samples)
             error = reconstruction_error(vae, images, autocast, dev)
         if rank:
             continue
