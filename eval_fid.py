@@ -35,8 +35,8 @@ features = ''                # 'inception' (downloaded once), or a classifier; '
                              # stored statistics
 inception_weights = ''       # a file with Inception's weights, for machines that are offline
 save_stats = ''              # write the reference's statistics to this .npz
-reconstruct = ''             # a set of images: VAEs with an encoder are also given these, and `MSE` is
-                             # the squared error of what they make of them, per pixel in [0, 1]
+reconstruct = ''             # a set of images: VAEs with an encoder are also given these, and `MSE`
+                             # is the squared error of what they make of them, per pixel in [0, 1]
 n_two_sample = 1000          # EMD, MMD and 1-NN compare at most this many images of each set;
                              # 0 skips these metrics
 # sampling
@@ -431,8 +431,8 @@ class Samples:
 
 @torch.no_grad()
 def reconstruction_error(vae, images, autocast, device):
-    """The mean squared error, per pixel in [0, 1], of what a VAE makes of an ImageSet: decoded from the
-    mean of the posterior, with no noise at any level. The ranks share the images."""
+    """The mean squared error, per pixel in [0, 1], of what a VAE makes of an ImageSet: decoded from
+    the mean of the posterior, with no noise at any level. The ranks share the images."""
     low, high = getattr(vae, 'image_range', (0, 1))
     total = torch.zeros((), device=device)
     for _, x in images.batches(*M.rank_and_world()):

@@ -1,8 +1,11 @@
 # Natural images in one evaluation: the student of config/dkdm_cifar10_small.py's size.
 # torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10_small.py     # on a CPU, a rank per core
-# again, on new walks; what it knows by heart it does not get better at:
-#   --seed=1 --max_steps=1750 --init_from=out/few_steps_cifar10_small/student.safetensors --out_dir=out/cifar10_small_1
-# or two passes, in the same time: ... --jumps=2 --refine=True --max_steps=1200
+# again, on new walks, because those that it knows by heart teach it nothing more:
+#   --seed=1 --max_steps=1750 --init_from=out/few_steps_cifar10_small/student.safetensors \
+#       --out_dir=out/cifar10_small_1
+# or two passes, in the same time:
+#   --jumps=2 --refine=True --seed=1 --max_steps=1200 --out_dir=out/cifar10_two_steps \
+#       --init_from=out/few_steps_cifar10_small/student.safetensors
 teacher = 'pretrained/cifar10_classes.safetensors'
 guidance = 4.0
 student_config = dict(model_channels=22, channel_mult=(1, 2, 2), attention_resolutions=(8, 4),
