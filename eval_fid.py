@@ -509,6 +509,8 @@ if __name__ == '__main__':
 
     # ---- what is measured, and the features ----
     sources = [open_source(spec) for spec in specs]
+    with_encoder = [hasattr(getattr(source, 'net', None), 'encode') for source in sources]
+    M.check(not reconstruct or any(with_encoder), 'reconstruct is for VAEs with an encoder')
     ref = stored = None
     ref_source = None
     if not sources or reference and not reference.endswith('.npz'):
@@ -593,7 +595,7 @@ if __name__ == '__main__':
 
     # ==== the models ====
     table = []
-    for spec, source in zip(specs, sources):
+    for spec, source, encodes in zip(specs, sources, with_encoder):
         kept, how = [], {}
         row = {'model': spec}
         if isinstance(source, ImageSet):
@@ -601,7 +603,7 @@ if __name__ == '__main__':
         batches, total = source.batches(rank, world), source.n
         found = measure_set(first(batches, kept), total, KEEP[1], extract, sizes, exact, rank == 0)
         error = None
-        if reconstruct and hasattr(getattr(source, 'net', None), 'encode'):
+        if reconstruct and encodes:
             vae = source.net
             images, labels = M.load_images(
                 reconstruct, image_size=getattr(vae, 'image_size', 0),
