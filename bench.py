@@ -187,11 +187,10 @@ class Step:
 
 
 def step_lines(B, top, names):
-    """What a step costs with batches of B images, for each of the variants."""
+    """Lines about what a step costs with batches of B images, for each of the variants."""
     s = Step(B)
     on_gpu = device.type == 'cuda'
     work = grad_accum * (gigaflop(s.ask_teacher) + gigaflop(s.ask_student))
-    lines = []
     for name in names:
         begin = now(device)
         if name in ('compiled', 'both'):  # a second time it changes nothing
@@ -211,23 +210,21 @@ def step_lines(B, top, names):
         )
         if on_gpu:
             line += f'; {torch.cuda.max_memory_reserved() / 2**20:,.0f} MB'
-        lines.append(line)
+        yield line
         if name == 'eager':
             ms_T, ms_S = [
                 1000 * seconds(f, device, repeats, 1) for f in (s.ask_teacher, s.ask_student)
             ]
-            lines.append(f'    ms: teacher {ms_T:.1f}, student forward and backward {ms_S:.1f}')
+            yield f'    ms: teacher {ms_T:.1f}, student forward and backward {ms_S:.1f}'
         if on_gpu:
-            lines += busiest(step)
-    return lines
+            yield from busiest(step)
 
 
 def sample_lines(B):
-    """ms per image of every sampler, for several numbers of evaluations."""
+    """Lines with the ms per image of every sampler, for several numbers of evaluations."""
     s = Step(B)
     shape = B, channels, image_size, image_size
     y = None if s.pool.y is None else s.pool.y[:B]
-    lines = []
     for name, net, g in (('teacher', s.net_T, s.guidance), ('student', s.net_ema, 1.0)):
         if graph:
             M.graph_network(net, device)
@@ -239,8 +236,8 @@ def sample_lines(B):
                         lambda: M.sample(net, s.diffusion, shape, k, sampler, y, g), device, repeats
                     )
                 cells.append(f'{1000 * once / B:.3g} ({k})')
-            lines.append(f'{name} {sampler:6} ms per image: ' + ', '.join(cells))
-    return lines + ['in brackets: evaluations per image; a guided one is two passes']
+            yield f'{name} {sampler:6} ms per image: ' + ', '.join(cells)
+    yield 'in brackets: evaluations per image; a guided one is two passes'
 
 
 if __name__ == '__main__':
@@ -254,17 +251,18 @@ if __name__ == '__main__':
     odd = set(names) - {'eager', 'graph', 'compiled', 'both'}
     M.check(not odd, f"variants={variants!r}: some of 'eager,graph,compiled,both'")
     top = peak(device, compute_dtype, repeats)
-    if what == 'sample':
-        lines = sample_lines(micro_batch)
-    else:
-        lines = []
-        for multiple in (multiples or ('1,4' if one_gpu else '1')).split(','):
-            lines += step_lines(int(multiple) * micro_batch, top, names)
+    mark = f'rank {rank}: ' if world > 1 else ''
     print(
         f'rank {rank} of {world}, {device.type}, {str(compute_dtype)[6:]}, layout {layout}, '
         f'{torch.get_num_threads()} threads; {channels}x{image_size}x{image_size}; peak '
-        f'{top:,.0f} GFLOP/s, afterwards {peak(device, compute_dtype, repeats):,.0f}',
-        *lines,
-        sep='\n',
+        f'{top:,.0f} GFLOP/s', flush=True
     )
+    if what == 'sample':
+        for line in sample_lines(micro_batch):
+            print(mark + line, flush=True)
+    else:
+        for multiple in (multiples or ('1,4' if one_gpu else '1')).split(','):
+            for line in step_lines(int(multiple) * micro_batch, top, names):
+                print(mark + line, flush=True)
+    print(f'{mark}peak afterwards {peak(device, compute_dtype, repeats):,.0f} GFLOP/s')
     M.finish()

@@ -1416,8 +1416,8 @@ BLOCKS = (ResBlock, AttentionBlock, DiTBlock)
 
 
 def compile_blocks(*nets):
-    """torch.compile for each kind of block of the networks (None: no network), which takes seconds
-    where a whole network takes minutes; one without such blocks is compiled as a whole."""
+    """torch.compile for each kind of block of the networks (None: no network), in a minute or two;
+    a second run finds them in a cache. One without such blocks is compiled as a whole."""
     torch._dynamo.config.cache_size_limit = 256  # all blocks share one list
     for net in filter(None, nets):
         blocks = [m for m in net.modules() if isinstance(m, BLOCKS)]
