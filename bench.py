@@ -9,10 +9,12 @@ batch of the config and for four times as many images.
     torchrun --nproc_per_node=8 bench.py config/dkdm_cifar10.py
     python bench.py --what=sample  # ms per image of each sampler
 
-All settings of dkdm.py are settings here too. The teacher has random weights and the student's
-architecture, but another width. The peak is measured in the same run and dtype, before and after:
-it is the faster of a large matrix product and a 3x3 convolution. FLOPs count the multiplications
-and additions in matrix products, convolutions and attention.
+All settings of dkdm.py are settings here too (`python dkdm.py --help`); those of data and output
+have no effect, and `variants` replaces `compile` and `graph`. Images are of image_size and channels
+below, whatever the config. The teacher has random weights and the student's architecture, but
+another width. The peak is measured in the same run and dtype, before and after: it is the faster of
+a large matrix product and a 3x3 convolution. FLOPs count the multiplications and additions in
+matrix products, convolutions and attention.
 """
 import os
 
@@ -23,7 +25,7 @@ from dkdm import *           # all settings of dkdm.py are settings here too
 what = 'step'                # 'step', or 'sample' (with graph=True as a CUDA graph)
 variants = ''                # of the step: some of 'eager,graph,compiled,both'; '' is all on one
                              # GPU, 'eager' elsewhere
-multiples = ''               # of batch_size; '' is '1,4' on a GPU, '1' elsewhere
+multiples = ''               # of batch_size; '' is '1,4' on one GPU, else '1'
 layout = 'auto'              # of the networks: 'auto' (models.memory_format), 'channels_last',
                              # 'contiguous_format'
 repeats = 10                 # steps or batches to time, after those for warm-up

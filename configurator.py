@@ -104,15 +104,20 @@ def _help():
         text = f.read()
     docstring = ast.parse(text).body[0]
     settings = '\n'.join(text.splitlines()[docstring.end_lineno:]).split('configurator.py')[0]
+    shown = False
     for line in settings.splitlines():
+        shown = shown and line.startswith(' ')  # a setting of several lines goes on
         assignment, _, comment = line.partition('#')
         key, _, value = (part.strip() for part in assignment.partition('='))
         if key in _defaults and line.startswith(key):
             print(f'--{key + "=" + value:<50} {comment.strip()}')
+            shown = True
         elif line.startswith('# '):
             print(f'\n{line}')
         elif line.startswith(' ') and line.strip().startswith('# '):    # a continued comment
             print(' ' * 53 + comment.strip())
+        elif shown:
+            print(' ' * 6 + line.strip())
 
 
 _types = (bool, int, float, str, tuple, dict)

@@ -10,7 +10,8 @@ teachers are made; `method='test'` prints the accuracy of one.
     torchrun --nproc_per_node=8 distill_classifier.py config/distill_cifar10.py
     # the bundled teacher itself
     python distill_classifier.py config/mnist_classifier.py --data=mnist
-    python distill_classifier.py --method=test --teacher=out/classifier/student.safetensors \
+    # the accuracy of a student
+    python distill_classifier.py --method=test --teacher=out/classifier/student.safetensors \\
         --test=mnist:5-9
 """
 import os
@@ -22,8 +23,9 @@ data = 'out/synth'           # an .npz, a folder of shards or of images, a list 
 test = ''                    # labelled images to test on, as above; '' is the test split if
                              # `data` is a torchvision name, else none
 image_size = 0               # side to which images are resized on load; 0 is as they are
-holdout = 400                # images held out of the training, to choose the best epoch by the
-                             # agreement with the teacher (or the labels); 0 for none
+holdout = 400                # images held out of the training: best.safetensors is the epoch that
+                             # agrees best with the teacher (or the labels) on these, and
+                             # student.safetensors the last one; 0 for none
 augment_crop = 2             # random crops from images padded by this many pixels; 0 for none
 augment_flip = False         # random horizontal flips
 # teacher
@@ -43,7 +45,7 @@ lam_kl = 1.0                 # weight of the KL of the outputs
 temperature = 4.0            # softens both outputs in the KL
 lam_msarc = 0.1              # weight of the distance of the class activation maps, L_mSARC;
                              # SpaceshipNet's is 1
-label_smoothing = 0.0        # 'data'
+label_smoothing = 0.0        # of the cross-entropy of method='data'
 # optimisation
 epochs = 12
 batch_size = 128             # over all ranks

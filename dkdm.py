@@ -8,7 +8,7 @@ CVPR 2025, arXiv 2409.03550).
     # networks of your own (docs/reference.md)
     python dkdm.py --teacher=my_teacher.py --student=my_student.py
     torchrun --nproc_per_node=8 dkdm.py config/dkdm_cifar10.py --rho=0.4
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         dkdm.py config/dkdm_cifar10.py
     # ordinary training on images makes a teacher
     python dkdm.py config/mnist_teacher.py --data=mnist
@@ -127,26 +127,37 @@ class Pool:
         self.x = torch.randn(size, *shape, device=device)
         self.t = torch.full((size,), diffusion.T - 1, device=device)
         self.y = draw_labels(size)
+        self.goal = torch.zeros_like(self.t)  # to which times `fill` walks
+        self.filled = 0  # so many of its steps are done
 
     @torch.no_grad()
-    def fill(self, teacher, steps, chunk, same_t=False, progress=True):
+    def fill(
+        self, teacher, steps, chunk, same_t=False, progress=True, stopping=lambda: False
+    ):
         """Line 1, shuffled denoise: every image walks from noise to its own t, drawn uniformly from
         0 ... T-1; if `same_t`, all stay at T-1. A whole walk would take `steps` steps; `chunk`
-        images are evaluated at once. Returns the number of teacher evaluations."""
+        images are evaluated at once. It ends before the next step once stopping() is true, and goes
+        on there when it is called again. Returns the number of teacher evaluations."""
         size, T = len(self.x), self.diffusion.T
         if same_t:
             return 0
-        goal = torch.randint(T, (size,)).sort().values
+        if self.filled == 0:
+            self.goal.copy_(torch.randint(T, (size,)).sort().values)
         # goals are sorted, so the first n images still walk at t
-        walking_at = [int((goal < t).sum()) for t in range(T)]
-        goal = goal.to(self.x.device)
+        walking_at = torch.searchsorted(self.goal, torch.arange(T).to(self.goal)).tolist()
         levels = torch.linspace(T - 1, -1, steps + 1).round().long().tolist()
         pairs = list(zip(levels, levels[1:]))
         evaluations = 0
-        for t, s in tqdm(pairs, desc='filling the pool', disable=not progress, leave=False):
+        bar = tqdm(
+            pairs[self.filled :], desc='filling the pool', disable=not progress, leave=False,
+            total=steps, initial=self.filled
+        )
+        for t, s in bar:
+            if stopping():
+                break
             for i in range(0, walking_at[t], chunk):  # some of a chunk are at their goal
                 x_t = self.x[i : i + chunk]
-                x_goal = goal[i : i + chunk]
+                x_goal = self.goal[i : i + chunk]
                 tt = torch.full_like(x_goal, t)
                 y = None if self.y is None else self.y[i : i + chunk]
                 x_s = self.diffusion.ddpm_step(teacher(x_t, tt, y), x_t, tt, x_goal.clamp(min=s))
@@ -156,6 +167,8 @@ class Pool:
                     walking, x_goal.clamp(min=s), self.t[i : i + chunk]
                 )
                 evaluations += chunk
+            self.filled += 1
+        bar.close()
         return evaluations
 
     def draw(self, n):
@@ -179,13 +192,14 @@ class Pool:
             self.y[idx] = torch.where(done, self.draw_labels(len(idx)), self.y[idx])
 
     def state(self):
-        return {'x': self.x, 't': self.t, 'y': self.y}
+        return {'x': self.x, 't': self.t, 'y': self.y, 'goal': self.goal, 'filled': self.filled}
 
     def load(self, state):
         """Takes over a state, in the memory that a CUDA graph knows."""
-        for name, value in state.items():
-            if value is not None:
-                getattr(self, name).copy_(value)
+        self.filled = state.get('filled', self.diffusion.T)
+        for name in ('x', 't', 'y', 'goal'):
+            if state.get(name) is not None:
+                getattr(self, name).copy_(state[name])
 
 
 def distill_step(
@@ -500,6 +514,7 @@ if __name__ == '__main__':
         last_pictures = time.time()
 
     # ---- where a run begins, or goes on ----
+    stop = M.StopFlag()
     step, best = 0, math.inf
     meter = M.Meter(dev)
     if checkpoint:
@@ -510,15 +525,22 @@ if __name__ == '__main__':
         net_ema.load_state_dict(shared['ema'])
         if walking:
             source.load(own['pool'])
-        del checkpoint, shared, own  # they would stay in memory
+        del shared, own  # they would stay in memory
     else:
         M.set_aside(out_dir, rank)
-        if walking:
-            evaluations = source.fill(
-                ask_teacher, warmup_steps or max(1, T // stride), micro_batch, at_once, rank == 0
-            )
-        if method != 'data':
-            save_checkpoint()  # so that the walks or the synthetic images are not lost
+    if walking and step == 0:
+        evaluations += source.fill(
+            ask_teacher, warmup_steps or max(1, T // stride), micro_batch, at_once, rank == 0,
+            lambda: M.all_reduce_max(stop.signal)
+        )
+    if not checkpoint and method != 'data' or walking and step == 0:
+        save_checkpoint()  # so that the walks or the synthetic images are not lost
+    checkpoint = None  # it would stay in memory
+    leaving = M.all_reduce_max(stop.signal)
+    if leaving:
+        if rank == 0:
+            print('stopped before the first step; what the teacher walked so far is saved')
+        M.finish(leaving)
     if rank == 0:
         print(f'student {student}: {M.size_of(net)}, predicts {diffusion.prediction}')
         if net_T is not None:
@@ -532,9 +554,8 @@ if __name__ == '__main__':
         if wandb:
             wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
     run_step = M.Graphed(one_step, dev, graph_on, opt)
-    stop = M.StopFlag()  # a signal while the pool is filled ends the run at once
     net.train()
-    first, leaving = step, 0
+    first = step
     start = time.time()  # of the loop; `seconds` in log.csv includes filling the pool
     paused = 0.0  # seconds spent on pictures and distances
     bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)

@@ -1,8 +1,8 @@
 """
 Measures how far the images of checkpoints, or any sets of images, are from a reference: FID, sFID,
 Inception Score, precision, recall, KID, EMD, MMD and 1-NN accuracy, with each model's parameters,
-size, FLOPs and time per image. If a denoiser has the classifier's classes, it also measures how
-often the classifier predicts the requested class.
+size, FLOPs of a pass and time per image. If a denoiser has the classifier's classes, it also
+measures how often the classifier predicts the requested class.
 
     python eval_fid.py --models=out/dkdm/student.safetensors
     python eval_fid.py --models=pretrained/mnist_classes.safetensors --guidance=2.0
@@ -13,7 +13,7 @@ often the classifier predicts the requested class.
 
 --save_stats computes the statistics of a reference once; without data, use the teacher's own
 samples:
-    python eval_fid.py --reference=mnist --save_stats=pretrained/mnist_stats.npz
+    python eval_fid.py --reference=mnist --save_stats=out/mnist_stats.npz
     python eval_fid.py --reference=pretrained/mnist_classes.safetensors --guidance=2.0 --seed=1 \\
         --save_stats=out/stats.npz
 

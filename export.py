@@ -2,21 +2,22 @@
 Turns a student into a folder that diffusers loads:
 DiffusionPipeline.from_pretrained('out/pipeline') samples from it.
 
-    python export.py --model=out/dkdm/student.safetensors --out_dir=out/pipeline
-    python export.py --model=out/dkdm/student.safetensors --link=False      # a folder to give away
+    python export.py --model=out/dkdm_ddpm_cifar10/student.safetensors --out_dir=out/pipeline
+    # a folder to give away
+    python export.py --model=out/dkdm_ddpm_cifar10/student.safetensors --link=False
 
 A student whose class is that of its teacher's network becomes the teacher's pipeline: the student,
 the teacher's scheduler with the student's prediction, and the teacher's other parts (VAE, text
 encoders). Any other unconditional UNet2DModel of pixels becomes a DDPMPipeline. Otherwise the
 folder holds only network and scheduler, for which diffusers has no pipeline.
-Networks of ours become diffusers' UNet2DModel
-(patch_size=1, channels in 32) or DiTTransformer2DModel (with classes). A few-step student gets a
-DDIMScheduler: the pipeline samples it with num_inference_steps set to its number of jumps.
+Networks of ours become diffusers' UNet2DModel (patch_size=1, not the 2 of plain dkdm.py; channels
+in 32) or DiTTransformer2DModel (with classes). A few-step student gets a DDIMScheduler: the
+pipeline samples it with num_inference_steps set to its number of jumps.
 A LoRA becomes a folder for `pipe.load_lora_weights`, with the scheduler that it needs and a README.
 """
 import os
 
-model = 'out/dkdm/student.safetensors'  # a student of dkdm.py or few_steps.py, or another file
+model = ''                   # a student of dkdm.py or few_steps.py, or another file
                              # (adapters/original.py)
 model_config = {}            # what an original checkpoint does not record (adapters/original.py)
 link = True                  # symbolic links to the teacher's other parts; False: copies

@@ -1,8 +1,8 @@
 """
 Trains a student that makes an image in one, two or four evaluations from a diffusion model that
 takes many, without its training data: the student learns finished walks of the teacher, from noise
-to image. In neither paper; it generalises Luhman & Luhman (2021) and progressive distillation
-(docs/papers.md).
+to image. This method is in neither paper; it generalises Luhman & Luhman (2021) and progressive
+distillation (docs/papers.md).
 
     python few_steps.py  # a digit in one evaluation, minutes on a laptop
     python few_steps.py --jumps=2                           # in two
@@ -30,16 +30,17 @@ student = 'unet'             # 'unet' or 'dit', whatever the teacher is; 'teache
                              # teacher; a Python file with build(); or the config.json of a network
                              # of diffusers
 student_config = {}          # its sizes, where they differ from adapters/students.py
-lora_rank = 0                # above 0: of a copy of the teacher, a pipeline with texts, only LoRA
-                             # adapters of this rank are trained; it predicts what the teacher does
-student_prediction = 'x0'    # 'x0', 'v', 'flow', or 'teacher': the same as the teacher's. Of 'v',
-                             # some of the noise of x_t stays in the images of several jumps
+lora_rank = 0                # above 0, with student='teacher' and a teacher of texts: only LoRA
+                             # adapters of this rank are trained, for what the teacher predicts
+student_prediction = 'x0'    # 'x0', 'v', 'flow', or 'teacher': the same as the teacher's. With 'v'
+                             # and several jumps, some of the noise of x_t stays in the images
 # distillation
 jumps = 1                    # evaluations of the student per image
 walks = 2048                 # finished walks of the teacher, over all ranks
 walk_steps = 16              # teacher evaluations per walk, a multiple of jumps
-walk_sampler = 'ddim'        # 'ddim', or 'dpm++', which needs half as many of them
-unguided_steps = 0           # so many last steps of a walk without guidance, which overshoots there
+walk_sampler = 'ddim'        # 'ddim', or 'dpm++', which needs half as many evaluations
+unguided_steps = 0           # how many of a walk's last steps are not guided: guidance overshoots
+                             # there
 flip = False                 # half of the walks that are drawn are mirrored, noise and image: twice
                              # as many for a teacher that was trained with flips
 loss = 'l1'                  # 'l1' (absolute error, clearer images) or 'l2' (squared error)
@@ -120,6 +121,7 @@ class Walks:
         self.draw_labels = draw_labels
         self.batch_size = batch_size
         self.flip = flip
+        self.filled = 0  # so many walks are finished
         self.all_times = M.sampling_steps(diffusion.T, steps) + [-1]
         self.every = steps // jumps
         self.times = torch.tensor(self.all_times[:: self.every], device=device)
@@ -127,16 +129,21 @@ class Walks:
         self.y = None if draw_labels(0) is None else torch.full((size,), -1, device=device)
 
     @torch.no_grad()
-    def fill(self, teachers, sampler='ddim', progress=True):
-        """Walks from noise to image, a batch at a time; teachers[k](x_t, t, y) is asked at step k.
-        Returns the number of teacher evaluations."""
+    def fill(self, teachers, sampler='ddim', progress=True, stopping=lambda: False):
+        """Walks from noise to image, a batch at a time; teachers[k](x_t, t, y) is asked at step k. It
+        ends before the next batch once stopping() is true, and goes on there when it is called
+        again. Returns the number of teacher evaluations."""
         device = self.x.device
         size = self.x.shape[1]
         steps = list(zip(teachers, self.all_times, self.all_times[1:]))
         bar = tqdm(
-            total=size * len(steps), desc='the teacher walks', disable=not progress, leave=False
+            total=size * len(steps), desc='the teacher walks', disable=not progress, leave=False,
+            initial=self.filled * len(steps)
         )
-        for i in range(0, size, self.batch_size):
+        begin = self.filled
+        for i in range(begin, size, self.batch_size):
+            if stopping():
+                break
             place = slice(i, i + self.batch_size)
             x_t = torch.randn(self.batch_size, *self.x.shape[2:], device=device)
             y = self.draw_labels(self.batch_size)
@@ -156,8 +163,9 @@ class Walks:
                 bar.update(self.batch_size)
             if y is not None:
                 self.y[place] = y
+            self.filled = i + self.batch_size
         bar.close()
-        return size * len(steps)
+        return (self.filled - begin) * len(steps)
 
     def draw(self, n):
         """n random jumps of random walks: (x_t, t, x_s, s, y)."""
@@ -176,11 +184,12 @@ class Walks:
         return [torch.where(flipped, x.flip(-1), x) for x in (x_t, x_s)]
 
     def state(self):
-        return {'x': self.x, 'y': self.y}
+        return {'x': self.x, 'y': self.y, 'filled': self.filled}
 
     def load(self, state):
         """Takes over a state, in the memory that a CUDA graph knows."""
         self.x.copy_(state['x'])
+        self.filled = state.get('filled', self.x.shape[1])
         if self.y is not None:
             self.y.copy_(state['y'])
 
@@ -454,7 +463,8 @@ if __name__ == '__main__':
         last_pictures = time.time()
 
     # ---- where a run begins, or goes on ----
-    step = 0
+    stop = M.StopFlag()
+    step, evaluations = 0, 0
     meter = M.Meter(dev)
     if checkpoint:
         shared, own = M.restore(checkpoint, opt)
@@ -468,12 +478,20 @@ if __name__ == '__main__':
         del checkpoint, shared, own  # they would stay in memory
     else:
         M.set_aside(out_dir, rank)
+    if source.filled < source.x.shape[1]:
         if graph_on:
             M.graph_network(net_T, dev)
         unguided_T = M.make_teacher(net_T, 1.0, autocast)
         teachers = [guided_T] * (walk_steps - unguided_steps) + [unguided_T] * unguided_steps
-        evaluations = source.fill(teachers, walk_sampler, rank == 0)
+        evaluations += source.fill(
+            teachers, walk_sampler, rank == 0, lambda: M.all_reduce_max(stop.signal)
+        )
         save_checkpoint()  # so that the walks are not lost
+    leaving = M.all_reduce_max(stop.signal)
+    if leaving:
+        if rank == 0:
+            print(f'stopped before the first step; {source.filled:,} walks of each rank are saved')
+        M.finish(leaving)
     if rank == 0:
         print(f'student {student}: {M.size_of(net)}, predicts {diffusion.prediction}')
         print(f'teacher {teacher}: {M.size_of(net_T)}, predicts {diffusion_T.prediction}')
@@ -486,9 +504,8 @@ if __name__ == '__main__':
         if wandb:
             wb.init(project=wandb, name=os.path.basename(out_dir), config=config)
     run_step = M.Graphed(one_step, dev, graph_on, opt)
-    stop = M.StopFlag()  # a signal while the teacher walks ends the run at once
     net.train()
-    first, leaving = step, 0
+    first = step
     start = time.time()  # of the loop; `seconds` in log.csv includes the walks
     paused = 0.0  # seconds spent on pictures
     bar = tqdm(total=max_steps, initial=step, disable=rank > 0, mininterval=1)

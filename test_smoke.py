@@ -7,6 +7,7 @@ input. The golden numbers are what the original networks give when every weight 
 (`fill`). Each test runs in a folder of its own; `tiny` and `pipelines` put small models there.
 """
 import ast
+import copy
 import csv
 import glob
 import importlib.util
@@ -384,6 +385,48 @@ def test_one_step_of_dkdm():
     x_s = d.ddpm_step(out_T, x_t, t, t - 1)
     fresh = torch.where((t == 0).view(-1, 1, 1, 1), torch.randn_like(x_s), x_s)
     assert torch.equal(pool.x, fresh) and torch.equal(pool.t, torch.where(t == 0, 49, t - 1))
+
+
+def test_walks_go_on_where_they_stopped():
+    """Pool and Walks, stopped while they are filled and loaded by others, become what they would."""
+    d = M.Diffusion('cosine', 50, clip=False)
+    teacher = M.make_teacher(fill(M.UNet(8, 1, 2, 16, 1, (1, 2), (4,))))
+    for make, args in (
+        (lambda: dkdm.Pool(6, (1, 8, 8), d), (teacher, 10, 3, False, False)),
+        (lambda: few_steps.Walks(6, 1, 6, (1, 8, 8), d, 2), ([teacher] * 6, 'ddim', False))
+    ):
+        torch.manual_seed(0)
+        whole = make()
+        evaluations = whole.fill(*args)
+        torch.manual_seed(0)
+        calls = iter((False, True))
+        part = make()
+        found = part.fill(*args, lambda: next(calls))
+        assert 0 < found < evaluations
+        random = torch.get_rng_state()
+        other = make()
+        other.load(copy.deepcopy(part.state()))
+        torch.set_rng_state(random)
+        assert found + other.fill(*args) == evaluations
+        for name, value in whole.state().items():
+            assert value is None or torch.equal(*map(torch.as_tensor, (value, other.state()[name])))
+
+
+def test_mirrored_walks():
+    """Noise and image of about half of the walks that are drawn are mirrored, both together."""
+    torch.manual_seed(0)
+    walks = few_steps.Walks(2, 1, 1, (1, 4, 4), M.Diffusion(), 2, flip=True)
+    walks.x.normal_()
+    x_t, _, x_s, _, _ = walks.draw(100)
+    was = []
+    for pair in zip(x_t, x_s):
+        found = [
+            flipped for i in range(2) for flipped in (False, True)
+            if all(torch.equal(y, x.flip(-1) if flipped else x) for x, y in zip(walks.x[:, i], pair))
+        ]
+        assert len(found) == 1
+        was += found
+    assert 30 < sum(was) < 70
 
 
 def test_score_distillation():

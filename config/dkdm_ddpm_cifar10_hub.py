@@ -1,5 +1,5 @@
 # CIFAR-10 from the hub, 36 M -> 9 M; export.py makes a DDPMPipeline of the result. The optimisation
-# is that of dkdm_cifar10.py.
+# is that of dkdm_cifar10.py, with clipped gradients.
 # python dkdm.py config/dkdm_ddpm_cifar10_hub.py
 teacher = 'google/ddpm-cifar10-32'
 student = 'config/ddpm_cifar10_student.json'

@@ -1,5 +1,6 @@
 # CelebA-HQ 256x256 in latents: dkdm_celebahq256_ldm.py with the copy of its teacher that diffusers
-# loads from the hub. Pictures and evaluation are decoded by the teacher's VQ-VAE.
+# loads from the hub, and with our walk (stride 40) and clipped gradients. Pictures and evaluation
+# are decoded by the teacher's VQ-VAE.
 # python dkdm.py config/dkdm_ldm_celebahq_hub.py
 teacher = 'CompVis/ldm-celebahq-256'
 student_prediction = 'teacher'
