@@ -302,11 +302,6 @@ if __name__ == '__main__':
                 f'{data} has {len(images)} images; holdout={holdout} leaves fewer than a batch of '
                 f'{batch_size}: smaller ones, or more images'
             )
-        if images.shape[2] != images.shape[3]:
-            raise M.UserError(
-                f'{data}: images must be square, they are {images.shape[2]}x{images.shape[3]}: '
-                '--image_size'
-            )
     name = image_sets.split_classes(data)[0]
     if test or not os.path.exists(name) and image_sets.torchvision_dataset(name):
         test_images, test_labels = M.load_images(

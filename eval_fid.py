@@ -511,6 +511,19 @@ if __name__ == '__main__':
     sources = [open_source(spec) for spec in specs]
     with_encoder = [hasattr(getattr(source, 'net', None), 'encode') for source in sources]
     M.check(not reconstruct or any(with_encoder), 'reconstruct is for VAEs with an encoder')
+    to_reconstruct = []  # of each source, or None
+    for source, encodes in zip(sources, with_encoder):
+        images = None
+        if reconstruct and encodes:
+            size, C = (getattr(source.net, k, 0) for k in ('image_size', 'in_channels'))
+            images = ImageSet(*M.load_images(reconstruct, True, size, C), batch_size)
+        to_reconstruct.append(images)
+    if specs:
+        try:  # now, not after the work
+            os.makedirs(out_dir, exist_ok=True)
+            open(os.path.join(out_dir, 'metrics.jsonl'), 'a').close()
+        except OSError as e:
+            raise M.UserError(f'out_dir={out_dir}: {e.strerror}') from e
     ref = stored = None
     ref_source = None
     if not sources or reference and not reference.endswith('.npz'):
@@ -595,7 +608,7 @@ if __name__ == '__main__':
 
     # ==== the models ====
     table = []
-    for spec, source, encodes in zip(specs, sources, with_encoder):
+    for spec, source, images in zip(specs, sources, to_reconstruct):
         kept, how = [], {}
         row = {'model': spec}
         if isinstance(source, ImageSet):
@@ -603,14 +616,8 @@ if __name__ == '__main__':
         batches, total = source.batches(rank, world), source.n
         found = measure_set(first(batches, kept), total, KEEP[1], extract, sizes, exact, rank == 0)
         error = None
-        if reconstruct and encodes:
-            vae = source.net
-            images, labels = M.load_images(
-                reconstruct, image_size=getattr(vae, 'image_size', 0),
-                channels=getattr(vae, 'in_channels', 0)
-            )
-            images = ImageSet(images, labels, batch_size).take(num_samples)
-            error = reconstruction_error(vae, images, autocast, dev)
+        if images:
+            error = reconstruction_error(source.net, images.take(num_samples), autocast, dev)
         if rank:
             continue
         if isinstance(source, Samples):
@@ -634,7 +641,7 @@ if __name__ == '__main__':
             row['agreement'] = float(
                 (seen == torch.cat(asked)[: len(seen)].to(exact)).double().mean()
             )
-        if 'features' in ref:
+        if 'features' in ref and min(len(ref['features']), total) > NEIGHBOURS:
             real, fake = ref['features'], found['features']
             row['precision'], row['recall'] = precision_recall(real, fake)
             row['KID'] = kid(real, fake[: KEEP[0]])
@@ -653,7 +660,6 @@ if __name__ == '__main__':
             reference_images=int(ref['n']) if 'n' in ref else None, seed=seed,
             n_two_sample=n_two_sample, device=dev.type, batch_size=batch_size
         )
-        os.makedirs(out_dir, exist_ok=True)
         with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:
             f.write(json.dumps(row | said | how) + '\n')
         stem = spec.rstrip('/') if os.path.isdir(spec) else os.path.splitext(spec)[0]

@@ -41,8 +41,6 @@ walk_steps = 16              # teacher evaluations per walk, a multiple of jumps
 walk_sampler = 'ddim'        # 'ddim', or 'dpm++', which needs half as many evaluations
 unguided_steps = 0           # how many of a walk's last steps are not guided: guidance overshoots
                              # there
-flip = False                 # half of the walks that are drawn are mirrored, noise and image: twice
-                             # as many for a teacher that was trained with flips
 loss = 'l1'                  # 'l1' (absolute error, clearer images) or 'l2' (squared error)
 refine = False               # every evaluation aims at the end of the walk, and starts where the
                              # student's own earlier ones arrive
@@ -106,11 +104,11 @@ students = M.adapter('students')
 class Walks:
     """Finished walks of the teacher: x (jumps + 1, N, C, H, W), the states at `times`, from noise
     to image. N is `size`, rounded up to whole batches. draw_labels(n) gives the conditions y of new
-    walks, or None. flip: they are also learned mirrored."""
+    walks, or None."""
 
     def __init__(
         self, size, jumps, steps, shape, diffusion, batch_size, draw_labels=lambda n: None,
-        flip=False, device='cpu'
+        device='cpu'
     ):
         M.check(
             1 <= jumps and steps % jumps == 0,
@@ -120,7 +118,6 @@ class Walks:
         self.diffusion = diffusion
         self.draw_labels = draw_labels
         self.batch_size = batch_size
-        self.flip = flip
         self.filled = 0  # so many walks are finished
         self.all_times = M.sampling_steps(diffusion.T, steps) + [-1]
         self.every = steps // jumps
@@ -173,15 +170,7 @@ class Walks:
         idx = torch.randint(self.x.shape[1], (n,), device=device)
         k = torch.randint(len(self.x) - 1, (n,), device=device)
         y = None if self.y is None else self.y[idx]
-        x_t, x_s = self.mirrored(self.x[k, idx], self.x[k + 1, idx])
-        return x_t, self.times[k], x_s, self.times[k + 1], y
-
-    def mirrored(self, x_t, x_s):
-        """Two states of the same walks (B, C, H, W), half of the walks mirrored if `flip`."""
-        if not self.flip:
-            return x_t, x_s
-        flipped = torch.rand(len(x_t), 1, 1, 1, device=x_t.device) < 0.5
-        return [torch.where(flipped, x.flip(-1), x) for x in (x_t, x_s)]
+        return self.x[k, idx], self.times[k], self.x[k + 1, idx], self.times[k + 1], y
 
     def state(self):
         return {'x': self.x, 'y': self.y, 'filled': self.filled}
@@ -248,7 +237,7 @@ def refine_step(
     k = torch.arange(n, device=x.device) * jumps // n
     idx = torch.randint(x.shape[1] // jumps, (n,), device=x.device) * jumps + k
     y = None if walks.y is None else walks.y[idx]
-    x_t, x0 = walks.mirrored(x[0, idx], x[-1, idx])
+    x_t, x0 = x[0, idx], x[-1, idx]
     t = torch.full_like(k, times[0])
     for j in range(1, jumps):
         later = slice(-(-n * j // jumps), n)  # k >= j
@@ -399,7 +388,7 @@ if __name__ == '__main__':
     # ---- the walks, and the step ----
     source = Walks(
         -(-walks // world), 1 if refine else jumps, walk_steps, (C, H, H), diffusion_T,
-        micro_batch, M.make_labels(net_T.num_classes, uncond_prob, dev), flip, dev
+        micro_batch, M.make_labels(net_T.num_classes, uncond_prob, dev), dev
     )
     guided_T = M.make_teacher(net_T, guidance_T, autocast)
     decay = torch.zeros((), device=dev) if graph_on else 0.0  # of the average, at this step

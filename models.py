@@ -1640,7 +1640,7 @@ def rank_and_world():
 def init_distributed(device='auto', dtype='auto', seed=0):
     """(device, autocast, rank, world) of this process, alone or under torchrun (NCCL on GPUs, gloo
     on CPUs). autocast is a context for the networks' forward passes: bfloat16 or none. Raises
-    UserError for a device that this machine does not have, or an incomplete set-up of ranks."""
+    UserError for a device that is not here, or an incomplete set-up of ranks."""
     rank, world = rank_and_world()
     missing = [k for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
     check(
@@ -1667,8 +1667,8 @@ def init_distributed(device='auto', dtype='auto', seed=0):
         torch.backends.cudnn.allow_tf32 = False  # the first convolution reads x_t in float32
     if world > 1 and not dist.is_initialized():
         # CPU tensors go through gloo, so that all_reduce_max does not wait for the GPU. One rank
-        # may work alone for hours (downloads). The prefix keeps a restarted run from reading the
-        # addresses of dead ranks in the store, where it would hang.
+        # may work alone for hours (downloads). The prefix hides the addresses of dead ranks from a
+        # restarted run.
         store, rank, world = next(dist.rendezvous('env://'))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
@@ -1681,8 +1681,7 @@ def init_distributed(device='auto', dtype='auto', seed=0):
 
 
 def per_rank(batch_size, world, grad_accum=1):
-    """The number of images in one forward pass on one rank. Raises UserError if it is not a whole
-    number."""
+    """Images of one forward pass on one rank. Raises UserError for no whole number."""
     check(
         batch_size % (world * grad_accum) == 0,
         f'batch_size={batch_size} must be a multiple of {world} ranks x {grad_accum} accumulation '
@@ -1724,7 +1723,7 @@ def on_device(images, device):
 
 
 def memory_format(device):
-    """channels_last on GPUs, where convolutions are faster with it; on CPUs they are slower."""
+    """channels_last on GPUs, where it makes convolutions faster; on CPUs slower."""
     return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
 
 
@@ -1811,10 +1810,13 @@ def lock_out_dir(out_dir, rank):
     the lock."""
     import fcntl  # not on Windows
 
-    os.makedirs(out_dir, exist_ok=True)
     taken = False
-    # a bare file descriptor: it stays open until the process ends
-    lock = os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT)
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        # it stays open until the process ends
+        lock = os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT)
+    except OSError as e:
+        raise UserError(f'out_dir={out_dir}: {e.strerror}') from e
     if rank == 0:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

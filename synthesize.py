@@ -496,6 +496,7 @@ if __name__ == '__main__':
     times = list(range(steps))[::-1]
     if prior != 'none':
         net, diffusion = M.load_denoiser(prior, compute_dtype, **prior_config)
+        digests['prior_digest'] = M.digest(net)
         net = net.to(dev, memory_format=M.memory_format(dev))
         net = M.graph_network(net, dev)
         text = getattr(net, 'condition', '') == 'text'
@@ -604,6 +605,10 @@ if __name__ == '__main__':
                     f"{path} was made with {k}={before.get(k)!r}, not {now.get(k)!r}: use another "
                     '--out_dir, or the settings of the first run'
                 )
+    M.check(
+        not os.path.exists(os.path.join(out_dir, 'ckpt.pt')),
+        f'{out_dir} holds a training run: use another --out_dir'
+    )
     M.lock_out_dir(out_dir, rank)
     if rank == 0:
         log = M.Log(

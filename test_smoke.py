@@ -412,23 +412,6 @@ def test_walks_go_on_where_they_stopped():
             assert value is None or torch.equal(*map(torch.as_tensor, (value, other.state()[name])))
 
 
-def test_mirrored_walks():
-    """Noise and image of about half of the walks that are drawn are mirrored, both together."""
-    torch.manual_seed(0)
-    walks = few_steps.Walks(2, 1, 1, (1, 4, 4), M.Diffusion(), 2, flip=True)
-    walks.x.normal_()
-    x_t, _, x_s, _, _ = walks.draw(100)
-    was = []
-    for pair in zip(x_t, x_s):
-        found = [
-            flipped for i in range(2) for flipped in (False, True)
-            if all(torch.equal(y, x.flip(-1) if flipped else x) for x, y in zip(walks.x[:, i], pair))
-        ]
-        assert len(found) == 1
-        was += found
-    assert 30 < sum(was) < 70
-
-
 def test_score_distillation():
     """Images move from what the critic makes of them to what the teacher makes of them."""
     torch.manual_seed(0)

@@ -100,7 +100,9 @@ def load(spec, train=True, image_size=0, classes=None):
 
 
 def converted(spec, images, image_size, channels):
-    """Images resized to `image_size` (0: as they are), with so many channels (0: as they are)."""
+    """Images resized to `image_size` (0: as they are), with so many channels (0: as they are).
+    Raises UserError if there are none, or if they are not square."""
+    M.check(len(images), f'{spec} has no images')
     if image_size and images.shape[2:] != (image_size, image_size):
         M.check(
             not spec.endswith('.npy'),
@@ -108,6 +110,11 @@ def converted(spec, images, image_size, channels):
             'adapters/images.py --image_size'
         )
         images = torch.cat([resize_images(part, image_size) for part in images.split(500)])
+    height, width = images.shape[2:]
+    M.check(
+        height == width,
+        f'{spec}: images must be square, they are {height}x{width}; an image_size takes the centre'
+    )
     if channels == 1 and images.shape[1] == 3:
         print(f'{spec}: colour images are converted to grey')
     return M.with_channels(images, channels)
