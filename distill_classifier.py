@@ -58,7 +58,7 @@ out_dir = 'out/classifier'
 init_from = 'scratch'        # 'scratch'; 'resume'; 'overwrite' begins anew where an unfinished run
                              # lies; or a student's file to start from
 seed = 0
-device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
+device = 'auto'              # 'auto', 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 compile = False              # torch.compile, for GPUs

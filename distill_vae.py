@@ -58,7 +58,7 @@ init_from = 'scratch'        # 'scratch'; 'resume'; or 'overwrite' begins anew w
 log_every = 20               # steps between rows of log.csv
 save_every = 600             # steps between checkpoints (with pictures)
 seed = 0
-device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
+device = 'auto'              # 'auto', 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 compile = False              # torch.compile, for GPUs

@@ -58,7 +58,7 @@ batch_size = 100             # per rank, for sampling and for the feature networ
 # system
 out_dir = 'out/eval'         # metrics.jsonl, and a grid of images per model
 seed = 0
-device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
+device = 'auto'              # 'auto', 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = 'auto'               # of the models: 'auto' (bfloat16 where the device has it), 'bfloat16',
                              # 'float32'
 _ranges = {                  # allowed values of string settings

@@ -68,7 +68,7 @@ init_from = 'scratch'        # 'scratch'; 'resume'; 'overwrite' begins anew wher
 log_every = 20               # steps between rows of log.csv
 save_every = 1000            # steps between checkpoints (with samples.png)
 seed = 0
-device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
+device = 'auto'              # 'auto', 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 compile = False              # torch.compile of each kind of block, for GPUs

@@ -82,7 +82,7 @@ batch_size = 100             # walks at once, per rank: L_bn takes its statistic
 grad_batch = 100             # walks at once in the decoder, and in the denoiser if the gradient
                              # goes through it
 seed = 0
-device = 'auto'              # 'auto', 'cuda', 'mps', 'cpu'
+device = 'auto'              # 'auto', 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 _ranges = {                  # allowed values of string settings

@@ -2074,6 +2074,7 @@ MISTAKES = lines("""
     dkdm.py --method=data : needs images
     dkdm.py --method=data --data=nothing : no images at
     dkdm.py --method=data --data=flat.npz : N x H x W x C
+    eval_fid.py --models=oblong.npz : must be square, they are 28x20
     dkdm.py --method=data --data=images.npz --lr=1e30 --grad_clip=0.0 --max_steps=40 : not finite
     synthesize.py --teacher=classifier.safetensors --keep=90 : need more than
     synthesize.py --teacher=classifier.safetensors --class_names=cifar10 : takes no text
@@ -2093,6 +2094,7 @@ def test_a_mistake_is_one_line(tiny):
     Path('wrong.py').write_text('rho = "much"')
     np.savez('flat.npz', arr_0=plain(0))
     np.savez('i.npz', arr_0=np.zeros((20, 28, 28, 1), np.uint8), arr_1=np.arange(20) % 10)
+    np.savez('oblong.npz', arr_0=np.zeros((20, 28, 20, 1), np.uint8))
 
     def one(line):
         command, _, message = line.partition(' : ')
@@ -2103,6 +2105,12 @@ def test_a_mistake_is_one_line(tiny):
     assert not wrong, '\n'.join(wrong)
     home = os.path.expanduser('~/gone.pt')
     assert home in run('dkdm.py --teacher=~/gone.pt', ok=False)
+    for script in ('dkdm.py', 'eval_fid.py --models=images.npz'):
+        assert 'out_dir=wrong.py: ' in run(f'{script} --out_dir=wrong.py', ok=False)
+    Path('trained').mkdir()
+    Path('trained/ckpt.pt').write_text('')
+    assert 'training run' in run(
+        'synthesize.py --teacher=classifier.safetensors --out_dir=trained', ok=False)
 
 
 RANKS = lines("""
