@@ -537,7 +537,7 @@ if __name__ == '__main__':
         save_checkpoint()  # so that the walks or the synthetic images are not lost
     checkpoint = None  # it would stay in memory
     leaving = M.all_reduce_max(stop.signal)
-    if leaving:
+    if leaving and walking and step == 0:
         if rank == 0:
             print('stopped before the first step; what the teacher walked so far is saved')
         M.finish(leaving)

@@ -477,7 +477,7 @@ if __name__ == '__main__':
         )
         save_checkpoint()  # so that the walks are not lost
     leaving = M.all_reduce_max(stop.signal)
-    if leaving:
+    if leaving and step == 0:
         if rank == 0:
             print(f'stopped before the first step; {source.filled:,} walks of each rank are saved')
         M.finish(leaving)

@@ -23,7 +23,6 @@ out_dir = 'out/gpu_check'
 parts = 'equality,fallback,bench,loop,default,resume,fid,layout'
 minutes = 10.0               # no part begins after this time
 patience = 330               # seconds that one script may take: compiling needs minutes
-bench_options = ''           # more settings of bench.py, with a space between two
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 exec(open(os.path.join(_root, 'configurator.py')).read())
 
@@ -169,7 +168,7 @@ def fallback():
 
 # ==== whole scripts ====
 def bench():
-    say(run('bench', *bench_pair, *bench_options.split()))
+    say(run('bench', *bench_pair))
 
 
 def layout():
