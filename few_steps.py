@@ -9,9 +9,9 @@ distillation (docs/papers.md).
     # the student begins as a copy of its teacher
     python few_steps.py --student=teacher --student_prediction=teacher --lr=1e-3
     torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10.py    # a rank per core
-    # its student goes on with score distillation
-    python few_steps.py config/few_steps_cifar10.py --critic=0.5 --lr=1e-4 --lr_warmup=20 \\
-        --batch_size=32 --walks=2048 --max_steps=250 --seed=1 --out_dir=out/critic \\
+    # its student goes on against a discriminator, on walks that it knows (the same seed)
+    python few_steps.py config/few_steps_cifar10.py --discriminator=0.5 --lr=1e-4 --lr_warmup=40 \\
+        --max_steps=150 --walks=2048 --out_dir=out/discriminator \\
         --init_from=out/few_steps_cifar10/student.safetensors
 """
 import os
@@ -42,12 +42,11 @@ walk_sampler = 'ddim'        # 'ddim', or 'dpm++', which needs half as many eval
 unguided_steps = 0           # how many of a walk's last steps are not guided: guidance overshoots
                              # there
 loss = 'l1'                  # 'l1' (absolute error, clearer images) or 'l2' (squared error)
-refine = False               # every evaluation aims at the end of the walk, and starts where the
-                             # student's own earlier ones arrive
-critic = 0.0                 # one evaluation: weight of score distillation beside the regression;
-                             # 0 for none. For a student that is trained already (--init_from). The
-                             # critic, a second network of the teacher's size, learns at the rate lr
-critic_steps = 2             # steps of the critic in each accumulation step
+discriminator = 0.0          # one evaluation: weight of a discriminator's gradient beside the
+                             # regression; 0 for none. For a student that is trained already
+                             # (--init_from), on its own walks: the same seed, number of ranks and
+                             # batch_size make them again
+discriminator_lr = 2e-3      # the discriminator's learning rate, which does not decay
 uncond_prob = 0.0            # conditional students: how often the condition is replaced by the
                              # null condition
 # optimisation
@@ -72,7 +71,7 @@ device = 'auto'              # 'auto', 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
 compile = False              # torch.compile of each kind of block, for GPUs
-graph = True                 # on one GPU, without a critic: the whole step as one CUDA graph
+graph = True                 # on one GPU, without a discriminator: the whole step as one CUDA graph
 wandb = ''                   # a Weights & Biases project, '' for none
 _ranges = {                  # allowed values of string settings
     'loss': ('l1', 'l2'), 'walk_sampler': ('ddim', 'dpm++'),
@@ -127,8 +126,8 @@ class Walks:
 
     @torch.no_grad()
     def fill(self, teachers, sampler='ddim', progress=True, stopping=lambda: False):
-        """Walks from noise to image, a batch at a time; teachers[k](x_t, t, y) is asked at step k. It
-        ends before the next batch once stopping() is true, and goes on there when it is called
+        """Walks from noise to image, a batch at a time; teachers[k](x_t, t, y) is asked at step k.
+        It ends before the next batch once stopping() is true, and goes on there when it is called
         again. Returns the number of teacher evaluations."""
         device = self.x.device
         size = self.x.shape[1]
@@ -195,9 +194,14 @@ def jump_x0(diffusion, x_t, t, x_s, s):
     return ((x_s - b_s / b_t * x_t) / (a_s - a_t * b_s / b_t)).to(x_t)
 
 
-def regress(student, x0, x_t, t, y, diffusion, loss, autocast, loss_scale):
-    """Adds the gradient of the error of the student's prediction at (x_t, t, y), where x0 is the
-    image to predict; `loss` is 'l1' or 'l2'. Returns the loss terms, {name: mean}."""
+def jump_step(
+    student, walks, diffusion, batch_size, loss='l1', autocast=contextlib.nullcontext(),
+    loss_scale=1.0
+):
+    """Adds the gradient of the student's loss, 'l1' or 'l2', on one batch of jumps. Returns the
+    loss terms, {name: mean}."""
+    x_t, t, x_s, s, y = walks.draw(batch_size)
+    x0 = jump_x0(diffusion, x_t, t, x_s, s)
     with autocast:
         out = student(x_t, t, y)
     if diffusion.prediction == 'eps':  # its error would hardly count where x_t is nearly all noise
@@ -209,90 +213,95 @@ def regress(student, x0, x_t, t, y, diffusion, loss, autocast, loss_scale):
     return M.mean_and_backward({loss: error.mean((1, 2, 3))}, loss_scale)
 
 
-def jump_step(
-    student, walks, diffusion, batch_size, loss='l1', autocast=contextlib.nullcontext(),
-    loss_scale=1.0
-):
-    """Adds the gradient of the student's loss, 'l1' or 'l2', on one batch of jumps. Returns the
-    loss terms, {name: mean}."""
-    x_t, t, x_s, s, y = walks.draw(batch_size)
-    x0 = jump_x0(diffusion, x_t, t, x_s, s)
-    return regress(student, x0, x_t, t, y, diffusion, loss, autocast, loss_scale)
+def blocks_of(net):
+    """The members of a network's outermost module lists: its blocks, as networks write them."""
+    blocks = []
+    for child in net.children():
+        blocks += list(child) if isinstance(child, torch.nn.ModuleList) else blocks_of(child)
+    return blocks
 
 
-def refine_step(
-    student, net_ema, walks, diffusion, batch_size, jumps, loss='l1',
+def inner_maps(net, x_t, t, y):
+    """What the blocks of a denoiser make of x_t (B, C, H, W): a list of (B, positions, channels),
+    float32."""
+    maps = []
+
+    def keep(block, inputs, out):
+        outputs = out if isinstance(out, tuple) else (out,)
+        for m in outputs:
+            if torch.is_tensor(m) and m.dim() == 4:
+                maps.append(m.flatten(2).transpose(1, 2).float())
+            elif torch.is_tensor(m) and m.dim() == 3:
+                maps.append(m.float())
+
+    hooks = [block.register_forward_hook(keep) for block in blocks_of(net)]
+    net(x_t, t, y)
+    for hook in hooks:
+        hook.remove()
+    return maps
+
+
+class Discriminator(torch.nn.Module):
+    """Tells the teacher's images from the student's, position by position, by what the teacher's
+    blocks make of them: a small head for each block (as in LADD, Sauer et al. 2024). `maps`: an
+    example of `inner_maps`."""
+
+    def __init__(self, maps, width=64):
+        super().__init__()
+        self.heads = torch.nn.ModuleList()
+        for m in maps:
+            channels = m.shape[2]
+            self.heads.append(
+                torch.nn.Sequential(
+                    torch.nn.LayerNorm(channels), torch.nn.Linear(channels, width),
+                    torch.nn.SiLU(), torch.nn.Linear(width, 1)
+                )
+            )
+
+    def forward(self, maps):
+        """A list of (B, positions, 1), above 0 for images that seem to be the teacher's."""
+        return [head(m) for head, m in zip(self.heads, maps)]
+
+
+def adversarial_step(
+    student, discriminator, opt, net_T, walks, diffusion, diffusion_T, n, weight=0.5,
     autocast=contextlib.nullcontext(), loss_scale=1.0
 ):
-    """Like jump_step, but every evaluation aims at the image of its walk, and starts where the
-    earlier evaluations of `net_ema`, the student's average, arrive from the walk's noise.
+    """One step of a student of one evaluation against a discriminator with the optimiser `opt`. n
+    new images of the student get a gradient towards what the discriminator takes for images of the
+    walks; it is `weight` times as long as that of an absolute error. Then the discriminator learns
+    to tell the two apart (hinge loss). It sees both through `net_T`, the teacher's network, with a
+    little noise: with much, there is nothing to tell apart. Returns the hinge loss of a head, which
+    is 2 if it cannot tell."""
 
-    Evaluation k learns only from the walks whose index is k modulo `jumps`. So the evaluations
-    before it make the same errors on these walks as on new noise, and it learns to correct them;
-    on walks that they have learned they would make hardly any.
-    """
-    x, n = walks.x, batch_size
-    times = M.sampling_steps(walks.diffusion.T, jumps)
-    # image i is for evaluation k[i]: as many images for each
-    k = torch.arange(n, device=x.device) * jumps // n
-    idx = torch.randint(x.shape[1] // jumps, (n,), device=x.device) * jumps + k
-    y = None if walks.y is None else walks.y[idx]
-    x_t, x0 = x[0, idx], x[-1, idx]
-    t = torch.full_like(k, times[0])
-    for j in range(1, jumps):
-        later = slice(-(-n * j // jumps), n)  # k >= j
-        with torch.no_grad(), autocast:
-            out = net_ema(x_t[later], t[later], None if y is None else y[later])
-        x_t[later] = diffusion.ddim_step(out, x_t[later], t[later], times[j])
-        t[later] = times[j]
-    return regress(student, x0, x_t, t, y, diffusion, loss, autocast, loss_scale)
-
-
-def critic_step(
-    student, critic, opt, teacher, walks, diffusion, diffusion_T, n, weight=0.5, steps=2,
-    autocast=contextlib.nullcontext(), loss_scale=1.0
-):
-    """Score distillation (Diff-Instruct, Luo et al. 2023; the weights are those of DMD, Yin et al.
-    2024), for a student of one evaluation. `critic`, a copy of the teacher's network with the
-    optimiser `opt`, takes `steps` steps of a denoiser's training on the student's images. Then n
-    new images get a gradient from what the critic makes of them, noised, to what the guided
-    `teacher` makes of them; it is `weight` times as long as that of an absolute error. Returns the
-    critic's error."""
-
-    def images():
-        z = torch.randn(n, *walks.x.shape[2:], device=walks.x.device)
-        y = walks.draw_labels(n)
-        t = torch.full((n,), diffusion.T - 1, device=z.device)
+    def maps_of(x0, y):
+        t = torch.randint(max(1, diffusion_T.T * 6 // 100), (n,), device=x0.device)
+        x_t = diffusion_T.q_sample(x0, t, torch.randn_like(x0))
         with autocast:
-            out = student(z, t, y)
-        return diffusion.predict_x0(out, z, t), torch.randn_like(z), y
+            return inner_maps(net_T, x_t, t, y)
 
-    def ask(x_t, t, y):
-        with autocast:
-            return critic(x_t, t, y)[:, : x_t.shape[1]].float()
-
-    error = torch.zeros((), device=walks.x.device)
-    for _ in range(steps):
-        with torch.no_grad():
-            x0, noise, y = images()
-        t = torch.randint(diffusion_T.T, (n,), device=x0.device)
-        x_t = diffusion_T.q_sample(x0, t, noise)
-        target = diffusion_T.target(x0, x_t, t, diffusion_T.prediction, noise)
-        error = ((ask(x_t, t, y) - target) ** 2).mean()
-        error.backward()
-        M.optimizer_step(critic, opt, 1.0)
-
-    x0, noise, y = images()
-    with torch.no_grad():
-        t = torch.randint(diffusion_T.T // 50, diffusion_T.T * 49 // 50, (n,), device=x0.device)
-        x_t = diffusion_T.q_sample(x0, t, noise)
-        x0_T = diffusion_T.predict_x0(teacher(x_t, t, y), x_t, t)
-        x0_C = diffusion_T.predict_x0(ask(x_t, t, y), x_t, t)
-        distance = (x0 - x0_T).abs().mean((1, 2, 3), keepdim=True)
-        step = (x0_C - x0_T) / distance.clamp(min=0.02)
-        step = weight * step / step.square().mean().sqrt().clamp(min=1e-8)
+    z = torch.randn(n, *walks.x.shape[2:], device=walks.x.device)
+    y = walks.draw_labels(n)
+    t = torch.full((n,), diffusion.T - 1, device=z.device)
+    with autocast:
+        out = student(z, t, y)
+    x0 = diffusion.predict_x0(out, z, t)
+    seen = x0.detach().requires_grad_()
+    maps_S = maps_of(seen, y)
+    heads = getattr(discriminator, 'module', discriminator)  # nothing is averaged over ranks here
+    score = sum(found.mean() for found in heads(maps_S))
+    step = torch.autograd.grad(-score, seen)[0]
+    step = weight * step / step.square().mean().sqrt().clamp(min=1e-12)
     ((x0 * step).mean() * loss_scale).backward()
-    return error.detach()
+
+    idx = torch.randint(walks.x.shape[1], (n,), device=z.device)
+    with torch.no_grad():
+        maps_T = maps_of(walks.x[-1, idx], None if walks.y is None else walks.y[idx])
+    found = discriminator([torch.cat([a, b.detach()]) for a, b in zip(maps_T, maps_S)])
+    hinge = sum((1 - v[:n]).relu().mean() + (1 + v[n:]).relu().mean() for v in found)
+    hinge.backward()
+    M.optimizer_step(discriminator, opt, 1.0)
+    return hinge.detach() / len(found)
 
 
 # ==== set-up ====
@@ -309,11 +318,6 @@ if __name__ == '__main__':
     M.check(0 <= uncond_prob <= 1, f'uncond_prob={uncond_prob} must be from 0 to 1')
     dev, autocast, rank, world = M.init_distributed(device, dtype, seed)
     micro_batch = M.per_rank(batch_size, world, grad_accum)  # images of one forward pass
-    M.check(
-        not refine or micro_batch >= jumps,  # some evaluations would never be trained
-        'refine needs an image per jump in a forward pass, but batch_size / ranks / grad_accum is '
-        f'{micro_batch}, and jumps is {jumps}'
-    )
     compute_dtype = M.pick_dtype(dev, dtype)
     if wandb:
         import wandb as wb
@@ -335,10 +339,10 @@ if __name__ == '__main__':
     # ---- student ----
     sizes = {'lora_rank': lora_rank} | student_config
     M.check(
-        critic == 0 or jumps == 1 and not refine and not sizes['lora_rank'],
-        'critic is for one evaluation (--jumps=1), without refine and lora_rank'
+        discriminator == 0 or jumps == 1 and not sizes['lora_rank'],
+        'discriminator is for one evaluation (--jumps=1), without lora_rank'
     )
-    M.check(min(critic, critic_steps) >= 0, 'critic and critic_steps must not be negative')
+    M.check(discriminator >= 0, f'discriminator={discriminator} must not be negative')
     # the student predicts what the teacher predicts
     same = student_prediction == 'teacher' or sizes['lora_rank']
     noise_only = diffusion_T.a[diffusion_T.T - 1] < 0.05  # at the start of a walk
@@ -355,39 +359,40 @@ if __name__ == '__main__':
     )
     checkpoint = M.resume(config, rank, net)
     net_ema = copy.deepcopy(net).eval().requires_grad_(False)
-    graph_on = graph and dev.type == 'cuda' and world == 1 and critic == 0
+    graph_on = graph and dev.type == 'cuda' and world == 1 and discriminator == 0
     opt = torch.optim.AdamW(
         [p for p in net.parameters() if p.requires_grad], lr, (0.9, adamw['beta2']),
         weight_decay=adamw['weight_decay'], fused=True
     )
-    net_C = None
-    if critic:
-        net_C = copy.deepcopy(net_T).float().requires_grad_(True)
-        M.attach_vae(net_C, None)
-        if isinstance(net_C, M.DiT):
-            net_C.pos_embed.requires_grad_(False)  # a fixed table
-        opt_C = torch.optim.AdamW(
-            [p for p in net_C.parameters() if p.requires_grad], lr, (0.9, 0.99), weight_decay=0.0,
-            fused=True
+    net_D = None
+    if discriminator:
+        t = torch.zeros(1, dtype=torch.long, device=dev)
+        y = t if net_T.num_classes else None
+        with torch.no_grad(), autocast:
+            maps = inner_maps(net_T, torch.zeros(1, C, H, H, device=dev), t, y)
+        M.check(maps, f'discriminator={discriminator}: {teacher} has no ModuleList of blocks')
+        net_D = Discriminator(maps).to(dev)
+        opt_D = torch.optim.AdamW(
+            net_D.parameters(), discriminator_lr, (0.5, 0.99), weight_decay=1e-4, fused=True
         )
     if compile:
-        M.compile_blocks(net_T, net, net_C)
-    model, model_C = net, net_C
+        # a compiled block may not see the hooks of inner_maps
+        M.compile_blocks(None if discriminator else net_T, net)
+    model, model_D = net, net_D
     if world > 1:
         parallel = partial(
             torch.nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True,
             broadcast_buffers=False
         )
         model = parallel(net, find_unused_parameters=student not in M.DENOISERS)
-        if critic:
-            ours = isinstance(net_T, (M.UNet, M.DiT))
-            model_C = parallel(net_C, find_unused_parameters=not ours)
+        if discriminator:
+            model_D = parallel(net_D)
     torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
     begin = time.time()
 
     # ---- the walks, and the step ----
     source = Walks(
-        -(-walks // world), 1 if refine else jumps, walk_steps, (C, H, H), diffusion_T,
+        -(-walks // world), jumps, walk_steps, (C, H, H), diffusion_T,
         micro_batch, M.make_labels(net_T.num_classes, uncond_prob, dev), dev
     )
     guided_T = M.make_teacher(net_T, guidance_T, autocast)
@@ -399,19 +404,13 @@ if __name__ == '__main__':
         for i in range(grad_accum):
             if world > 1:
                 model.require_backward_grad_sync = i == grad_accum - 1
-            if refine:
-                terms = refine_step(
-                    model, net_ema, source, diffusion, micro_batch, jumps, loss, autocast,
-                    1 / grad_accum
-                )
-            else:
-                terms = jump_step(
-                    model, source, diffusion, micro_batch, loss, autocast, 1 / grad_accum
-                )
-            if critic:
-                total['critic'] = critic_step(
-                    model, model_C, opt_C, guided_T, source, diffusion, diffusion_T, micro_batch,
-                    critic, critic_steps, autocast, 1 / grad_accum
+            terms = jump_step(
+                model, source, diffusion, micro_batch, loss, autocast, 1 / grad_accum
+            )
+            if discriminator:
+                total['hinge'] = adversarial_step(
+                    model, model_D, opt_D, net_T, source, diffusion, diffusion_T, micro_batch,
+                    discriminator, autocast, 1 / grad_accum
                 )
             for name, value in terms.items():
                 total[name] = total.get(name, 0.0) + value / grad_accum
@@ -436,8 +435,8 @@ if __name__ == '__main__':
 
     def save_checkpoint():
         shared = {'ema': net_ema.state_dict(), 'evaluations': evaluations}
-        if critic:
-            shared['critic'] = {'net': net_C.state_dict(), 'opt': opt_C.state_dict()}
+        if discriminator:
+            shared['discriminator'] = {'net': net_D.state_dict(), 'opt': opt_D.state_dict()}
         own = {'walks': source.state(), 'sums': meter.sums}
         M.save_checkpoint(config, step, net, opt, shared, own, rank, step == max_steps)
 
@@ -461,9 +460,9 @@ if __name__ == '__main__':
         meter = M.Meter(dev, own['sums'])
         net_ema.load_state_dict(shared['ema'])
         source.load(own['walks'])
-        if critic:
-            net_C.load_state_dict(shared['critic']['net'])
-            M.restore((shared['critic'], own), opt_C)
+        if discriminator:
+            net_D.load_state_dict(shared['discriminator']['net'])
+            M.restore((shared['discriminator'], own), opt_D)
         del checkpoint, shared, own  # they would stay in memory
     else:
         M.set_aside(out_dir, rank)
@@ -515,7 +514,7 @@ if __name__ == '__main__':
         if logging or saving:
             means = meter.means(step, net, save_checkpoint, f'try a smaller --lr (now {rate:.2g})')
         if logging and rank == 0:
-            other = {k: means.pop(k) for k in ('critic', 'grad_norm') if k in means}
+            other = {k: means.pop(k) for k in ('hinge', 'grad_norm') if k in means}
             row = dict(step=step, loss=sum(means.values()), **means, **other, lr=rate)
             bar.set_postfix(loss=f"{row['loss']:.4f}")
             seconds = time.time() - start - paused

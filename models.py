@@ -1416,8 +1416,8 @@ BLOCKS = (ResBlock, AttentionBlock, DiTBlock)
 
 
 def compile_blocks(*nets):
-    """torch.compile for each kind of block of the networks (None: no network), in a minute or two;
-    a second run finds them in a cache. One without such blocks is compiled as a whole."""
+    """torch.compile for each kind of block of the networks (None: no network), in minutes; a second
+    run finds them in a cache. One without such blocks is compiled as a whole."""
     torch._dynamo.config.cache_size_limit = 256  # all blocks share one list
     for net in filter(None, nets):
         blocks = [m for m in net.modules() if isinstance(m, BLOCKS)]
@@ -1536,17 +1536,19 @@ def graph_network(net, device):
 
 def load_teacher(spec, known, guidance, prompts, device, dtype):
     """(net, diffusion, guidance): a denoiser on the device, its texts embedded, and the guidance at
-    which it is distilled (0: 2 where it has a condition, else 1). `net.digest` names its weights.
-    Raises UserError for texts or guidance that it cannot take."""
+    which it is distilled (0: 2 where it has a condition, else 1). `net.digest` is of weights and
+    texts. Raises UserError for texts or guidance it cannot take."""
     net, diffusion = load_denoiser(spec, dtype, **known)
-    digest_of_weights = digest(net)
+    name = digest(net)
     net = cast_frozen(net.to(device, memory_format=memory_format(device)), dtype)
-    net.digest = digest_of_weights
     takes_text = getattr(net, 'condition', '') == 'text'
     wanted = 'texts: --prompts=file.txt' if takes_text else 'no texts (prompts)'
     check(bool(prompts) == takes_text, f'{spec} takes {wanted}')
     if takes_text:
-        net.set_prompts(read_lines(prompts))
+        texts = read_lines(prompts)
+        net.set_prompts(texts)
+        name += hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:8]
+    net.digest = name
     if guidance == 0:
         trained = not getattr(net, 'guided', False) and not getattr(net, 'no_null', False)
         guidance = 2.0 if net.num_classes and trained else 1.0
@@ -1880,7 +1882,7 @@ def resume(settings, rank, net):
     check(
         found == all_reduce_max(found), f'out_dir={out_dir} must be a folder that all ranks share'
     )
-    # a restart by torchrun --max-restarts resumes, whatever init_from says
+    # torchrun --max-restarts resumes, whatever init_from says
     restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
     if init_from != 'resume' and not (restarted and found):
         if found and init_from != 'overwrite':
@@ -1915,7 +1917,7 @@ def resume(settings, rank, net):
 
 def set_aside(out_dir, rank):
     """Moves what an earlier run left in out_dir to out_dir/earlier-1, -2 ..., right before a new
-    run writes its first file: no run removes what another one has made."""
+    run writes its first file."""
     found = []
     for name in sorted(os.listdir(out_dir)):
         if name in RESULTS or name.startswith('ckpt') or name.endswith(('.csv', '.png')):

@@ -519,6 +519,8 @@ if __name__ == '__main__':
                 f'class_names={class_names} has {len(names)} names, {teacher} {num_classes} classes'
             )
         net.set_prompts(texts)
+        if names:
+            digests['names'] = names
     if net is not None:
         M.check_guidance(net, prior, guidance)
     side = net.image_size if net else side_kept or 32

@@ -3,9 +3,9 @@
 # again, on new walks, because those that it knows by heart teach it nothing more:
 #   --seed=1 --max_steps=1750 --init_from=out/few_steps_cifar10_small/student.safetensors \
 #       --out_dir=out/cifar10_small_1
-# or two passes, in the same time:
-#   --jumps=2 --refine=True --seed=1 --max_steps=1200 --out_dir=out/cifar10_two_steps \
-#       --init_from=out/few_steps_cifar10_small/student.safetensors
+# then against a discriminator, on the same walks:
+#   --discriminator=0.5 --lr=1e-4 --lr_warmup=40 --seed=1 --max_steps=150 \
+#       --init_from=out/cifar10_small_1/student.safetensors --out_dir=out/cifar10_small_2
 teacher = 'pretrained/cifar10_classes.safetensors'
 guidance = 4.0
 student_config = dict(model_channels=22, channel_mult=(1, 2, 2), attention_resolutions=(8, 4),
