@@ -8,10 +8,11 @@ distillation (docs/papers.md).
     python few_steps.py --jumps=2                           # in two
     # the student begins as a copy of its teacher
     python few_steps.py --student=teacher --student_prediction=teacher --lr=1e-3
-    torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10.py    # a rank per core
-    # its student goes on against a discriminator, on walks that it knows (the same seed)
-    python few_steps.py config/few_steps_cifar10.py --discriminator=0.5 --lr=1e-4 --lr_warmup=40 \\
-        --max_steps=150 --walks=2048 --out_dir=out/discriminator \\
+    # a rank per core
+    torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10.py
+    # its student goes on against a discriminator, on the first 2,048 of its own walks
+    torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10.py --discriminator=0.5 \\
+        --lr=1e-4 --lr_warmup=40 --max_steps=150 --walks=2048 --out_dir=out/discriminator \\
         --init_from=out/few_steps_cifar10/student.safetensors
 """
 import os
@@ -42,10 +43,11 @@ walk_sampler = 'ddim'        # 'ddim', or 'dpm++', which needs half as many eval
 unguided_steps = 0           # how many of a walk's last steps are not guided: guidance overshoots
                              # there
 loss = 'l1'                  # 'l1' (absolute error, clearer images) or 'l2' (squared error)
-discriminator = 0.0          # one evaluation: weight of a discriminator's gradient beside the
-                             # regression; 0 for none. For a student that is trained already
-                             # (--init_from), on its own walks: the same seed, number of ranks and
-                             # batch_size make them again
+discriminator = 0.0          # one evaluation: weight of a discriminator's gradient, where the
+                             # gradient of the absolute error has the weight 1; 0 for none. For a
+                             # student that is trained already (--init_from), on its own walks: the
+                             # same seed, batch_size, grad_accum, number of ranks and kind of walks
+                             # make them again
 discriminator_lr = 2e-3      # the discriminator's learning rate, which does not decay
 uncond_prob = 0.0            # conditional students: how often the condition is replaced by the
                              # null condition
@@ -70,7 +72,8 @@ seed = 0
 device = 'auto'              # 'auto', 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = 'auto'               # 'auto' (bfloat16 where the GPU or CPU computes in it), 'bfloat16',
                              # 'float32'
-compile = False              # torch.compile of each kind of block, for GPUs
+compile = False              # torch.compile of each kind of block, for GPUs; with a discriminator
+                             # only of the student's
 graph = True                 # on one GPU, without a discriminator: the whole step as one CUDA graph
 wandb = ''                   # a Weights & Biases project, '' for none
 _ranges = {                  # allowed values of string settings
@@ -95,11 +98,14 @@ students = M.adapter('students')
 
 
 # ==== the method ====
-#   walks <- deterministic walks of the teacher (DDIM); jumps + 1 states of each are kept
+#   walks <- deterministic walks of the teacher; jumps + 1 states of each are kept
 #   repeat:
 #       x_t, x_s <- neighbouring states of randomly drawn walks
 #       x_0* = the x_0 whose DDIM step from x_t to s lands on x_s                          jump_x0
 #       student <- student - lr grad |out - (x_0* as the student's prediction)|
+#   with a discriminator D, for one jump:
+#       student <- student + lr grad D(teacher's inner maps of a new image of the student)
+#       D learns to tell images of the walks from images of the student
 class Walks:
     """Finished walks of the teacher: x (jumps + 1, N, C, H, W), the states at `times`, from noise
     to image. N is `size`, rounded up to whole batches. draw_labels(n) gives the conditions y of new
@@ -214,24 +220,27 @@ def jump_step(
 
 
 def blocks_of(net):
-    """The members of a network's outermost module lists: its blocks, as networks write them."""
+    """The blocks of a network: the members of its outermost ModuleLists."""
     blocks = []
     for child in net.children():
-        blocks += list(child) if isinstance(child, torch.nn.ModuleList) else blocks_of(child)
+        if isinstance(child, torch.nn.ModuleList):
+            blocks += child.children()
+        else:
+            blocks += blocks_of(child)
     return blocks
 
 
 def inner_maps(net, x_t, t, y):
-    """What the blocks of a denoiser make of x_t (B, C, H, W): a list of (B, positions, channels),
-    float32."""
+    """Runs a denoiser on x_t (B, C, H, W) and returns the outputs of its blocks, each (B, positions
+    or tokens, channels), in float32."""
     maps = []
 
     def keep(block, inputs, out):
         outputs = out if isinstance(out, tuple) else (out,)
         for m in outputs:
             if torch.is_tensor(m) and m.dim() == 4:
-                maps.append(m.flatten(2).transpose(1, 2).float())
-            elif torch.is_tensor(m) and m.dim() == 3:
+                m = m.flatten(2).transpose(1, 2)
+            if torch.is_tensor(m) and m.dim() == 3:
                 maps.append(m.float())
 
     hooks = [block.register_forward_hook(keep) for block in blocks_of(net)]
@@ -264,44 +273,51 @@ class Discriminator(torch.nn.Module):
 
 
 def adversarial_step(
-    student, discriminator, opt, net_T, walks, diffusion, diffusion_T, n, weight=0.5,
+    student, net_D, opt_D, net_T, walks, diffusion, batch_size, weight=0.5,
     autocast=contextlib.nullcontext(), loss_scale=1.0
 ):
-    """One step of a student of one evaluation against a discriminator with the optimiser `opt`. n
-    new images of the student get a gradient towards what the discriminator takes for images of the
-    walks; it is `weight` times as long as that of an absolute error. Then the discriminator learns
-    to tell the two apart (hinge loss). It sees both through `net_T`, the teacher's network, with a
-    little noise: with much, there is nothing to tell apart. Returns the hinge loss of a head, which
-    is 2 if it cannot tell."""
+    """Adds the gradient of a student of one evaluation against a discriminator, and trains that.
+
+    New images of the student get a gradient that raises the discriminator's score; its RMS is
+    `weight` times that of a mean absolute error. Then `net_D` takes one step of the hinge loss
+    between these images and images of the walks. It sees both through `net_T`, the teacher's
+    network, slightly noised: with much noise they cannot be told apart. Returns the hinge loss of
+    a head, which is 2 if it cannot tell them apart.
+    """
+    diffusion_T = walks.diffusion
+    latest = max(1, diffusion_T.T * 6 // 100)
 
     def maps_of(x0, y):
-        t = torch.randint(max(1, diffusion_T.T * 6 // 100), (n,), device=x0.device)
+        t = torch.randint(latest, (batch_size,), device=x0.device)
         x_t = diffusion_T.q_sample(x0, t, torch.randn_like(x0))
         with autocast:
             return inner_maps(net_T, x_t, t, y)
 
-    z = torch.randn(n, *walks.x.shape[2:], device=walks.x.device)
-    y = walks.draw_labels(n)
-    t = torch.full((n,), diffusion.T - 1, device=z.device)
+    z = torch.randn(batch_size, *walks.x.shape[2:], device=walks.x.device)
+    y = walks.draw_labels(batch_size)
+    t = torch.full((batch_size,), diffusion.T - 1, device=z.device)
     with autocast:
         out = student(z, t, y)
     x0 = diffusion.predict_x0(out, z, t)
     seen = x0.detach().requires_grad_()
     maps_S = maps_of(seen, y)
-    heads = getattr(discriminator, 'module', discriminator)  # nothing is averaged over ranks here
-    score = sum(found.mean() for found in heads(maps_S))
-    step = torch.autograd.grad(-score, seen)[0]
-    step = weight * step / step.square().mean().sqrt().clamp(min=1e-12)
-    ((x0 * step).mean() * loss_scale).backward()
+    scores = getattr(net_D, 'module', net_D)(maps_S)  # not through DDP: the heads do not learn here
+    score = sum(v.mean(1).sum() for v in scores)
+    gradient = torch.autograd.grad(-score, seen)[0]
+    gradient = weight * gradient / gradient.square().mean().sqrt().clamp(min=1e-12)
+    ((x0 * gradient).mean() * loss_scale).backward()
 
-    idx = torch.randint(walks.x.shape[1], (n,), device=z.device)
+    idx = torch.randint(walks.x.shape[1], (batch_size,), device=z.device)
     with torch.no_grad():
         maps_T = maps_of(walks.x[-1, idx], None if walks.y is None else walks.y[idx])
-    found = discriminator([torch.cat([a, b.detach()]) for a, b in zip(maps_T, maps_S)])
-    hinge = sum((1 - v[:n]).relu().mean() + (1 + v[n:]).relu().mean() for v in found)
+    scores = net_D([torch.cat([a, b.detach()]) for a, b in zip(maps_T, maps_S)])
+    hinge = 0.0
+    for v in scores:
+        real, fake = v.split(batch_size)
+        hinge = hinge + (1 - real).relu().mean() + (1 + fake).relu().mean()
     hinge.backward()
-    M.optimizer_step(discriminator, opt, 1.0)
-    return hinge.detach() / len(found)
+    M.optimizer_step(net_D, opt_D, 1.0)
+    return hinge.detach() / len(scores)
 
 
 # ==== set-up ====
@@ -339,8 +355,8 @@ if __name__ == '__main__':
     # ---- student ----
     sizes = {'lora_rank': lora_rank} | student_config
     M.check(
-        discriminator == 0 or jumps == 1 and not sizes['lora_rank'],
-        'discriminator is for one evaluation (--jumps=1), without lora_rank'
+        discriminator == 0 or jumps == 1,
+        'discriminator is for students of one evaluation: --jumps=1'
     )
     M.check(discriminator >= 0, f'discriminator={discriminator} must not be negative')
     # the student predicts what the teacher predicts
@@ -370,13 +386,15 @@ if __name__ == '__main__':
         y = t if net_T.num_classes else None
         with torch.no_grad(), autocast:
             maps = inner_maps(net_T, torch.zeros(1, C, H, H, device=dev), t, y)
-        M.check(maps, f'discriminator={discriminator}: {teacher} has no ModuleList of blocks')
+        M.check(
+            maps, f'{teacher} has no ModuleList of blocks to look at: leave out discriminator'
+        )
         net_D = Discriminator(maps).to(dev)
         opt_D = torch.optim.AdamW(
             net_D.parameters(), discriminator_lr, (0.5, 0.99), weight_decay=1e-4, fused=True
         )
     if compile:
-        # a compiled block may not see the hooks of inner_maps
+        # the hooks of inner_maps, registered later, would not be called in compiled blocks
         M.compile_blocks(None if discriminator else net_T, net)
     model, model_D = net, net_D
     if world > 1:
@@ -408,9 +426,9 @@ if __name__ == '__main__':
                 model, source, diffusion, micro_batch, loss, autocast, 1 / grad_accum
             )
             if discriminator:
-                total['hinge'] = adversarial_step(
-                    model, model_D, opt_D, net_T, source, diffusion, diffusion_T, micro_batch,
-                    discriminator, autocast, 1 / grad_accum
+                terms['hinge'] = adversarial_step(
+                    model, model_D, opt_D, net_T, source, diffusion, micro_batch, discriminator,
+                    autocast, 1 / grad_accum
                 )
             for name, value in terms.items():
                 total[name] = total.get(name, 0.0) + value / grad_accum

@@ -428,10 +428,10 @@ def test_a_discriminator():
     found = []
     for _ in range(30):
         images.grad = None
-        step = few_steps.adversarial_step(
-            lambda x, t, y: images, net_D, opt, net_T, walks, d, d, 16, weight=0.5
+        hinge = few_steps.adversarial_step(
+            lambda x, t, y: images, net_D, opt, net_T, walks, d, 16, weight=0.5
         )
-        found.append(step.item())
+        found.append(hinge.item())
     assert found[0] > 1.5 and found[-1] < 0.5
     assert (images.grad.sum() < 0) and net_T.out[2].weight.grad is None
     assert (images.grad * images.numel()).square().mean().sqrt().item() == pytest.approx(0.5)
@@ -1575,7 +1575,8 @@ def test_students_of_pipelines(pipelines):
         assert made[0].shape == (1, 3, 16, 16) and torch.allclose(*made, atol=1e-5)
     at_once(same_class, TEACHERS)
     at_once(run, [f'{QUICK} {OURS} --teacher=half --out_dir=half_s',  # which is there in fp16 only
-                  f'{FEW} {OURS} --teacher=sd3 --prompts=names.txt --max_steps=2 --out_dir=text'])
+                  f'{FEW} {OURS} --teacher=sd3 --prompts=names.txt --max_steps=2 --out_dir=text '
+                  '--jumps=1 --discriminator=0.5'])
     run(f'{QUICK} {OURS} --teacher=half_s/student.safetensors --out_dir=again')
     for name, classes in (('half_s', 0), ('text', 4), ('again', 0)):
         net, _ = M.load_denoiser(f'{name}/student.safetensors')  # its VAE is its teacher's
@@ -2057,6 +2058,7 @@ MISTAKES = lines("""
     dkdm.py --teacher=teacher.safetensors --student=resnet8 : build()
     dkdm.py --teacher=teacher.safetensors --batch_size=9 --grad_accum=2 : multiple of
     few_steps.py --teacher=teacher.safetensors --jumps=3 : multiple of jumps
+    few_steps.py --teacher=teacher.safetensors --jumps=2 --discriminator=0.5 : of one evaluation
     few_steps.py --teacher=teacher.safetensors --student_prediction=eps : one of 'x0'
     dkdm.py --teacher=teacher.safetensors --eval_every=2 --eval_reference=gone.npz : no file gone
     dkdm.py --method=iterative --grad_accum=2 : grad_accum must be 1
