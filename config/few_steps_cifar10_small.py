@@ -1,9 +1,9 @@
 # Natural images in one evaluation: the student of config/dkdm_cifar10_small.py's size.
 # torchrun --nproc_per_node=2 few_steps.py config/few_steps_cifar10_small.py     # on a CPU, a rank per core
-# again, on new walks, because those that it knows by heart teach it nothing more:
+# It continues on new walks, because it knows those of seed 0 by heart:
 #   --seed=1 --max_steps=1750 --init_from=out/few_steps_cifar10_small/student.safetensors \
 #       --out_dir=out/cifar10_small_1
-# then against a discriminator, on the same walks:
+# Then it trains against a discriminator on the walks of this second run:
 #   --discriminator=0.5 --lr=1e-4 --lr_warmup=40 --seed=1 --max_steps=150 \
 #       --init_from=out/cifar10_small_1/student.safetensors --out_dir=out/cifar10_small_2
 teacher = 'pretrained/cifar10_classes.safetensors'
