@@ -146,7 +146,7 @@ class Step:
         self.model = self.net
         if world > 1:
             self.model = torch.nn.parallel.DistributedDataParallel(
-                self.net, gradient_as_bucket_view=True, broadcast_buffers=False
+                self.net, gradient_as_bucket_view=True
             )
         T = self.diffusion.T
         self.guidance = (guidance or 2.0) if classes else 1.0

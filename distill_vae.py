@@ -340,11 +340,8 @@ if __name__ == '__main__':
     if compile:
         model = torch.compile(model, dynamic=False)
     if world > 1:
-        # BatchNorm's running statistics are not used in training, and only those of rank 0 are
-        # saved
         model = torch.nn.parallel.DistributedDataParallel(
-            model, gradient_as_bucket_view=True, broadcast_buffers=False,
-            find_unused_parameters=bool(student)
+            model, gradient_as_bucket_view=True, find_unused_parameters=bool(student)
         )
     kl_weight = torch.ones((), device=dev)  # grows in the first steps of 'data'
 

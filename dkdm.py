@@ -413,8 +413,7 @@ if __name__ == '__main__':
     model = net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
-            net, gradient_as_bucket_view=True, broadcast_buffers=False,
-            find_unused_parameters=student not in M.DENOISERS
+            net, gradient_as_bucket_view=True, find_unused_parameters=student not in M.DENOISERS
         )
     if eval_every:
         space = load_space(eval_reference, 3 if getattr(net_T, 'vae', None) else C, dev)

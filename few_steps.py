@@ -87,7 +87,6 @@ import contextlib
 import copy
 import shlex
 import time
-from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -398,13 +397,12 @@ if __name__ == '__main__':
         M.compile_blocks(None if discriminator else net_T, net)
     model, model_D = net, net_D
     if world > 1:
-        parallel = partial(
-            torch.nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True,
-            broadcast_buffers=False
+        parallel = torch.nn.parallel.DistributedDataParallel
+        model = parallel(
+            net, gradient_as_bucket_view=True, find_unused_parameters=student not in M.DENOISERS
         )
-        model = parallel(net, find_unused_parameters=student not in M.DENOISERS)
         if discriminator:
-            model_D = parallel(net_D)
+            model_D = parallel(net_D, gradient_as_bucket_view=True)
     torch.manual_seed(seed * 1000 + rank + 1)  # from here on each rank draws its own random numbers
     begin = time.time()
 
